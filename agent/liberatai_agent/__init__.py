@@ -1,0 +1,1 @@
+"""The agent: a light program on every device."""

@@ -1,0 +1,85 @@
+"""Looks at data and arithmetic in a process of its own, so that the agent never loads numpy.
+
+`python -m liberatai_agent.bench [--data FILE]` prints one JSON object: float32 matrix product in Gflop/s of
+one thread, the families that can be built here, and what the data file holds. Nothing of a single record
+is printed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SIDE = 256
+"""768 KiB for the three matrices: inside every second-level cache, as the layers of small models are."""
+SECONDS = 0.3
+"""Long enough for a governor to raise the clock, short enough for a start."""
+
+
+def gflops(side: int = SIDE, seconds: float = SECONDS) -> float:
+    """Return the best rate of a float32 matrix product, in 1e9 operations per second."""
+    import numpy as np  # noqa: PLC0415 - argparse errors need no numpy
+
+    random = np.random.default_rng(0)
+    left, right = (random.random((side, side), dtype=np.float32) for _ in range(2))
+    out = np.empty_like(left)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        np.matmul(left, right, out=out)
+        ended = time.perf_counter()
+        best = min(best, ended - started)
+        if ended > until:
+            return 2 * side**3 / best / 1e9
+
+
+def look_at_data(path: Path) -> dict[str, Any]:
+    """Return samples, shape and number of classes of a private file, or its fault."""
+    from liberatai_core.errors import LiberataiError  # noqa: PLC0415
+    from liberatai_core.learning.dataset import contract_of, load_npz  # noqa: PLC0415
+
+    try:
+        samples = load_npz(path)
+        data = contract_of(samples)
+    except LiberataiError as error:
+        return {"fault": f"E_DATA: {error}"}
+    found: dict[str, Any] = {
+        "samples": len(samples) - (int(samples.test.sum()) if samples.test is not None else 0),
+        "input_shape": list(data.input_shape),
+        "classes": data.classes,
+    }
+    if samples.one_class:
+        found["warning"] = "E_DATA: all labels are equal: what is learnt from them knows one answer only"
+    return found
+
+
+def families() -> list[str]:
+    """Return the families that can be trained here; none without torch."""
+    if find_spec("torch") is None:
+        return []
+    from liberatai_core.learning.families import known_families  # noqa: PLC0415
+
+    return known_families()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what was found as one JSON object."""
+    parser = argparse.ArgumentParser(prog="liberatai_agent.bench")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--no-arithmetic", action="store_true")
+    args = parser.parse_args(argv)
+    found: dict[str, Any] = {"families": families()}
+    if not args.no_arithmetic:
+        found["gflops"] = round(gflops(), 3)
+    if args.data is not None:
+        found["data"] = look_at_data(args.data)
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Blobs: content-addressed files of models, fetched from retained messages, resumable after any crash.
+
+A blob is asked for by its exact topics only: the manifest first, then at most WINDOW_CHUNKS chunks at
+once over all blobs, each unsubscribed when it is on disk. What is there after a crash is not asked for
+again. A file carries its final name only when its SHA-256 and its id are right.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from liberatai_agent.outbox import sync_folder, write_durably
+from liberatai_core.contract import chunks
+from liberatai_core.contract.frame import Keys, expect
+from liberatai_core.contract.limits import WINDOW_CHUNKS
+from liberatai_core.contract.messages import BlobManifest, BlobRef
+from liberatai_core.contract.topics import Topics, blob_id
+from liberatai_core.errors import (
+    DigestError,
+    DiskError,
+    FrameError,
+    LiberataiError,
+    NotFoundError,
+    ProtocolVersionError,
+    SchemaError,
+    SignatureError,
+    TooLargeError,
+    UnknownDeviceError,
+)
+from liberatai_core.link.link import Link, Received
+
+MESSAGE_TIMEOUT_S = 60.0
+"""A retained message comes at once; a minute is a broken transfer, or a blob that is not there."""
+SYNC_EVERY_CHUNKS = 8
+"""1 MiB: what a power cut may cost, against wear of the card."""
+_UNBELIEVED = (
+    FrameError,
+    TooLargeError,
+    ProtocolVersionError,
+    UnknownDeviceError,
+    SignatureError,
+    SchemaError,
+    DigestError,
+)
+"""Somebody else's words on a blob's topic: counted, and the right ones are waited for."""
+Answer = TypeVar("Answer")
+_MAP = ".map"
+_PART = ".part"
+
+
+class BlobStore:
+    """The folder with complete blobs and unfinished ones.
+
+    Raises:
+        DiskError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{folder}: {error.strerror}") from error
+
+    def path(self, blob: str) -> Path:
+        """Return where a complete blob lies."""
+        return self._folder / blob
+
+    def has(self, ref: BlobRef) -> bool:
+        """Whether a blob is complete."""
+        try:
+            return self.path(ref.blob).stat().st_size == ref.size_bytes
+        except OSError:
+            return False
+
+    def put(self, ref: BlobRef, content: bytes) -> None:
+        """Store a whole blob.
+
+        Raises:
+            DigestError: the content is not what the id names.
+            DiskError: the disk refuses.
+        """
+        require_content(ref, content)
+        with _disk(ref.blob):
+            write_durably(self.path(ref.blob), content, mode=0o600)
+
+    def keep_only(self, blobs: Iterable[str]) -> None:
+        """Delete all other blobs, complete or not."""
+        kept = {name for blob in blobs for name in (blob, blob + _PART, blob + _MAP)}
+        with contextlib.suppress(OSError):
+            for path in list(self._folder.iterdir()):
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+
+    def partial(self, ref: BlobRef, chunk_bytes: int) -> "PartialBlob":
+        """Open what is there of a blob that comes in chunks."""
+        return PartialBlob(self._folder, ref, chunk_bytes)
+
+
+class PartialBlob:
+    """A blob that is arriving: a file of its final size, and a bitmap of the chunks in it."""
+
+    def __init__(self, folder: Path, ref: BlobRef, chunk_bytes: int) -> None:
+        self._ref, self._chunk_bytes = ref, chunk_bytes
+        self._part, self._map = folder / (ref.blob + _PART), folder / (ref.blob + _MAP)
+        self._final = folder / ref.blob
+        self.chunks = chunks.count(ref.size_bytes, chunk_bytes)
+        self._have = self._read_map()
+        self._unsynced: set[int] = set()
+
+    def _read_map(self) -> set[int]:
+        head = self._head()
+        with contextlib.suppress(OSError):
+            bitmap = self._map.read_bytes()
+            whole = self._part.stat().st_size == self._ref.size_bytes
+            if whole and bitmap[: len(head)] == head:
+                lacking = chunks.missing(bitmap[len(head) :], self.chunks)
+                return set(range(self.chunks)) - set(lacking)
+        return set()
+
+    def _head(self) -> bytes:
+        # Another cut of the same blob has other chunks under the same numbers.
+        return self._chunk_bytes.to_bytes(4, "little")
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the chunks that are not here."""
+        return [n for n in range(self.chunks) if n not in self._have and n not in self._unsynced]
+
+    def add(self, number: int, data: bytes) -> None:
+        """Write one chunk; it is durable after `sync`.
+
+        Raises:
+            SchemaError: not of the length that this chunk must have.
+            DiskError: the disk refuses.
+        """
+        wanted = min(self._chunk_bytes, self._ref.size_bytes - number * self._chunk_bytes)
+        if len(data) != wanted:
+            raise SchemaError(f"chunk {number}: {len(data)} bytes, wanted {wanted}")
+        with _disk(self._ref.blob):
+            descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.fstat(descriptor).st_size != self._ref.size_bytes:
+                    os.ftruncate(descriptor, self._ref.size_bytes)
+                view = memoryview(data)
+                at = number * self._chunk_bytes
+                while view:
+                    written = os.pwrite(descriptor, view, at)
+                    view, at = view[written:], at + written
+                self._unsynced.add(number)
+                if len(self._unsynced) >= SYNC_EVERY_CHUNKS:
+                    os.fsync(descriptor)
+                    self._write_map()
+            finally:
+                os.close(descriptor)
+
+    def writer(self, number: int) -> Callable[[bytes], None]:
+        """Return a function that adds chunk `number`."""
+        return lambda data: self.add(number, data)
+
+    def _write_map(self) -> None:
+        self._have |= self._unsynced
+        self._unsynced.clear()
+        bits = bytearray(-(-self.chunks // 8))
+        for number in self._have:
+            bits[number // 8] |= 1 << (number % 8)
+        write_durably(self._map, self._head() + bytes(bits), mode=0o600)
+
+    def finish(self) -> None:
+        """Check the whole content and give it its name.
+
+        Raises:
+            DigestError: wrong content; everything is deleted, the transfer starts over.
+            DiskError: the disk refuses.
+        """
+        with _disk(self._ref.blob):
+            with self._part.open("rb") as file:
+                os.fsync(file.fileno())
+                found = hashlib.file_digest(file, "sha256").digest()
+            if not _names(self._ref.blob, found):
+                self._part.unlink(missing_ok=True)
+                self._map.unlink(missing_ok=True)
+                self._have.clear()
+                self._unsynced.clear()
+                raise DigestError(f"blob {self._ref.blob}: the chunks do not give its content")
+            self._part.replace(self._final)
+            self._map.unlink(missing_ok=True)
+            sync_folder(self._final.parent)
+
+
+def require_content(ref: BlobRef, content: bytes) -> None:
+    """Raise DigestError unless the content has the size and the name that the reference says."""
+    if len(content) != ref.size_bytes or blob_id(content) != ref.blob:
+        raise DigestError(f"blob {ref.blob}: the content is not what its id names")
+
+
+class Fetcher:
+    """Fetches blobs over a link. `deliver` gets every message of a blob topic.
+
+    Args:
+        link: where to ask.
+        topics: of the fleet.
+        keys: the coordinator's key, for manifests.
+        store: where they go.
+        refused: called with the code and text of each message that was not believed.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        topics: Topics,
+        keys: Keys,
+        store: BlobStore,
+        refused: Callable[[str, str], None],
+        *,
+        timeout_s: float = MESSAGE_TIMEOUT_S,
+    ) -> None:
+        self._link, self._topics, self._keys, self._store = link, topics, keys, store
+        self._refused, self._timeout_s = refused, timeout_s
+        self._waiting: dict[str, asyncio.Queue[Received]] = {}
+        self._window = asyncio.Semaphore(WINDOW_CHUNKS)
+
+    def deliver(self, message: Received) -> None:
+        """Take one message of a blob topic; what nobody waits for is dropped."""
+        queue = self._waiting.get(message.topic)
+        if queue is None or queue.full():
+            self._link.ack(message.token)
+        else:
+            queue.put_nowait(message)
+
+    async def fetch(self, ref: BlobRef) -> None:
+        """Bring a blob to the disk, verified; returns at once if it is there.
+
+        Raises:
+            NotFoundError: the broker does not have it (yet).
+            DigestError: what the broker has is something else.
+            DiskError, LinkError: for now.
+        """
+        if self._store.has(ref):
+            return
+        async with self._window:
+            manifest = await self._manifest(ref)
+        if manifest.content is not None:
+            self._store.put(ref, manifest.content)
+            return
+        partial = self._store.partial(ref, manifest.chunk_bytes)
+        await self._chunks(ref, partial)
+        await asyncio.to_thread(partial.finish)
+
+    async def _chunks(self, ref: BlobRef, partial: PartialBlob) -> None:
+        numbers = iter(partial.missing())
+
+        async def work() -> None:
+            for number in numbers:
+                async with self._window:
+                    await self._ask(self._topics.blob(ref.blob, number), partial.writer(number))
+
+        workers = [asyncio.create_task(work()) for _ in range(WINDOW_CHUNKS)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _manifest(self, ref: BlobRef) -> BlobManifest:
+        def read(payload: bytes) -> BlobManifest:
+            manifest = expect(payload, BlobManifest, self._topics.fleet, self._keys)
+            if manifest.blob != ref.blob or manifest.size_bytes != ref.size_bytes:
+                raise DigestError(f"manifest of {manifest.blob}, {manifest.size_bytes} bytes: not {ref.blob}")
+            if not _names(ref.blob, manifest.sha256):
+                raise DigestError(f"manifest of {ref.blob}: its SHA-256 gives another id")
+            if manifest.content is not None:
+                require_content(ref, manifest.content)
+            return manifest
+
+        return await self._ask(self._topics.blob(ref.blob), read)
+
+    async def _ask(self, topic: str, read: Callable[[bytes], Answer]) -> Answer:
+        """Subscribe to one topic until `read` accepts what comes."""
+        queue: asyncio.Queue[Received] = asyncio.Queue(maxsize=2)
+        self._waiting[topic] = queue
+        try:
+            await self._link.subscribe(topic)
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    message = await queue.get()
+                    try:
+                        return read(message.payload)
+                    except _UNBELIEVED as error:
+                        if message.payload:
+                            self._refused(error.code, f"{topic}: {error}")
+                    finally:
+                        self._link.ack(message.token)
+        except TimeoutError:
+            raise NotFoundError(f"{topic}: nothing (credible) came within {self._timeout_s:g} s") from None
+        finally:
+            # A cancelled request may have been followed by another one for the same topic already.
+            if self._waiting.get(topic) is queue:
+                del self._waiting[topic]
+                with contextlib.suppress(LiberataiError):
+                    await self._link.unsubscribe(topic)
+
+
+def _names(blob: str, sha256: bytes) -> bool:
+    return base64.b32encode(sha256)[:26].decode().lower() == blob
+
+
+@contextlib.contextmanager
+def _disk(blob: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"blob {blob}: {error.strerror}") from error

@@ -1,0 +1,180 @@
+"""Settings of an agent: YAML in, a checked Struct out. Paths are relative to the settings file."""
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from liberatai_core.contract.topics import FLEET_OR_DEVICE
+from liberatai_core.errors import ConfigError, NotFoundError
+from liberatai_core.profile import Profile, parse_profile
+from liberatai_core.settings import convert, faults, parse_mapping
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a device may train. None switches a rule off.
+
+    Attributes:
+        max_load_others: processors' worth of load by other programs; off by default, because shared machines
+            are always busy.
+        min_battery_percent: charge below which a device on battery waits; on mains it never waits.
+        max_temp_c: hottest sensor; boards slow themselves down from about 80.
+        min_free_disk_mb: MiB free where the state lies.
+        min_free_memory_mb: MiB of memory available on the machine.
+    """
+
+    max_load_others: Annotated[float, Meta(ge=0)] | None = None
+    min_battery_percent: Annotated[float, Meta(ge=0, le=100)] | None = 50.0
+    max_temp_c: Annotated[float, Meta(gt=0, le=200)] | None = 85.0
+    min_free_disk_mb: Annotated[float, Meta(ge=0)] | None = 32.0
+    min_free_memory_mb: Annotated[float, Meta(ge=0)] | None = 64.0
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of `liberatai-agent run`.
+
+    Attributes:
+        fleet: name in every topic.
+        device: this device's name; also its MQTT client id.
+        broker: mqtt:// or mqtts:// URL, without credentials.
+        coordinator_key: the coordinator's Ed25519 public key, hex: nothing else is obeyed.
+        username, password_file: how to log in at the broker.
+        ca_file, cert_file, key_file: for mqtts.
+        state_dir: outbox, blobs, device key; one agent at a time.
+        data: private .npz of this device, null: the device only observes.
+        profile: name of a hardware class or path of its file.
+        profiles_dir: folder with hardware classes.
+        cpu_share, memory_mb, storage_kb: limits that replace the profile's.
+        keepalive_s: the broker notices a dead link after 1.5 times this.
+        telemetry_s: seconds between two samples of load and traffic, ±20 %.
+        trainer_idle_s: the training process ends after so long without work.
+        outbox_max_mb: MiB of updates that may wait for a receipt.
+        gate: when the device may train.
+    """
+
+    fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
+    device: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
+    coordinator_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    broker: str = "mqtt://127.0.0.1:1883"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    state_dir: str = "/var/lib/liberatai-agent"
+    data: str | None = None
+    profile: str | None = None
+    profiles_dir: str | None = None
+    cpu_share: Positive | None = None
+    memory_mb: Positive | None = None
+    storage_kb: Positive | None = None
+    keepalive_s: Annotated[int, Meta(ge=1, le=65_535)] = 60
+    telemetry_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
+    trainer_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
+    outbox_max_mb: Annotated[float, Meta(gt=0, le=65_536)] = 128.0
+    gate: GateSettings = GateSettings()
+
+    @property
+    def state_path(self) -> Path:
+        """Folder of everything that the agent keeps."""
+        return Path(self.state_dir)
+
+    @property
+    def key_bytes(self) -> bytes:
+        """The coordinator's 32-byte public key."""
+        return bytes.fromhex(self.coordinator_key)
+
+
+_PATHS = ("password_file", "ca_file", "cert_file", "key_file", "state_dir", "data", "profiles_dir")
+
+
+def parse_config(text: str, where: str, folder: Path) -> AgentConfig:
+    """Return the settings that a YAML text holds, relative paths resolved against `folder`.
+
+    Raises:
+        ConfigError: with every fault, one line each.
+    """
+    raw = parse_mapping(text, where)
+    found = faults(raw, AgentConfig)
+    if not found:
+        found = _across(msgspec.convert(raw, AgentConfig))
+    if found:
+        raise ConfigError(where, found)
+    for name in _PATHS:
+        if raw.get(name) is not None:
+            raw[name] = str(folder / raw[name])
+    if raw.get("profile") is not None and "/" in raw["profile"]:
+        raw["profile"] = str(folder / raw["profile"])
+    return convert(raw, AgentConfig, where)
+
+
+def load_config(path: Path) -> AgentConfig:
+    """Return the settings in a file.
+
+    Raises:
+        NotFoundError: no such file.
+        ConfigError: not readable, or wrong; all faults at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such settings file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    return parse_config(text, str(path), path.parent.absolute())
+
+
+def load_profile(config: AgentConfig) -> Profile | None:
+    """Return the hardware class that the settings name, None if they name none.
+
+    Raises:
+        ConfigError: no such profile (the text lists those that exist), or a faulty file.
+    """
+    if config.profile is None:
+        return None
+    path = Path(config.profile)
+    if "/" not in config.profile:
+        folder = _profiles_dir(config)
+        path = folder / f"{config.profile}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+            raise ConfigError("profile", [f'"{config.profile}" is not in {folder} (known: {known})'])
+    try:
+        return parse_profile(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError("profile", [f"cannot be read: {error}"]) from None
+
+
+def _profiles_dir(config: AgentConfig) -> Path:
+    if config.profiles_dir is not None:
+        return Path(config.profiles_dir)
+    import liberatai_core  # noqa: PLC0415 - only its place on disk is asked
+
+    installed = Path(liberatai_core.__file__).parent / "data" / "device_profiles"
+    checkout = Path(liberatai_core.__file__).parents[2] / "device_profiles"
+    return installed if installed.is_dir() else checkout
+
+
+def _across(config: AgentConfig) -> list[str]:
+    """Return faults that no single key shows."""
+    found = []
+    try:
+        url = urlsplit(config.broker)
+        port_ok = url.port is None or url.port > 0
+    except ValueError:
+        return [f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")']
+    if url.scheme not in ("mqtt", "mqtts") or not url.hostname or not port_ok:
+        found.append(f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")')
+    if url.username or url.password:
+        found.append("broker: no credentials in the URL: use username and password_file")
+    if config.password_file is not None and config.username is None:
+        found.append("password_file: needs username")
+    if (config.cert_file is None) != (config.key_file is None):
+        found.append("cert_file and key_file: give both or none")
+    if url.scheme == "mqtt" and (config.ca_file or config.cert_file):
+        found.append("ca_file, cert_file: need broker: mqtts://…")
+    return found

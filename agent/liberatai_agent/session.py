@@ -1,0 +1,830 @@
+"""What happens on a device, as a pure function: `step(session, event) -> (session, actions)`.
+
+No clock, no sockets, no files: time is `Tick(now_s)`, everything else that happens is an event, everything
+that shall be done is an action. `service.py` makes it happen. The rules:
+
+- A task or word of a coordinator with a lower epoch than the highest seen is ignored (fencing).
+- The same task is never started twice; if its update waits in the outbox, that one is sent again.
+- A task for other work stops the training that runs.
+- An update is sent until a receipt comes: at once, when the link or the coordinator comes back, and on a
+  timer that doubles. Only a receipt makes the device forget it.
+- A refused update was not counted: its content goes back into what is left over (error feedback), unless
+  another update of this device was counted in its place.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import msgspec
+
+from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, update_id
+
+Tier = Literal["full", "head", "observe"]
+Phase = Literal["idle", "gated", "fetching", "training", "sending", "failed"]
+Stage = Literal["none", "fetching", "ready", "training", "storing", "failed"]
+
+CODECS = ("topk1",)
+"""What this agent can write; a task that wants another codec is refused."""
+RETRY_FIRST_S = 5.0
+RETRY_MAX_S = 120.0
+"""Pauses double from 5 s to 2 min: a restarting coordinator is found soon, a dead one is not hammered."""
+MAX_ATTEMPTS = 3
+"""Trainings of one task that may die of a cause outside the task (killed, disk full)."""
+MAX_FINISHED = 256
+"""Finished tasks that are remembered: far more than a broker ever repeats."""
+RETRYABLE = frozenset({"E_BUSY", "E_DISK", "E_INTERNAL", "E_LINK"})
+"""Causes outside the task, which may go away."""
+
+
+class TrainingResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one training gave.
+
+    Attributes:
+        body: encoded sparse difference.
+        residual: the sparsifier's state after it, as it is stored.
+        returned: ids of the refused updates whose content went into `body` or `residual`.
+        samples: samples trained on.
+        class_counts: the same per class, only if the task asks for it.
+        evaluation: (correct, total) of the base model on the local hold-out.
+        train_seconds: wall time of the training.
+        loss: mean training loss of the last epoch.
+    """
+
+    body: bytes
+    residual: bytes
+    returned: tuple[bytes, ...] = ()
+    samples: int
+    class_counts: tuple[int, ...] | None = None
+    evaluation: tuple[int, int] | None = None
+    train_seconds: float = 0.0
+    loss: float | None = None
+
+
+# --- events: what happened ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsent:
+    """An update that waits in the outbox."""
+
+    update_id: bytes
+    job: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The agent starts; all of this was read from disk or measured.
+
+    Attributes:
+        unsent: updates without a receipt.
+        finished: ids of tasks whose update was stored, oldest first.
+        epoch: highest coordinator epoch seen.
+        tier, storage_bytes: of the machine.
+        fault: why there is nothing to train on ("E_DATA: …"), "" if there is.
+        note: a warning for the operator, shown while the device is idle.
+    """
+
+    unsent: tuple[Unsent, ...] = ()
+    finished: tuple[bytes, ...] = ()
+    epoch: int = 0
+    tier: Tier = "full"
+    storage_bytes: int = 1 << 62
+    fault: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineChanged:
+    """A new probe or new data."""
+
+    tier: Tier
+    storage_bytes: int
+    fault: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUp:
+    """The broker is there, all subscriptions are in force."""
+
+    session_present: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDown:
+    """The broker is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskArrived:
+    """A verified task for this device."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelArrived:
+    """A verified end of a round for this device."""
+
+    cancel: Cancel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorChanged:
+    """A coordinator came or went."""
+
+    state: Literal["online", "offline", "lost"]
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobStored:
+    """A blob is complete, verified and on disk."""
+
+    blob: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobFailed:
+    """A blob could not be fetched for now."""
+
+    blob: str
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """The training ended well."""
+
+    update_id: bytes
+    result: TrainingResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFailed:
+    """The training ended badly (never said after StopTraining)."""
+
+    update_id: bytes
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxStored:
+    """Update and residual are durable."""
+
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFailed:
+    """Update and residual could not be stored."""
+
+    update_id: bytes
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateDropped:
+    """The outbox was full and dropped an update."""
+
+    update_id: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptArrived:
+    """A verified receipt for this device."""
+
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditArrived:
+    """A verified credit for an upload of this update."""
+
+    update_id: bytes
+    have: bytes
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateChanged:
+    """Training is allowed now, or not any more."""
+
+    open: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """The time, seconds of a clock that never goes back."""
+
+    now_s: float
+
+
+Happened = (
+    Started
+    | MachineChanged
+    | LinkUp
+    | LinkDown
+    | TaskArrived
+    | CancelArrived
+    | CoordinatorChanged
+    | BlobStored
+    | BlobFailed
+    | Trained
+    | TrainingFailed
+    | OutboxStored
+    | StoreFailed
+    | UpdateDropped
+    | ReceiptArrived
+    | CreditArrived
+    | GateChanged
+    | Tick
+)
+
+
+# --- actions: what shall be done ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishState:
+    """Say that the device is there (retained)."""
+
+    state: Literal["online", "draining", "offline"] = "online"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """Say what the device is doing (retained)."""
+
+    phase: Phase
+    job: str = ""
+    round: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchBlobs:
+    """Bring these blobs to the disk; each one is answered with BlobStored or BlobFailed."""
+
+    refs: tuple[BlobRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmTrainer:
+    """Training is near: start its process now, so that its imports overlap with the download."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTraining:
+    """Train; answered with Trained or TrainingFailed."""
+
+    task: Task
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopTraining:
+    """Kill the training that runs; not answered."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUpdate:
+    """Put update and residual on disk, in one transaction."""
+
+    task: Task
+    update_id: bytes
+    result: TrainingResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendUpdate:
+    """Send an update of the outbox, or offer it if it is long."""
+
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendChunks:
+    """Send the next chunks of a long update: at most `chunks` of those that `have` lacks."""
+
+    update_id: bytes
+    have: bytes
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """The coordinator has the update: delete it."""
+
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreResidual:
+    """The coordinator refused the update: delete it, and keep its content for the next training."""
+
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropBlobs:
+    """Delete all blobs but these."""
+
+    keep: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RememberEpoch:
+    """Store the highest epoch seen."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emit:
+    """Tell the coordinator and the log about something that happened once."""
+
+    number: int
+    name: str
+    code: str = ""
+    text: str = ""
+
+
+Action = (
+    PublishState
+    | PublishReport
+    | FetchBlobs
+    | WarmTrainer
+    | StartTraining
+    | StopTraining
+    | StoreUpdate
+    | SendUpdate
+    | SendChunks
+    | Forget
+    | RestoreResidual
+    | DropBlobs
+    | RememberEpoch
+    | Emit
+)
+
+
+# --- the state ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """An update without a receipt: sent `attempts` times, due again at `next_s`."""
+
+    update_id: bytes
+    job: str
+    round: int
+    attempts: int = 0
+    next_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """Everything that the agent has to know between two events.
+
+    Attributes:
+        device: own name.
+        away: the coordinator said goodbye or was lost.
+        task, stage, deadline_s, attempts: the work under way.
+        refetched: the chain was fetched a second time, because a digest was wrong.
+        result: a training's result that the disk did not take yet.
+        missing: blobs that are not on disk yet, for `task` or `final`.
+        retry_at_s: when to try again what failed; None: nothing waits.
+        reason: why it failed or waits.
+        final: chain of the finished model.
+        reported: the last report that was published on this connection.
+        events: number of events emitted.
+        refusals: refused updates per code.
+    """
+
+    device: str
+    now_s: float = 0.0
+    connected: bool = False
+    away: bool = False
+    epoch: int = 0
+    tier: Tier = "full"
+    storage_bytes: int = 1 << 62
+    fault: str = ""
+    note: str = ""
+    gate_open: bool = True
+    gate_reason: str = ""
+    task: Task | None = None
+    stage: Stage = "none"
+    deadline_s: float = 0.0
+    attempts: int = 0
+    refetched: bool = False
+    result: TrainingResult | None = None
+    missing: tuple[BlobRef, ...] = ()
+    retry_at_s: float | None = None
+    reason: str = ""
+    final: tuple[Step, ...] = ()
+    pending: tuple[Pending, ...] = ()
+    finished: tuple[bytes, ...] = ()
+    reported: PublishReport | None = None
+    events: int = 0
+    refusals: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def update_id(self) -> bytes:
+        """Id of the update that the current task will give, empty without a task."""
+        task = self.task
+        return b"" if task is None else update_id(self.device, task.job, task.round, task.base)
+
+
+Stepped = tuple[Session, tuple[Action, ...]]
+
+
+def step(session: Session, event: Happened) -> Stepped:
+    """Return the next state and what shall be done now, in this order."""
+    session, actions = _react(session, event)
+    report = report_of(session)
+    if session.connected and report != session.reported:
+        session, actions = replace(session, reported=report), (*actions, report)
+    return session, actions
+
+
+def report_of(session: Session) -> PublishReport:
+    """Return what the device is doing, for people and for the coordinator."""
+    s = session
+    job, number = (s.task.job, s.task.round) if s.task else ("", 0)
+    match s.stage:
+        case "failed":
+            return PublishReport(phase="failed", job=job, round=number, reason=s.reason[:512])
+        case "training":
+            return PublishReport(phase="training", job=job, round=number)
+        case "storing":
+            return PublishReport(phase="sending", job=job, round=number, reason=s.reason[:512])
+        case "ready":
+            reason = s.reason if s.gate_open else s.gate_reason
+            return PublishReport(phase="gated", job=job, round=number, reason=reason[:512])
+    if s.missing:
+        return PublishReport(phase="fetching", job=job, round=number, reason=s.reason[:512])
+    if s.pending:
+        first = s.pending[0]
+        return PublishReport(phase="sending", job=first.job, round=first.round)
+    if not s.gate_open:
+        return PublishReport(phase="gated", reason=s.gate_reason[:512])
+    if s.fault:
+        return PublishReport(phase="failed", reason=s.fault[:512])
+    return PublishReport(phase="idle", reason=s.note[:512])
+
+
+def _react(s: Session, event: Happened) -> Stepped:
+    match event:
+        case Tick(now_s=now):
+            return _ticked(replace(s, now_s=max(now, s.now_s)))
+        case LinkUp():
+            return _linked(s)
+        case LinkDown():
+            return replace(s, connected=False, reported=None), ()
+        case TaskArrived(task=task):
+            return _assigned(s, task)
+        case CancelArrived(cancel=cancel):
+            return _cancelled(s, cancel)
+        case CoordinatorChanged():
+            return _coordinator(s, event)
+        case BlobStored(blob=blob):
+            return _stored_blob(s, blob)
+        case BlobFailed():
+            return _failed_blob(s, event)
+        case Trained(update_id=uid, result=result):
+            return _trained(s, uid, result)
+        case TrainingFailed():
+            return _training_failed(s, event)
+        case OutboxStored(update_id=uid):
+            return _outboxed(s, uid)
+        case StoreFailed():
+            return _store_failed(s, event)
+        case UpdateDropped():
+            return _dropped(s, event)
+        case ReceiptArrived(receipt=receipt):
+            return _receipt(s, receipt)
+        case CreditArrived():
+            return _credit(s, event)
+        case GateChanged(open=is_open, reason=reason):
+            return _gate(replace(s, gate_open=is_open, gate_reason=reason))
+        case MachineChanged():
+            return _machine(s, event), ()
+        case Started():
+            pending = tuple(Pending(update_id=u.update_id, job=u.job, round=u.round) for u in event.unsent)
+            finished = event.finished[-MAX_FINISHED:]
+            return replace(_machine(s, event), epoch=event.epoch, pending=pending, finished=finished), ()
+
+
+def _machine(s: Session, event: Started | MachineChanged) -> Session:
+    return replace(s, tier=event.tier, storage_bytes=event.storage_bytes, fault=event.fault, note=event.note)
+
+
+# --- link and coordinator ----------------------------------------------------------------------
+
+
+def _linked(s: Session) -> Stepped:
+    s = replace(s, connected=True, reported=None)
+    s, sends = _send_all(s)
+    if s.missing and s.retry_at_s is not None:
+        s = replace(s, retry_at_s=s.now_s)
+    return s, (PublishState(), *sends)
+
+
+def _coordinator(s: Session, event: CoordinatorChanged) -> Stepped:
+    if event.epoch < s.epoch:
+        return _emit(s, "stale_coordinator", "E_REPLAY", f"epoch {event.epoch}, {s.epoch} was seen")
+    s, remember = _fence(s, event.epoch)
+    was_away, s = s.away, replace(s, away=event.state != "online")
+    if s.away or not (was_away or remember):
+        return s, remember
+    s, sends = _send_all(s)
+    return s, (*remember, *sends)
+
+
+def _fence(s: Session, epoch: int) -> Stepped:
+    if epoch == s.epoch:
+        return s, ()
+    return replace(s, epoch=epoch), (RememberEpoch(epoch=epoch),)
+
+
+def _emit(s: Session, name: str, code: str = "", text: str = "") -> Stepped:
+    number = s.events + 1
+    return replace(s, events=number), (Emit(number=number, name=name, code=code, text=text[:512]),)
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+def _assigned(s: Session, task: Task) -> Stepped:
+    if task.epoch < s.epoch:
+        return _emit(s, "stale_task", "E_REPLAY", f"epoch {task.epoch}, {s.epoch} was seen")
+    s, remember = _fence(s, task.epoch)
+    s, actions = _newest_task(s, task)
+    return s, (*remember, *actions)
+
+
+def _newest_task(s: Session, task: Task) -> Stepped:
+    wanted = update_id(s.device, task.job, task.round, task.base)
+    if any(p.update_id == wanted for p in s.pending):
+        s, stopped = (s, ()) if s.update_id == wanted else _stop(s, "its update waits to be sent")
+        s, sends = _send(s, wanted)
+        return s, (*stopped, *sends)
+    if task.task_id in s.finished:
+        return s, ()
+    if s.update_id == wanted:
+        # A restarted coordinator gives the same work again: it need not be done twice.
+        if s.task is None or task.epoch == s.task.epoch or s.stage == "none":
+            return s, ()
+        if s.stage in ("ready", "training", "storing"):
+            return replace(s, task=task, deadline_s=s.now_s + task.deadline_s), ()
+    s, stopped = _stop(s, f"task for round {task.round} of {task.job}")
+    s, begun = _begin(s, task)
+    return s, (*stopped, *begun)
+
+
+def _begin(s: Session, task: Task) -> Stepped:
+    s = replace(s, task=task, deadline_s=s.now_s + task.deadline_s, final=())
+    refs = _refs((task.keyframe, *task.deltas))
+    size = sum(ref.size_bytes for ref in refs)
+    if s.tier != "full":
+        return _fail(s, "E_TIER", f"this device is of tier {s.tier} and cannot train")
+    if task.codec not in CODECS:
+        return _fail(s, "E_CODEC", f"unknown codec {task.codec}")
+    if size > s.storage_bytes:
+        return _fail(s, "E_QUOTA", f"the model's files take {size} bytes, {s.storage_bytes} are allowed")
+    s = replace(s, stage="fetching", missing=refs, reason="", retry_at_s=None)
+    return s, (DropBlobs(keep=frozenset(r.blob for r in refs)), WarmTrainer(), FetchBlobs(refs=refs))
+
+
+def _refs(steps: tuple[Step, ...]) -> tuple[BlobRef, ...]:
+    return tuple({one.blob.blob: one.blob for one in steps}.values())
+
+
+def _stop(s: Session, reason: str) -> Stepped:
+    if s.task is None:
+        return s, ()
+    stopping = (StopTraining(reason=reason),) if s.stage == "training" else ()
+    idle = replace(s, task=None, stage="none", missing=(), retry_at_s=None, reason="")
+    return replace(idle, result=None, attempts=0, refetched=False), stopping
+
+
+def _fail(s: Session, code: str, text: str) -> Stepped:
+    stopping = (StopTraining(reason=text),) if s.stage == "training" else ()
+    s = replace(s, stage="failed", reason=f"{code}: {text}", missing=(), retry_at_s=None, result=None)
+    s, told = _emit(s, "task_failed", code, text)
+    return s, (*stopping, *told)
+
+
+def _cancelled(s: Session, cancel: Cancel) -> Stepped:
+    if cancel.epoch < s.epoch:
+        return _emit(s, "stale_cancel", "E_REPLAY", f"epoch {cancel.epoch}, {s.epoch} was seen")
+    s, actions = _fence(s, cancel.epoch)
+    task = s.task
+    if task is not None and (task.job != cancel.job or task.round > cancel.round):
+        return s, actions
+    if task is None and cancel.final == s.final:
+        return s, actions
+    s, stopped = _stop(s, "the round is over")
+    if not cancel.final or cancel.final == s.final:
+        return s, (*actions, *stopped)
+    s, fetched = _fetch_final(s, cancel.final)
+    return s, (*actions, *stopped, *fetched)
+
+
+def _fetch_final(s: Session, final: tuple[Step, ...]) -> Stepped:
+    refs = _refs(final)
+    size = sum(ref.size_bytes for ref in refs)
+    if size > s.storage_bytes:
+        return _emit(
+            s, "final_model", "E_QUOTA", f"its files take {size} bytes, {s.storage_bytes} are allowed"
+        )
+    s = replace(s, final=final, missing=refs)
+    return s, (DropBlobs(keep=frozenset(r.blob for r in refs)), FetchBlobs(refs=refs))
+
+
+# --- blobs and training ------------------------------------------------------------------------
+
+
+def _stored_blob(s: Session, blob: str) -> Stepped:
+    left = tuple(ref for ref in s.missing if ref.blob != blob)
+    if len(left) == len(s.missing):
+        return s, ()
+    s = replace(s, missing=left)
+    if left or s.stage != "fetching":
+        return s, ()
+    return _start(replace(s, stage="ready", retry_at_s=None, reason="", attempts=0))
+
+
+def _failed_blob(s: Session, event: BlobFailed) -> Stepped:
+    if all(ref.blob != event.blob for ref in s.missing):
+        return s, ()
+    if event.code == "E_QUOTA" and s.stage == "fetching":
+        return _fail(s, event.code, event.text)
+    return _wait(s, event.code, event.text), ()
+
+
+def _wait(s: Session, code: str, text: str) -> Session:
+    """Plan another try of whatever failed."""
+    return replace(
+        s,
+        attempts=s.attempts + 1,
+        reason=f"{code}: {text}",
+        retry_at_s=s.now_s + _pause(s.attempts),
+    )
+
+
+def _pause(attempts: int) -> float:
+    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(attempts, 16))
+
+
+def _start(s: Session) -> Stepped:
+    if s.stage != "ready" or not s.gate_open or s.task is None or s.retry_at_s is not None:
+        return s, ()
+    return replace(s, stage="training", reason=""), (StartTraining(task=s.task, update_id=s.update_id),)
+
+
+def _gate(s: Session) -> Stepped:
+    if s.gate_open:
+        return _start(s)
+    if s.stage != "training":
+        return s, ()
+    return replace(s, stage="ready"), (StopTraining(reason=s.gate_reason),)
+
+
+def _trained(s: Session, uid: bytes, result: TrainingResult) -> Stepped:
+    task = s.task
+    if s.stage != "training" or task is None or s.update_id != uid:
+        return s, ()
+    s = replace(s, stage="storing", result=result, attempts=0)
+    return s, (StoreUpdate(task=task, update_id=uid, result=result),)
+
+
+def _training_failed(s: Session, event: TrainingFailed) -> Stepped:
+    if s.stage != "training" or s.task is None or s.update_id != event.update_id:
+        return s, ()
+    if event.code == "E_DIGEST" and not s.refetched:
+        # A file may have rotted on the card: fetch the chain again, once.
+        refs = _refs((s.task.keyframe, *s.task.deltas))
+        s = replace(s, stage="fetching", missing=refs, refetched=True)
+        return s, (DropBlobs(keep=frozenset()), FetchBlobs(refs=refs))
+    if event.code in RETRYABLE and s.attempts + 1 < MAX_ATTEMPTS:
+        return _wait(replace(s, stage="ready"), event.code, event.text), ()
+    return _fail(replace(s, stage="ready"), event.code, event.text)
+
+
+def _store_failed(s: Session, event: StoreFailed) -> Stepped:
+    if s.stage != "storing" or s.update_id != event.update_id:
+        return s, ()
+    return _wait(s, event.code, event.text), ()
+
+
+# --- sending -----------------------------------------------------------------------------------
+
+
+def _outboxed(s: Session, uid: bytes) -> Stepped:
+    task = s.task
+    if s.stage != "storing" or task is None or s.update_id != uid:
+        return s, ()
+    finished = (*s.finished, task.task_id)[-MAX_FINISHED:]
+    pending = (*s.pending, Pending(update_id=uid, job=task.job, round=task.round))
+    s, _ = _stop(s, "")
+    return _send(replace(s, finished=finished, pending=pending), uid)
+
+
+def _send_all(s: Session) -> Stepped:
+    """Send everything at once, as if for the first time: something came back."""
+    actions: tuple[Action, ...] = ()
+    for waiting in s.pending:
+        s = _with_pending(s, replace(waiting, attempts=0))
+        s, sends = _send(s, waiting.update_id)
+        actions += sends
+    return s, actions
+
+
+def _send(s: Session, uid: bytes, *, even_if_away: bool = False) -> Stepped:
+    waiting = next((p for p in s.pending if p.update_id == uid), None)
+    if waiting is None or not s.connected:
+        return s, ()
+    if s.away and not even_if_away:
+        return _with_pending(s, replace(waiting, next_s=s.now_s + RETRY_MAX_S)), ()
+    pause = RETRY_MAX_S if s.away else _pause(waiting.attempts)
+    s = _with_pending(s, replace(waiting, attempts=waiting.attempts + 1, next_s=s.now_s + pause))
+    return s, (SendUpdate(update_id=uid),)
+
+
+def _with_pending(s: Session, changed: Pending) -> Session:
+    return replace(s, pending=tuple(changed if p.update_id == changed.update_id else p for p in s.pending))
+
+
+def _without(s: Session, uid: bytes) -> Session:
+    return replace(s, pending=tuple(p for p in s.pending if p.update_id != uid))
+
+
+def _receipt(s: Session, receipt: Receipt) -> Stepped:
+    uid = receipt.update_id
+    waiting = next((p for p in s.pending if p.update_id == uid), None)
+    if waiting is None:
+        return s, ()
+    if receipt.accepted or receipt.code == "E_DUP":
+        return _without(s, uid), (Forget(update_id=uid),)
+    if receipt.retry:
+        pause = _pause(waiting.attempts)
+        return _with_pending(s, replace(waiting, attempts=waiting.attempts + 1, next_s=s.now_s + pause)), ()
+    counts = dict(s.refusals)
+    counts[receipt.code] = counts.get(receipt.code, 0) + 1
+    s = replace(_without(s, uid), refusals=tuple(sorted(counts.items())))
+    s, told = _emit(s, "update_refused", receipt.code, f"round {waiting.round}: {receipt.text}")
+    # E_DUP_CONFLICT: another update of this round was counted, which holds the same learning.
+    counted = receipt.code == "E_DUP_CONFLICT"
+    return s, (Forget(update_id=uid) if counted else RestoreResidual(update_id=uid), *told)
+
+
+def _credit(s: Session, event: CreditArrived) -> Stepped:
+    waiting = next((p for p in s.pending if p.update_id == event.update_id), None)
+    if waiting is None:
+        return s, ()
+    # The upload moves: the timer that would offer it anew starts over.
+    s = _with_pending(s, replace(waiting, attempts=1, next_s=s.now_s + _pause(1)))
+    if event.chunks == 0:
+        return s, ()
+    return s, (SendChunks(update_id=event.update_id, have=event.have, chunks=event.chunks),)
+
+
+def _dropped(s: Session, event: UpdateDropped) -> Stepped:
+    if all(p.update_id != event.update_id for p in s.pending):
+        return s, ()
+    return _emit(_without(s, event.update_id), "update_dropped", "E_QUOTA", event.reason)
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+def _ticked(s: Session) -> Stepped:
+    actions: tuple[Action, ...] = ()
+    if s.stage in ("fetching", "ready", "training", "storing") and s.now_s > s.deadline_s:
+        s, failed = _fail(s, "E_TRAIN", "the deadline passed")
+        actions += failed
+    if s.retry_at_s is not None and s.now_s >= s.retry_at_s:
+        s, tried = _retry(replace(s, retry_at_s=None))
+        actions += tried
+    for waiting in s.pending:
+        if waiting.next_s <= s.now_s:
+            s, sends = _send(s, waiting.update_id, even_if_away=True)
+            actions += sends
+    return s, actions
+
+
+def _retry(s: Session) -> Stepped:
+    if s.stage == "storing" and s.task is not None and s.result is not None:
+        return s, (StoreUpdate(task=s.task, update_id=s.update_id, result=s.result),)
+    if s.missing:
+        return s, (FetchBlobs(refs=s.missing),)
+    return _start(s)

@@ -1,0 +1,164 @@
+"""The agent's side of the training process: start it early, ask it, kill it, let it go when idle.
+
+The process has its own group, so nothing that it starts survives it. It lives across the rounds of a job
+(importing torch costs seconds on a small board) and ends after `idle_s` without work.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from liberatai_agent.session import TrainingResult
+from liberatai_agent.trainer_messages import LENGTH, Failed, Work, decode_answer, encode, require_length
+from liberatai_core.errors import BY_CODE, BusyError, LiberataiError, TooLargeError, TrainingError
+
+log = logging.getLogger(__name__)
+
+CHILD_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OPENBLAS_NUM_THREADS": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+"""One thread, sleeping while it waits (two spinning threads on a busy core collapse); no calls home."""
+
+
+class TrainerDiedError(TrainingError):
+    """The training process ended without an answer: killed, or out of memory."""
+
+    code = "E_INTERNAL"
+
+
+class Trainer:
+    """Owns at most one training process.
+
+    Args:
+        idle_s: seconds without work after which it ends.
+        command: how to start it; for tests.
+    """
+
+    def __init__(self, idle_s: float, command: Sequence[str] | None = None) -> None:
+        self._idle_s = idle_s
+        self._command = list(command or (sys.executable, "-m", "liberatai_agent.trainer_child"))
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+        self._idle: asyncio.TimerHandle | None = None
+        self._busy = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    async def warm(self) -> None:
+        """Start the process if it is not there, so that its imports are done when work comes.
+
+        Raises:
+            TrainingError: it cannot be started.
+        """
+        async with self._starting:
+            if self.pid is None:
+                try:
+                    self._process = await asyncio.create_subprocess_exec(
+                        *self._command,
+                        str(os.getpid()),
+                        stdin=asyncio.subprocess.PIPE,
+                        stdout=asyncio.subprocess.PIPE,
+                        start_new_session=True,
+                        env={**os.environ, **CHILD_ENVIRONMENT},
+                    )
+                except OSError as error:
+                    raise TrainingError(f"the training process cannot be started: {error}") from error
+        if not self._busy:
+            self._rest()
+
+    async def train(self, work: Work) -> TrainingResult:
+        """Return the result of one training.
+
+        When this coroutine is cancelled, the process is killed.
+
+        Raises:
+            LiberataiError: with the code that the process gave.
+            TrainerDiedError: it ended without an answer.
+        """
+        if self._busy:
+            raise BusyError("a training is under way")
+        self._busy = True
+        self._stop_clock()
+        try:
+            await self.warm()
+            assert self._process is not None  # noqa: S101 - `warm` set it
+            answer = decode_answer(await self._ask(self._process, encode(work)))
+        except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError, TooLargeError) as error:
+            code = await self._reap()
+            raise TrainerDiedError(f"the training process ended without an answer ({code})") from error
+        except asyncio.CancelledError:
+            await self._reap()
+            raise
+        finally:
+            self._busy = False
+        self._rest()
+        if isinstance(answer, Failed):
+            raise as_error(answer.code, answer.text)
+        return answer.result
+
+    async def close(self) -> None:
+        """Kill the process; idempotent."""
+        self._stop_clock()
+        await self._reap()
+
+    async def _ask(self, process: asyncio.subprocess.Process, request: bytes) -> bytes:
+        assert process.stdin is not None  # noqa: S101 - opened with PIPE
+        assert process.stdout is not None  # noqa: S101
+        process.stdin.write(request)
+        await process.stdin.drain()
+        size = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))[0]
+        require_length(size)
+        return await process.stdout.readexactly(size)
+
+    def _rest(self) -> None:
+        self._stop_clock()
+        self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._kill)
+
+    def _stop_clock(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+
+    def _kill(self) -> None:
+        if self.pid is not None:
+            # The group is the process's own (start_new_session), and it was not reaped yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def _reap(self) -> str:
+        """Kill the process and return how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return "it was not running"
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = await process.wait()
+        _close(process)
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _close(process: Any) -> None:
+    # The transport warns at interpreter exit unless its pipes are closed while the loop runs.
+    process._transport.close()  # noqa: SLF001
+
+
+def as_error(code: str, text: str) -> LiberataiError:
+    """Return the error that a code stands for."""
+    kind = BY_CODE.get(code, TrainingError)
+    return kind(text) if kind is not LiberataiError and code != "E_CONFIG" else TrainingError(text)

@@ -1,0 +1,272 @@
+"""The training process: restores the base, trains on local data, answers with a sparse update.
+
+`python -m liberatai_agent.trainer_child PARENT_PID` reads Work from stdin and writes Done or Failed to
+stdout, until stdin ends. It dies with its parent. Everything is a function of (task, device, round, data,
+left-overs), so a training repeated after a crash gives the same bytes. P9: only sums, counts and the
+sparse difference leave this process.
+"""
+
+import ctypes
+import hashlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import msgspec
+
+from liberatai_agent.session import TrainingResult
+from liberatai_agent.trainer_messages import (
+    LENGTH,
+    Answer,
+    Done,
+    Failed,
+    File,
+    Work,
+    decode_work,
+    encode,
+    require_length,
+)
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES
+from liberatai_core.errors import ConfigError, DataError, DigestError, LiberataiError, TooLargeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from liberatai_core.learning.dataset import Samples
+    from liberatai_core.learning.training import TrainSettings
+    from liberatai_core.weights import Vector
+
+NICE = 10
+OPEN_FILES = 256
+FILE_BYTES = 64 << 20
+"""The process writes no files; this bounds what a faulty library may leave behind."""
+PR_SET_PDEATHSIG = 1
+
+MIN_SAMPLES_FOR_HOLDOUT = 40
+HOLDOUT_SHARE = 0.15
+"""Six samples of forty: fewer say nothing, more would be missed in training."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """What is kept between two rounds: the last base (for the next delta) and the data."""
+
+    base: "tuple[bytes, Vector] | None" = None
+    samples: "tuple[object, Samples] | None" = None
+
+
+def work(task: Work, memory: Memory) -> Answer:
+    """Return the outcome of one training; never raises for what a task, a file or data may cause."""
+    try:
+        return Done(result=_train(task, memory))
+    except LiberataiError as error:
+        return Failed(code=error.code, text=str(error)[:512])
+    except MemoryError:
+        return Failed(code="E_TRAIN", text="not enough memory for this structure")
+    except Exception as error:  # noqa: BLE001 - a library's fault must not end the process without a word
+        return Failed(code="E_TRAIN", text=f"{type(error).__name__}: {error}"[:512])
+
+
+def _train(task: Work, memory: Memory) -> TrainingResult:
+    import numpy as np  # noqa: PLC0415 - the parent imports this module's neighbours
+
+    from liberatai_core.learning import training  # noqa: PLC0415
+    from liberatai_core.sparsifier import top_k  # noqa: PLC0415
+
+    base = base_weights(task, memory)
+    samples = _samples(task, memory)
+    if samples.y is None:
+        raise DataError(f"{task.data_path}: no labels: training needs a key y beside x")
+    held = holdout(task, len(samples), samples.test)
+    x, y = samples.x[~held], samples.y[~held]
+    evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
+    trained = training.train(task.structure, task.data, base, x, y, _settings(task), _seed(task))
+    difference = trained.weights - base
+    for _, body in task.returned:
+        difference += top_k.densify(body, task.structure)
+    state = top_k.init(task.structure.parameters)
+    if task.residual is not None:
+        state = top_k.state_from_bytes(task.residual, task.structure.parameters)
+    state, body = top_k.sparsify(state, difference, task.structure, task.density)
+    counts = np.bincount(y, minlength=task.data.classes).tolist() if task.share_class_counts else None
+    return TrainingResult(
+        body=body,
+        residual=top_k.state_to_bytes(state),
+        returned=tuple(uid for uid, _ in task.returned),
+        samples=len(y),
+        class_counts=None if counts is None else tuple(counts),
+        evaluation=evaluation,
+        train_seconds=trained.seconds,
+        loss=trained.loss,
+    )
+
+
+def base_weights(task: Work, memory: Memory) -> "Vector":
+    """Return the weights that the chain leads to; every step is checked against its digest.
+
+    The base of the last round is the start if the chain contains it.
+
+    Raises:
+        DigestError: a step gives other weights than its digest names.
+        CodecError and others: a file is damaged.
+    """
+    from liberatai_core.compressor.artifact import restore  # noqa: PLC0415
+    from liberatai_core.sparsifier.top_k import densify  # noqa: PLC0415
+
+    weights: Vector | None = None
+    deltas = task.deltas
+    chain = [task.keyframe.digest, *(step.digest for step in task.deltas)]
+    if memory.base is not None and memory.base[0] in chain:
+        known = len(chain) - 1 - chain[::-1].index(memory.base[0])
+        weights, deltas = memory.base[1], task.deltas[known:]
+    if weights is None or weights.shape != (task.structure.parameters,):
+        weights, deltas = restore(_read(task.keyframe), task.structure), task.deltas
+        _require_digest(weights, task.keyframe, "keyframe")
+    for number, step in enumerate(deltas):
+        weights = weights + densify(_read(step), task.structure)
+        _require_digest(weights, step, f"delta {len(task.deltas) - len(deltas) + number + 1}")
+    memory.base = (chain[-1], weights)
+    return weights
+
+
+def _read(step: File) -> bytes:
+    path = Path(step.path)
+    try:
+        if path.stat().st_size > MAX_OBJECT_BYTES:
+            raise TooLargeError(f"{path.name}: {path.stat().st_size} bytes, at most {MAX_OBJECT_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DigestError(f"{path.name}: {error.strerror}") from error
+
+
+def _require_digest(weights: "Vector", step: File, what: str) -> None:
+    from liberatai_core.weights import digest  # noqa: PLC0415
+
+    found = digest(weights)
+    if found != step.digest:
+        raise DigestError(f"{what}: gives weights {found.hex()[:16]}…, wanted {step.digest.hex()[:16]}…")
+
+
+def _samples(task: Work, memory: Memory) -> "Samples":
+    from liberatai_core.learning.dataset import load_npz  # noqa: PLC0415
+
+    path = Path(task.data_path)
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    wanted = (task.data_path, task.data, found.st_mtime_ns, found.st_size)
+    if memory.samples is None or memory.samples[0] != wanted:
+        memory.samples = None
+        memory.samples = (wanted, load_npz(path, task.data))
+    return memory.samples[1]
+
+
+def holdout(task: Work, count: int, test: "NDArray[np.bool_] | None") -> "NDArray[np.bool_]":
+    """Return which samples are never trained on: the file's test rows, or a seeded share of the rest.
+
+    The choice depends on device and job only, so no sample changes sides between rounds.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    if test is not None and test.any() and not test.all():
+        return test
+    held = np.zeros(count, dtype=np.bool_)
+    if count >= MIN_SAMPLES_FOR_HOLDOUT:
+        random = np.random.default_rng(_number("holdout", task.device, task.job))
+        held[random.permutation(count)[: int(count * HOLDOUT_SHARE)]] = True
+    return held
+
+
+def _evaluate(
+    task: Work, base: "Vector", x: "NDArray[np.float32]", y: "NDArray[np.int64]"
+) -> tuple[int, int]:
+    from liberatai_core.learning.training import log_probabilities  # noqa: PLC0415
+
+    predicted = log_probabilities(task.structure, task.data, base, x).argmax(axis=1)
+    return int((predicted == y).sum()), len(y)
+
+
+def _settings(task: Work) -> "TrainSettings":
+    from liberatai_core.learning.training import TrainSettings  # noqa: PLC0415
+
+    try:
+        return TrainSettings(**msgspec.structs.asdict(task.training))
+    except ConfigError as error:
+        raise DataError(f"the task cannot be trained here: {'; '.join(error.faults)}") from error
+
+
+def _seed(task: Work) -> int:
+    return _number("training", str(task.seed), task.device, task.job, str(task.round))
+
+
+def _number(*parts: str) -> int:
+    """Return a 63-bit number that depends on all parts: torch takes no more."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big") >> 1
+
+
+# --- the process -------------------------------------------------------------------------------
+
+
+def confine(parent: int) -> None:
+    """Die with the parent, be nice, and stay inside small limits."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        # It died before the line above.
+        os._exit(1)
+    os.nice(NICE)
+    for what, limit in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+    ):
+        hard = resource.getrlimit(what)[1]
+        wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(what, (wanted, wanted))
+
+
+def serve(source: BinaryIO, sink: BinaryIO) -> None:
+    """Answer Work until the source ends."""
+    memory = Memory()
+    while head := source.read(LENGTH.size):
+        if len(head) != LENGTH.size:
+            return
+        size = LENGTH.unpack(head)[0]
+        require_length(size)
+        body = source.read(size)
+        if len(body) != size:
+            return
+        try:
+            answer = work(decode_work(body), memory)
+        except msgspec.MsgspecError as error:
+            answer = Failed(code="E_INTERNAL", text=f"the trainer was sent nonsense: {error}"[:512])
+        sink.write(encode(answer))
+        sink.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Confine the process, load torch while the agent still downloads, then serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    confine(int(argv[0]))
+    # Whatever a library prints must not get between our messages.
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        from liberatai_core.learning.families import require_torch  # noqa: PLC0415
+
+        require_torch()
+    except LiberataiError:
+        # The first task is answered with E_EXTRA, where the operator sees it.
+        pass
+    serve(sys.stdin.buffer, sink)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""What agent and training process say to each other: length-prefixed msgpack over pipes."""
+
+import struct
+
+import msgspec
+
+from liberatai_agent.session import TrainingResult
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES
+from liberatai_core.contract.messages import Training
+from liberatai_core.errors import TooLargeError
+from liberatai_core.structure import DataContract, Structure
+
+LENGTH = struct.Struct(">I")
+MAX_MESSAGE_BYTES = 16 * MAX_OBJECT_BYTES
+"""1 GiB: the residual of the largest structure. Both ends are ours; this bounds a bug, not an enemy."""
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """A blob on disk, and the digest of the weights that it leads to."""
+
+    path: str
+    digest: bytes
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
+    """One training.
+
+    Attributes:
+        keyframe, deltas: the chain to the base weights.
+        data_path: private .npz.
+        residual: the sparsifier's state, None before the first round.
+        returned: (update id, body) of refused updates: their content is added to the difference.
+    """
+
+    device: str
+    job: str
+    round: int
+    structure: Structure
+    data: DataContract
+    training: Training
+    seed: int
+    density: float
+    keyframe: File
+    deltas: tuple[File, ...]
+    data_path: str
+    residual: bytes | None = None
+    returned: tuple[tuple[bytes, bytes], ...] = ()
+    share_class_counts: bool = False
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """The training ended well."""
+
+    result: TrainingResult
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The training ended badly; `code` is of `errors.py`."""
+
+    code: str
+    text: str
+
+
+Answer = Done | Failed
+
+_ENCODER = msgspec.msgpack.Encoder()
+_WORK = msgspec.msgpack.Decoder(Work)
+_ANSWER = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Work | Answer) -> bytes:
+    """Return length and body of a message."""
+    body = _ENCODER.encode(message)
+    require_length(len(body))
+    return LENGTH.pack(len(body)) + body
+
+
+def decode_work(body: bytes) -> Work:
+    """Return the work in a body; raises msgspec.MsgspecError."""
+    return _WORK.decode(body)
+
+
+def decode_answer(body: bytes) -> Answer:
+    """Return the answer in a body; raises msgspec.MsgspecError."""
+    answer: Answer = _ANSWER.decode(body)
+    return answer
+
+
+def require_length(size: int) -> None:
+    """Raise TooLargeError for a length that no message has."""
+    if size > MAX_MESSAGE_BYTES:
+        raise TooLargeError(f"message of {size} bytes to or from the trainer, at most {MAX_MESSAGE_BYTES}")

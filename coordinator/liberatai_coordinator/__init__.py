@@ -1,0 +1,1 @@
+"""The coordinator: assigns, collects, aggregates and republishes."""

@@ -1,0 +1,298 @@
+"""From one version to the next: a function of the version before and a frozen, sorted set of updates.
+
+    updates ─▶ mean per structure ─▶ ensemble over structures, guarded ─▶ taught back ─▶ deltas for devices
+
+Nothing here reads a clock, a network or a disk, and every seed is derived from the job's: the same set of
+updates gives byte-identical weights, whatever crashed in between (promise P4). The devices' view lags behind
+the coordinator's state by what a delta left out; the next difference contains it (EF21-P, DESIGN §5).
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from liberatai_coordinator.config import JobSpec
+from liberatai_core.aggregator import mean
+from liberatai_core.aggregator import server_optimizer as optimizers
+from liberatai_core.aggregator.ensemble import Evidence, Method, Pool, pooled
+from liberatai_core.aggregator.guard import guard
+from liberatai_core.aggregator.label_free import label_free
+from liberatai_core.aggregator.tpe import tpe
+from liberatai_core.aggregator.uniform import uniform
+from liberatai_core.contract.messages import Update
+from liberatai_core.errors import NonFiniteError
+from liberatai_core.learning.distillation import DistillSettings, distill, pool
+from liberatai_core.learning.training import log_probabilities
+from liberatai_core.sparsifier.top_k import densify, init, sparsify
+from liberatai_core.structure import DataContract, Structure
+from liberatai_core.weights import Vector, require_finite
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """One structure of a version.
+
+    Attributes:
+        master: the coordinator's float32 weights, shape (parameters,).
+        view: the exact weights that devices hold, shape (parameters,).
+        class_counts: samples of each class behind the structure, shape (classes,), sums over devices.
+        optimizer: state of the server optimiser.
+    """
+
+    structure: Structure
+    master: Vector
+    view: Vector
+    class_counts: NDArray[np.float64]
+    optimizer: optimizers.ServerState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Public:
+    """What the coordinator itself has: unlabeled inputs, and perhaps a labelled sample for the guard."""
+
+    unlabeled: Floats | None = None
+    validation: tuple[Floats, NDArray[np.int64]] | None = None
+
+
+class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
+    """How a version's structures are combined: `aggregator.ensemble.Pool` in plain numbers, and the guard.
+
+    Attributes:
+        method: "uniform", "label_free" or "tpe".
+        members: structure ids, in the order of the rows below.
+        weights: (members, classes).
+        log_priors: (members, classes), or () for none.
+        bias: (classes,), or () for none.
+        kind: "log" or "linear".
+        use: "ensemble", or the id of the structure that the guard fell back to.
+        guard: what the guard saw, in words.
+    """
+
+    method: str
+    members: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    log_priors: tuple[tuple[float, ...], ...] = ()
+    bias: tuple[float, ...] = ()
+    kind: Literal["log", "linear"] = "log"
+    use: str = "ensemble"
+    guard: str = ""
+
+    def combine(self, log_probs: Floats) -> Floats:
+        """Return log-probabilities (n, classes) from those of the members (members, n, classes)."""
+        if self.use != "ensemble":
+            alone: Floats = log_probs[self.members.index(self.use)]
+            return alone
+        return pooled(self.pool, log_probs)
+
+    @property
+    def pool(self) -> Pool:
+        """The numbers as arrays."""
+        return Pool(
+            weights=np.array(self.weights),
+            log_priors=np.array(self.log_priors) if self.log_priors else None,
+            bias=np.array(self.bias) if self.bias else None,
+            kind=self.kind,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Advanced:
+    """The next version, before it is written down.
+
+    Attributes:
+        deltas: per structure, what devices apply to their view.
+        ensemble: of the devices' views.
+        teach_seconds: wall time of the distillation (advisory; part of no digest).
+    """
+
+    members: Mapping[str, Member]
+    deltas: Mapping[str, bytes]
+    ensemble: Ensemble
+    teach_seconds: float
+
+
+def difference(update: Update, structure: Structure) -> Vector:
+    """Return what an update means; raises a LiberataiError for every stream that no device writes."""
+    return densify(update.body, structure)
+
+
+def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
+    """Return a structure's member of version 0."""
+    return Member(
+        structure=structure,
+        master=view,
+        view=view,
+        class_counts=np.zeros(job.data.classes),
+        optimizer=_server(job).init(structure.parameters),
+    )
+
+
+def advance(
+    job: JobSpec, number: int, members: Mapping[str, Member], updates: Sequence[Update], public: Public
+) -> Advanced:
+    """Return the version that follows from `members` and these updates of round `number`.
+
+    Args:
+        job: settings.
+        number: the round, 1 …
+        members: the version before, by structure id.
+        updates: sorted by update id; all verified against their structure already.
+        public: the coordinator's own data.
+    """
+    merged = {sid: _merge(job, member, _of(updates, sid)) for sid, member in sorted(members.items())}
+    started = time.perf_counter()
+    taught = _teach(job, number, merged, public)
+    teach_seconds = time.perf_counter() - started
+    last = number >= job.rounds.count
+    density = job.sparsify.final_density if last else job.sparsify.down_density
+    published = {sid: _publish(member, density) for sid, member in taught.items()}
+    members_after = {sid: member for sid, (member, _) in published.items()}
+    return Advanced(
+        members=members_after,
+        deltas={sid: delta for sid, (_, delta) in published.items()},
+        ensemble=combine(job, members_after, public),
+        teach_seconds=teach_seconds,
+    )
+
+
+def combine(job: JobSpec, members: Mapping[str, Member], public: Public) -> Ensemble:
+    """Return the guarded ensemble of the devices' views."""
+    views = {sid: member.view for sid, member in members.items()}
+    return _ensemble(job, members, views, public)
+
+
+def outputs(
+    members: Mapping[str, Member], weights: Mapping[str, Vector], data: DataContract, x: Floats
+) -> Floats:
+    """Return the members' log-probabilities, shape (members, n, classes), in the order of their ids."""
+    return np.stack([log_probabilities(members[s].structure, data, weights[s], x) for s in sorted(members)])
+
+
+def _of(updates: Sequence[Update], sid: str) -> list[Update]:
+    return [update for update in updates if update.structure == sid]
+
+
+def _server(job: JobSpec) -> optimizers.ServerOptimizer:
+    rate = job.aggregate.server_rate
+    return {"mean": optimizers.plain, "fedavgm": optimizers.fedavgm, "fedadam": optimizers.fedadam}[
+        job.aggregate.server_optimizer
+    ](rate)
+
+
+def _merge(job: JobSpec, member: Member, updates: Sequence[Update]) -> Member:
+    if not updates:
+        return member
+    decoded = [
+        mean.Update(
+            id=update.update_id.hex(),
+            difference=difference(update, member.structure),
+            samples=update.samples,
+        )
+        for update in updates
+    ]
+    together = mean.aggregate(mean.mean(job.aggregate.sample_cap), member.structure.parameters, decoded)
+    optimizer, master = _server(job).step(member.optimizer, member.master, together)
+    require_finite(master, member.structure.id)
+    counts = [update.class_counts for update in updates if update.class_counts is not None]
+    usable = [c for c in counts if len(c) == len(member.class_counts)]
+    class_counts = np.array(usable, dtype=np.float64).sum(axis=0) if usable else member.class_counts
+    return replace(member, master=master, optimizer=optimizer, class_counts=class_counts)
+
+
+def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Public) -> Mapping[str, Member]:
+    """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242)."""
+    if public.unlabeled is None or number % job.teach.every:
+        return members
+    settings = DistillSettings(
+        **{
+            name: getattr(job.teach, name)
+            for name in DistillSettings.__struct_fields__
+            if hasattr(job.teach, name)
+        }
+    )
+    masters = {sid: member.master for sid, member in members.items()}
+    teacher = _ensemble(job, members, masters, public)
+    x = pool(public.unlabeled, settings, derive_seed(job.seed, "pool", number))
+    targets = teacher.combine(outputs(members, masters, job.data, x))
+    return {
+        sid: replace(
+            member,
+            master=distill(
+                member.structure,
+                job.data,
+                member.master,
+                x,
+                targets,
+                settings,
+                derive_seed(job.seed, f"teach|{sid}", number),
+            ),
+        )
+        for sid, member in members.items()
+    }
+
+
+def _publish(member: Member, density: float) -> tuple[Member, bytes]:
+    """Return the member with the next view, and the delta that leads there."""
+    behind = member.master - member.view
+    if not np.isfinite(behind).all():
+        raise NonFiniteError(f"{member.structure.id}: the state is not finite")
+    _, delta = sparsify(init(member.structure.parameters), behind, member.structure, density)
+    view = (member.view + densify(delta, member.structure)).astype(np.float32)
+    return replace(member, view=view), delta
+
+
+def _ensemble(
+    job: JobSpec, members: Mapping[str, Member], weights: Mapping[str, Vector], public: Public
+) -> Ensemble:
+    ids = tuple(sorted(members))
+    counts = np.stack([members[sid].class_counts for sid in ids])
+    held_out = outputs(members, weights, job.data, public.validation[0]) if public.validation else None
+    labels = public.validation[1] if public.validation else None
+    name, method = _method(job, known=bool(counts.sum() > 0))
+    pool = method(
+        Evidence(
+            class_counts=counts, balance=job.training.balance, log_probs=held_out, y=labels, seed=job.seed
+        )
+    )
+    made = Ensemble(
+        method=name,
+        members=ids,
+        weights=_rows(pool.weights),
+        log_priors=() if pool.log_priors is None else _rows(pool.log_priors),
+        bias=() if pool.bias is None else tuple(map(float, pool.bias)),
+        kind=pool.kind,
+        guard="not checked: the job has no labelled validation data",
+    )
+    if held_out is None or labels is None:
+        return made
+    decision = guard(made.combine(held_out), held_out, labels)
+    use = "ensemble" if decision.use == "ensemble" else ids[decision.use]
+    return msgspec.structs.replace(made, use=use, guard=decision.reason)
+
+
+def _method(job: JobSpec, *, known: bool) -> tuple[str, Method]:
+    """Return how to combine; without class counts the label-free rule has nothing to go by."""
+    if job.aggregate.ensemble == "tpe":
+        return "tpe", tpe(job.aggregate.trials)
+    return (
+        ("label_free", label_free)
+        if job.aggregate.ensemble == "label_free" and known
+        else ("uniform", uniform)
+    )
+
+
+def _rows(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(v) for v in row) for row in values)
+
+
+def derive_seed(seed: int, purpose: str, number: int) -> int:
+    """Return a seed for one purpose and round: 31 bits of a hash, so no two purposes share a stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{purpose}|{number}".encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,196 @@
+"""Settings of a coordinator and of a job: YAML in, checked Structs out. No I/O here."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from liberatai_core.contract.limits import MAX_ROUND, MAX_SAMPLES, MAX_SECONDS
+from liberatai_core.contract.messages import Training
+from liberatai_core.contract.topics import FLEET_OR_DEVICE, NAME
+from liberatai_core.errors import ConfigError
+from liberatai_core.settings import faults, parse_mapping
+from liberatai_core.structure import DataContract, Parameter
+
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all settings: closed and frozen."""
+
+
+class StructureChoice(Settings, frozen=True, kw_only=True):
+    """One structure that devices may get, e.g. {family: cnn, params: {width: 16}}."""
+
+    family: Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
+    params: dict[str, Parameter] = {}
+
+
+class Rounds(Settings, frozen=True, kw_only=True):
+    """When a round opens and closes.
+
+    Attributes:
+        count: rounds of the job.
+        target: updates that are enough to close a round; None: every device that can take part.
+        overselect: invited devices per wanted update (Bonawitz 2019: 1.3, because 6-10 % drop out).
+        quorum: share of `target` without which a round is abandoned at its deadline.
+        deadline_s: seconds from the opening to the close.
+        min_devices: devices that must be online before the job starts.
+    """
+
+    count: Annotated[int, Meta(ge=1, le=MAX_ROUND)] = 10
+    target: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    overselect: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    quorum: Share = 0.75
+    deadline_s: Annotated[float, Meta(gt=0, le=MAX_SECONDS)] = 600.0
+    min_devices: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+
+
+class Sparsify(Settings, frozen=True, kw_only=True):
+    """Which share of the parameters travels per round.
+
+    Attributes:
+        up_density: from devices; a slow link may get less (the plan says so).
+        down_density: to devices.
+        final_density: to devices after the last round, when nothing follows that could catch up.
+    """
+
+    up_density: Share = 0.05
+    down_density: Share = 0.05
+    final_density: Share = 0.2
+
+
+class Compress(Settings, frozen=True, kw_only=True):
+    """How keyframes are compressed.
+
+    Attributes:
+        bits: most bits per weight that a keyframe may take, even where storage would allow more.
+    """
+
+    bits: Annotated[float, Meta(gt=0, le=32)] = 4.0
+
+
+class Aggregate(Settings, frozen=True, kw_only=True):
+    """How updates become the next version.
+
+    Attributes:
+        server_optimizer: what happens to the mean difference of a structure.
+        server_rate: step of the server optimiser.
+        sample_cap: a device weighs at most this many samples (sizes are self-reported).
+        ensemble: how structures are combined.
+        trials: trials of the search, for "tpe".
+        validation: labelled .npz that the guard and "tpe" use; never trains anything.
+    """
+
+    server_optimizer: Literal["mean", "fedavgm", "fedadam"] = "mean"
+    server_rate: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    sample_cap: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 100_000
+    ensemble: Literal["uniform", "label_free", "tpe"] = "label_free"
+    trials: Annotated[int, Meta(ge=1, le=10_000)] = 50
+    validation: str | None = None
+
+
+class Teach(Settings, frozen=True, kw_only=True):
+    """Teaching back: the ensemble is distilled into every structure on unlabeled data.
+
+    Attributes:
+        unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
+        every: rounds between two teachings.
+        steps, batch_size, learning_rate, temperature, copies, augment, mixup: of the distillation, see
+            `learning.distillation.DistillSettings`.
+    """
+
+    unlabeled: str | None = None
+    every: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 150
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 64
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 2e-3
+    temperature: Annotated[float, Meta(ge=0.1, le=100)] = 2.0
+    copies: Annotated[int, Meta(ge=0, le=100)] = 4
+    augment: Annotated[float, Meta(ge=0, le=4)] = 1.0
+    mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0
+
+
+class JobSpec(Settings, frozen=True, kw_only=True):
+    """A federated training: one YAML file.
+
+    Attributes:
+        name: of the job and of the model that it makes.
+        data: what every device's data looks like.
+        structures: what devices may get; the plan picks the most capable that fits.
+        share_class_counts: devices tell how many samples of each class they have (sums; needed by
+            "label_free"). Off: the ensemble is uniform.
+        seed: of initial weights, training and distillation.
+    """
+
+    name: Annotated[str, Meta(pattern=NAME)]
+    data: DataContract
+    structures: Annotated[tuple[StructureChoice, ...], Meta(min_length=1, max_length=64)]
+    rounds: Rounds = Rounds()
+    training: Training = Training()
+    sparsify: Sparsify = Sparsify()
+    compress: Compress = Compress()
+    aggregate: Aggregate = Aggregate()
+    teach: Teach = Teach()
+    share_class_counts: bool = True
+    seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+
+class CoordinatorConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `liberatai serve`.
+
+    Attributes:
+        fleet: name in every topic.
+        coordinator: this coordinator's name.
+        broker: mqtt:// or mqtts:// URL, without credentials.
+        username, password_file: how to log in at the broker.
+        ca_file, cert_file, key_file: for mqtts.
+        state_dir: ledger, blobs and keys.
+        socket: Unix socket of the API; relative to state_dir.
+        enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
+            below; "open": the first key seen for a name is taken (trusted networks only).
+        devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
+        profiles_dir: folder with hardware classes.
+    """
+
+    fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
+    coordinator: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)] = "co1"
+    broker: str = "mqtt://127.0.0.1:1883"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    state_dir: str = "/var/lib/liberatai"
+    socket: str = "api.sock"
+    enrolment: Literal["approve", "allowlist", "open"] = "approve"
+    devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]] = {}
+    profiles_dir: str | None = None
+
+
+def parse_job(text: str, where: str) -> JobSpec:
+    """Return the job that a YAML text holds.
+
+    Raises:
+        ConfigError: with every fault, one line each, e.g. `rounds.deadline_s: must be > 0 (got "soon")`.
+    """
+    raw = parse_mapping(text, where)
+    found = faults(raw, JobSpec)
+    if not found:
+        found = _across(msgspec.convert(raw, JobSpec))
+    if found:
+        raise ConfigError(where, found)
+    return msgspec.convert(raw, JobSpec)
+
+
+def _across(job: JobSpec) -> list[str]:
+    """Return faults that no single key shows."""
+    found = []
+    if job.aggregate.ensemble == "tpe" and job.aggregate.validation is None:
+        found.append("aggregate.validation: missing (ensemble tpe searches on labelled data)")
+    if job.rounds.target is not None and job.rounds.min_devices > job.rounds.target * job.rounds.overselect:
+        found.append("rounds.min_devices: more than rounds.target ever invites")
+    kinds = [(choice.family, tuple(sorted(choice.params.items()))) for choice in job.structures]
+    if len(set(kinds)) != len(kinds):
+        found.append("structures: the same structure stands twice")
+    return found

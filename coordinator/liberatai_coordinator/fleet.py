@@ -1,0 +1,181 @@
+"""Who is there and what it can do: the registry of devices as values. Pure: time is an argument.
+
+A device introduces itself with a signed Capability that carries its key. What then happens is the
+operator's choice (`enrolment`): nothing it says counts before it is approved.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from liberatai_core.contract.frame import key_id
+from liberatai_core.contract.messages import Capability, Event, Message, Report, State, Telemetry
+from liberatai_core.errors import (
+    LiberataiError,
+    NotFoundError,
+    ReplayError,
+    RevokedError,
+    SignatureError,
+    UnknownDeviceError,
+)
+
+Status = Literal["pending", "approved", "quarantined"]
+Enrolment = Literal["approve", "allowlist", "open"]
+
+MAX_PENDING = 1000
+"""Devices that wait for approval: a stranger cannot fill the memory with names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device as the coordinator knows it."""
+
+    id: str
+    public_key: bytes
+    status: Status
+    capability: Capability | None = None
+    session: int = 0
+    state: str = "unknown"
+    report: Report | None = None
+    telemetry: Telemetry | None = None
+    last_event: Event | None = None
+    last_seen_s: float = 0.0
+    reason: str = ""
+
+    @property
+    def online(self) -> bool:
+        """Whether it said so, and no will has contradicted it."""
+        return self.state == "online"
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All devices by name, and by key.
+
+    Attributes:
+        enrolment: what happens to a key that nobody has seen.
+        allowed: device name -> public key, known beforehand.
+    """
+
+    enrolment: Enrolment
+    allowed: dict[str, bytes] = field(default_factory=dict)
+    devices: dict[str, Device] = field(default_factory=dict)
+    refusals: dict[str, Counter[str]] = field(default_factory=dict)
+    _index: dict[bytes, tuple[bytes, str]] = field(default_factory=dict)
+
+    def restore(self, devices: list[Device]) -> None:
+        """Take over what the ledger remembers, and whoever the settings allow."""
+        self.devices = {device.id: device for device in devices}
+        for name, key in self.allowed.items():
+            if name not in self.devices or self.devices[name].public_key != key:
+                self.devices[name] = Device(id=name, public_key=key, status="approved")
+
+    def key(self, wanted: bytes) -> bytes | None:
+        """Return the public key with this key id, or None."""
+        owner = self.owner(wanted)
+        return self.devices[owner].public_key if owner else None
+
+    def owner(self, wanted: bytes) -> str | None:
+        """Return the device that has the key with this key id."""
+        # A scan of some thousand hashes would cost a millisecond per frame; the index is rebuilt only
+        # when a device came or changed its key.
+        if len(self._index) != len(self.devices) or any(
+            self.devices[name].public_key != key for key, name in self._index.values()
+        ):
+            self._index = {key_id(d.public_key): (d.public_key, d.id) for d in self.devices.values()}
+        found = self._index.get(wanted)
+        return found[1] if found else None
+
+    def require(self, device: str) -> Device:
+        """Return a device, or raise NotFoundError."""
+        if device not in self.devices:
+            raise NotFoundError(f"no device {device!r}; `liberatai devices list` shows all")
+        return self.devices[device]
+
+    def hear(self, message: Message, signer: bytes, now_s: float) -> tuple[Device, bool]:
+        """Take in what a device says of itself.
+
+        Args:
+            message: a verified State, Capability, Report, Telemetry or Event.
+            signer: public key that verified it.
+            now_s: the coordinator's time.
+
+        Returns:
+            The device, and whether something changed that must be remembered over a restart.
+
+        Raises:
+            UnknownDeviceError: nobody with this name, and new names are not taken.
+            SignatureError: the name belongs to another key.
+            ReplayError: from an older session than the last one heard.
+        """
+        name: str = message.device  # type: ignore[attr-defined]
+        session: int = message.session  # type: ignore[attr-defined]
+        known = self.devices.get(name)
+        new = known is None
+        if known is None:
+            known = self._introduce(message, signer)
+        elif known.public_key != signer:
+            raise SignatureError(f"{name} has another key; if the device was set up anew, remove it first")
+        if session < known.session:
+            raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
+        device = _heard(known, message, session, now_s)
+        self.devices[name] = device
+        lasting = device.capability != known.capability or device.session != known.session
+        return device, lasting or new
+
+    def admit(self, device: str) -> Device:
+        """Return the device if what it sends may count.
+
+        Raises:
+            RevokedError: quarantined. UnknownDeviceError: not approved yet.
+        """
+        found = self.require(device)
+        if found.status == "quarantined":
+            raise RevokedError(f"{device} is quarantined: {found.reason}")
+        if found.status == "pending":
+            raise UnknownDeviceError(f"{device} waits for approval: `liberatai devices approve {device}`")
+        return found
+
+    def set_status(self, device: str, status: Status, reason: str = "") -> Device:
+        """Approve, quarantine or release a device."""
+        self.devices[device] = replace(self.require(device), status=status, reason=reason)
+        return self.devices[device]
+
+    def count_refusal(self, device: str, error: LiberataiError) -> None:
+        """Count what was refused, per device (or "" for a stranger) and code."""
+        self.refusals.setdefault(device, Counter())[error.code] += 1
+
+    def ready(self) -> list[Device]:
+        """Return devices that can get work: approved, online, introduced; by name."""
+        return sorted(
+            (d for d in self.devices.values() if d.status == "approved" and d.online and d.capability),
+            key=lambda device: device.id,
+        )
+
+    def _introduce(self, message: Message, signer: bytes) -> Device:
+        if not isinstance(message, Capability):
+            raise UnknownDeviceError("said something before it introduced itself")
+        if self.enrolment == "allowlist":
+            raise UnknownDeviceError(f"{message.device} is not in the coordinator's list of devices")
+        waiting = sum(device.status == "pending" for device in self.devices.values())
+        if self.enrolment == "approve" and waiting >= MAX_PENDING:
+            raise UnknownDeviceError(f"{waiting} devices wait for approval already")
+        status: Status = "approved" if self.enrolment == "open" else "pending"
+        return Device(id=message.device, public_key=signer, status=status)
+
+
+def _heard(device: Device, message: Message, session: int, now_s: float) -> Device:
+    device = replace(device, session=max(session, device.session), last_seen_s=now_s)
+    match message:
+        case State():
+            return replace(device, state=message.state)
+        case Capability():
+            return replace(device, capability=message)
+        case Report():
+            return replace(device, report=message)
+        case Telemetry():
+            return replace(device, telemetry=message)
+        case Event():
+            return replace(device, last_event=message)
+        case _:
+            return device

@@ -1,0 +1,351 @@
+"""The model repository: content-addressed blobs on disk, and the manifest that makes them a version.
+
+A blob is a file named by its SHA-256. It is written beside its place, synced, renamed and the folder
+synced, so it is complete or absent after any crash. A version is a manifest that names its blobs; the
+id of a version is the SHA-256 of its manifest, so it depends on content only: the same updates give the
+same id, whenever they are aggregated. `commit` stores the blobs before the manifest; the ledger's row,
+added after it, is what makes the version exist (promise P3).
+
+The folder has the blob layout of an OCI image (`blobs/sha256/<hex>`, OCI image layout 1.0).
+"""
+
+import hashlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from liberatai_core.contract.limits import (
+    MAX_CHAIN,
+    MAX_CLASSES,
+    MAX_OBJECT_BYTES,
+    MAX_ROUND,
+    MAX_SAMPLES,
+)
+from liberatai_core.contract.topics import NAME
+from liberatai_core.errors import DigestError, DiskError, NonFiniteError, NotFoundError, SchemaError
+from liberatai_core.structure import DataContract, Structure
+
+SHA256: Final = "^[0-9a-f]{64}$"
+_SHA256 = re.compile(SHA256)
+_TEMPORARY: Final = ".tmp"
+
+Sha = Annotated[str, Meta(pattern=SHA256)]
+Number = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything in a manifest: closed and frozen."""
+
+
+class StepRecord(Record, frozen=True, kw_only=True):
+    """A published file: after applying `blob`, a device holds the weights that `digest` names.
+
+    Attributes:
+        version: number of the version that it leads to.
+        blob: SHA-256 of the file.
+        size: its length in bytes.
+        digest: SHA-256 of the decoded weights (hex).
+    """
+
+    version: Number
+    blob: Sha
+    size: Annotated[int, Meta(ge=1, le=MAX_OBJECT_BYTES)]
+    digest: Sha
+
+
+class Member(Record, frozen=True, kw_only=True):
+    """One structure of a version.
+
+    Attributes:
+        master: blob with the coordinator's own float32 weights (little-endian).
+        view: blob with the float32 weights that devices hold after decoding.
+        digest: SHA-256 (hex) of those decoded weights, as in a Task's `base`.
+        keyframe: the whole model, compressed.
+        deltas: what was published since the keyframe, oldest first.
+        class_counts: samples per class of the devices that train this structure; () if not shared.
+        samples: samples behind the updates of this version.
+        updates: number of updates of this structure in this version.
+        optimizer: blobs with the float32 moments of the server optimiser; () if it has none.
+    """
+
+    structure: Structure
+    master: Sha
+    view: Sha
+    digest: Sha
+    keyframe: StepRecord
+    deltas: Annotated[tuple[StepRecord, ...], Meta(max_length=MAX_CHAIN)] = ()
+    class_counts: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=MAX_CLASSES)] = ()
+    samples: Annotated[int, Meta(ge=0, le=MAX_SAMPLES * MAX_SAMPLES)] = 0
+    updates: Annotated[int, Meta(ge=0)] = 0
+    optimizer: Annotated[tuple[Sha, ...], Meta(max_length=4)] = ()
+
+
+class EnsembleRecord(Record, frozen=True, kw_only=True):
+    """How the structures answer together.
+
+    Attributes:
+        method: "uniform", "label_free" or "tpe"; "single" for one structure without an ensemble.
+        members: structure ids, in the order of the rows below.
+        weights, log_priors: (members, classes).
+        bias, kind: see `aggregator.ensemble.Pool`.
+        use: "ensemble", or the id of the structure that the guard fell back to.
+        guard: what the guard decided, in words; "" if it had nothing to judge with.
+    """
+
+    method: Annotated[str, Meta(max_length=64)]
+    members: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    weights: Annotated[tuple[tuple[float, ...], ...], Meta(max_length=64)] = ()
+    log_priors: Annotated[tuple[tuple[float, ...], ...], Meta(max_length=64)] = ()
+    bias: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
+    kind: Literal["log", "linear"] = "log"
+    use: Annotated[str, Meta(max_length=128)] = "ensemble"
+    guard: Annotated[str, Meta(max_length=4096)] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are not finite."""
+        if not all(math.isfinite(value) for row in self.weights + self.log_priors for value in row):
+            raise NonFiniteError("ensemble: a weight or a prior is not finite")
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """One immutable version of a model. No time stands in it: the id depends on content only.
+
+    Attributes:
+        parent: id of the version before; None for the first.
+        round: the round that made it; 0 for initial weights.
+        structures: structure id -> its weights and files.
+        updates: sorted ids (hex) of the updates that it counts.
+    """
+
+    model: Annotated[str, Meta(pattern=NAME)]
+    number: Number
+    parent: Sha | None
+    round: Number
+    structures: Annotated[dict[str, Member], Meta(min_length=1, max_length=64)]
+    data: DataContract
+    updates: tuple[Annotated[str, Meta(pattern="^[0-9a-f]{32}$")], ...] = ()
+    ensemble: EnsembleRecord = EnsembleRecord(method="single")
+
+    def __post_init__(self) -> None:
+        """Refuse names that do not belong to their structures, and unsorted updates."""
+        for name, member in self.structures.items():
+            if name != member.structure.id:
+                raise SchemaError(f"manifest of {self.model}: {name} is {member.structure.id}")
+        if list(self.updates) != sorted(set(self.updates)):
+            raise SchemaError(f"manifest of {self.model}: updates are unsorted or doubled")
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """SHA-256 of every blob that this version needs."""
+        return frozenset(
+            sha
+            for member in self.structures.values()
+            for sha in (
+                member.master,
+                member.view,
+                *member.optimizer,
+                *(step.blob for step in (member.keyframe, *member.deltas)),
+            )
+        )
+
+
+# Deterministic: the keys of every dict sorted, the fields of every Struct in the order written here.
+_ENCODER = msgspec.msgpack.Encoder(order="deterministic")
+_DECODER = msgspec.msgpack.Decoder(Manifest)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the one byte string of a manifest (msgpack)."""
+    return _ENCODER.encode(manifest)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Return the manifest of `encode_manifest`.
+
+    Raises:
+        SchemaError: not a manifest, or not in its one form.
+    """
+    try:
+        manifest: Manifest = _DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError, OverflowError) as error:
+        raise SchemaError(f"manifest: {str(error)[:200]}") from None
+    if _ENCODER.encode(manifest) != data:
+        raise SchemaError("manifest: not in canonical form")
+    return manifest
+
+
+def version_id(manifest: Manifest) -> str:
+    """Return the id of a version: SHA-256 (hex) of its manifest."""
+    return hashlib.sha256(encode_manifest(manifest)).hexdigest()
+
+
+class Repository:
+    """Blobs below one folder. Safe for several threads; one process at a time (the ledger locks it)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder if it is not there, and remove what a crash left half written.
+
+        Raises:
+            DiskError: the disk refuses.
+        """
+        self.folder = folder
+        self._blobs = folder / "blobs" / "sha256"
+        with _disk(self._blobs):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            for left in self._blobs.glob(f"*{_TEMPORARY}"):
+                left.unlink(missing_ok=True)
+
+    def put(self, content: bytes) -> str:
+        """Store a blob durably; storing it again is cheap and repairs a damaged file.
+
+        Returns:
+            Its SHA-256 (hex).
+
+        Raises:
+            DiskError: not stored; the disk is full or refuses.
+        """
+        sha = hashlib.sha256(content).hexdigest()
+        path = self.path(sha)
+        with _disk(path):
+            if not _holds(path, content):
+                _write_atomically(path, content)
+            _sync_folder(self._blobs)
+        return sha
+
+    def get(self, sha: str) -> bytes:
+        """Return a blob, verified.
+
+        Raises:
+            NotFoundError: no such blob.
+            DigestError: the file is damaged.
+        """
+        path = self.path(sha)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFoundError(f"blob {sha}: not in {self._blobs}") from None
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != sha:
+            raise DigestError(f"{path} is damaged: its content does not have the SHA-256 of its name")
+        return content
+
+    def has(self, sha: str) -> bool:
+        """Whether the blob is there (its content is checked by `get`)."""
+        return self.path(sha).is_file()
+
+    def path(self, sha: str) -> Path:
+        """Return where the blob is or would be.
+
+        Raises:
+            NotFoundError: not 64 hex digits.
+        """
+        if not _SHA256.fullmatch(sha):
+            raise NotFoundError(f"blob {sha[:80]!r}: not a SHA-256 in hex")
+        return self._blobs / sha
+
+    def commit(self, manifest: Manifest, blobs: Iterable[bytes]) -> tuple[str, bytes]:
+        """Store a version: its blobs, then its manifest, as a blob of its own.
+
+        The version exists when the caller has added the ledger's row with what this returns.
+
+        Args:
+            manifest: of the version.
+            blobs: contents that are not in the repository yet (others may come along).
+
+        Returns:
+            The version's id, and the encoded manifest.
+
+        Raises:
+            NotFoundError: a blob of the manifest is neither here nor given; the manifest is not stored.
+            DigestError: a file that the manifest needs has another size than it says.
+            DiskError: the disk is full or refuses.
+        """
+        for content in blobs:
+            self.put(content)
+        for sha in sorted(manifest.blobs):
+            if not self.has(sha):
+                raise NotFoundError(f"{manifest.model} version {manifest.number}: blob {sha} is missing")
+        for step in _steps(manifest):
+            if self.path(step.blob).stat().st_size != step.size:
+                raise DigestError(f"{self.path(step.blob)}: not of the {step.size} bytes in the manifest")
+        encoded = encode_manifest(manifest)
+        return self.put(encoded), encoded
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read every blob of a version and check it.
+
+        Raises:
+            NotFoundError, DigestError, DiskError: the first fault found, with the file's name.
+        """
+        for sha in sorted(manifest.blobs | {version_id(manifest)}):
+            self.get(sha)
+
+    def collect(self, keep: AbstractSet[str]) -> int:
+        """Remove every blob that is not in `keep` (blobs of a version being committed belong in it).
+
+        Returns:
+            Bytes freed.
+
+        Raises:
+            DiskError: a file could not be removed.
+        """
+        freed = 0
+        with _disk(self._blobs):
+            for path in sorted(self._blobs.iterdir()):
+                if _SHA256.fullmatch(path.name) and path.name not in keep:
+                    freed += path.stat().st_size
+                    path.unlink()
+            _sync_folder(self._blobs)
+        return freed
+
+
+def _steps(manifest: Manifest) -> Iterator[StepRecord]:
+    for member in manifest.structures.values():
+        yield from (member.keyframe, *member.deltas)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except FileNotFoundError:
+        return False
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=_TEMPORARY)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}; free space or check the disk") from error

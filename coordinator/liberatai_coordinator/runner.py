@@ -1,0 +1,716 @@
+"""One job from its plan to its last version: does what `plan`, `round` and `aggregation` decide.
+
+Every step is written to the ledger before the world hears of it, and every step can be done again: after a
+crash the runner reads where it was and goes on from there. See `docs/architecture.md`, "After a crash".
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from liberatai_coordinator import aggregation, plan
+from liberatai_coordinator import round as deciding
+from liberatai_coordinator.aggregation import Advanced, Ensemble, Member, Public, derive_seed
+from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.fleet import Device, Fleet
+from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow, VersionRow
+from liberatai_coordinator.publisher import Publisher
+from liberatai_coordinator.repository import (
+    EnsembleRecord,
+    Manifest,
+    Repository,
+    StepRecord,
+    decode_manifest,
+    encode_manifest,
+    version_id,
+)
+from liberatai_coordinator.repository import Member as MemberRecord
+from liberatai_coordinator.views import RoundView
+from liberatai_core.aggregator.server_optimizer import ServerState
+from liberatai_core.compressor.artifact import restore
+from liberatai_core.compressor.codebook import compress, smallest_bytes
+from liberatai_core.contract import messages
+from liberatai_core.contract.frame import HEADER_BYTES
+from liberatai_core.contract.limits import MAX_SAMPLES
+from liberatai_core.contract.messages import BlobRef, Cancel, Head, Step, Task, Update
+from liberatai_core.contract.topics import blob_id, blob_id_of
+from liberatai_core.errors import CodecError, DataError, SchemaError
+from liberatai_core.learning.dataset import load_npz, load_unlabeled
+from liberatai_core.learning.families import cost, initial_weights, structure_of
+from liberatai_core.structure import Structure
+from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
+
+log = logging.getLogger(__name__)
+
+CODEC = "topk1"
+"""The codec of updates that tasks ask for."""
+
+TICK_S = 0.5
+"""How exactly a deadline is kept; rounds last seconds to days."""
+
+
+class Invited(msgspec.Struct, frozen=True, kw_only=True):
+    """An invitation as the ledger keeps it."""
+
+    device: str
+    structure: str
+    base: bytes
+    update_id: bytes
+    density: float
+
+
+class Assigned(msgspec.Struct, frozen=True, kw_only=True):
+    """An assignment as the ledger keeps it."""
+
+    device: str
+    structure: str
+    budget_bytes: int
+    density: float
+    why: str
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished round took."""
+
+    seconds: float = 0.0
+    train_seconds_max: float = 0.0
+    teach_seconds: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    guard: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Current:
+    """The newest version in memory.
+
+    Attributes:
+        chains: per structure, keyframe first, then deltas.
+        budgets: per structure, bytes that the chain may take on the tightest device.
+        keyframes: per structure, bytes that a keyframe may take.
+    """
+
+    number: int
+    id: str
+    members: dict[str, Member]
+    chains: dict[str, tuple[Step, ...]]
+    ensemble: Ensemble
+    round: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Runner:
+    """Runs one job. `changed` is called whenever something worth showing has changed."""
+
+    job: JobSpec
+    row: JobRow
+    ledger: Ledger
+    repository: Repository
+    publisher: Publisher
+    fleet: Fleet
+    coordinator: str
+    changed: Callable[[], None] = lambda: None
+    assigned: dict[str, Assigned] = field(default_factory=dict)
+    current: Current | None = None
+    open_round: deciding.Round | None = None
+    running: asyncio.Event = field(default_factory=asyncio.Event)
+    fleet_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    arrived: dict[str, Update] = field(default_factory=dict)
+    counters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    keyframe_bytes: dict[str, int] = field(default_factory=dict)
+    shas: dict[str, str] = field(default_factory=dict)
+    public: Public = field(default_factory=Public)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _end: deciding.Close | deciding.Abandon | None = None
+
+    # --- the life of a job ---------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run to the end, from wherever the ledger says the job stands.
+
+        Raises:
+            LiberataiError: the job cannot go on; the ledger still has everything.
+        """
+        self.public = await asyncio.to_thread(load_public, self.job, Path(self.row.base_dir))
+        await self._restore_or_start()
+        rows = self.ledger.rounds(self.job.name)
+        if rows and rows[-1].state in {"open", "closed", "aggregated"}:
+            await self._round(rows[-1])
+        while self._published() < self.job.rounds.count:
+            await self.running.wait()
+            await self._round(None)
+        await self._finish()
+
+    async def stop(self, state: str) -> None:
+        """Take every task slot of this job away (aborted, or failed)."""
+        await self._clear_slots(final=False)
+        if self.current is not None:
+            await self._publish_head("aborted" if state != "finished" else "finished")
+
+    def _published(self) -> int:
+        return self.current.number if self.current else 0
+
+    async def _restore_or_start(self) -> None:
+        stored = self.ledger.job_value(self.job.name, "plan")
+        newest = self.ledger.versions(self.job.name)
+        if stored is not None:
+            for assigned in msgspec.msgpack.decode(stored, type=list[Assigned]):
+                self.assigned[assigned.device] = assigned
+        sizes = self.ledger.job_value(self.job.name, "keyframes")
+        if sizes is not None:
+            self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
+        if newest:
+            row = max(newest, key=lambda version: version.number)
+            self.current = await asyncio.to_thread(self._load, row)
+            await self._publish_blobs()
+            await self._publish_head("running")
+            return
+        await self._wait_for_devices(self.job.rounds.min_devices)
+        candidates, structures = await asyncio.to_thread(candidates_of, self.job)
+        made = plan.make_plan(
+            self.job, candidates, [d.capability for d in self.fleet.ready() if d.capability]
+        )
+        self.assigned = {
+            a.device: Assigned(
+                device=a.device,
+                structure=a.structure,
+                budget_bytes=a.budget_bytes,
+                density=a.density,
+                why=a.why,
+            )
+            for a in made.assignments.values()
+        }
+        if not made.keyframe_bytes:
+            reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
+            raise DataError(f"no device can take part: {reasons}")
+        self.keyframe_bytes = dict(made.keyframe_bytes)
+        self._store_plan()
+        await asyncio.to_thread(self._make_first, {s: structures[s] for s in made.keyframe_bytes})
+        await self._publish_blobs()
+        await self._publish_head("running")
+
+    def _store_plan(self) -> None:
+        plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
+        self.ledger.set_job_value(self.job.name, "plan", plan_bytes)
+        self.ledger.set_job_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
+
+    async def _wait_for_devices(self, wanted: int) -> None:
+        while len(self.fleet.ready()) < wanted:
+            self.fleet_changed.clear()
+            await self.fleet_changed.wait()
+
+    # --- versions ------------------------------------------------------------------------------
+
+    def _make_first(self, structures: dict[str, Structure]) -> None:
+        """Make version 0: seeded initial weights, compressed into every structure's budget."""
+        members: dict[str, Member] = {}
+        chains: dict[str, tuple[Step, ...]] = {}
+        blobs: list[bytes] = []
+        for sid, structure in sorted(structures.items()):
+            seed = derive_seed(self.job.seed, f"initial|{sid}", 0)
+            artifact = compress(
+                initial_weights(structure, self.job.data, seed), structure, self.keyframe_bytes[sid]
+            )
+            view = restore(artifact, structure)
+            members[sid] = aggregation.first(self.job, structure, view)
+            chains[sid] = (step_of(0, artifact, view),)
+            blobs.append(artifact)
+        ensemble = aggregation.combine(self.job, members, self.public)
+        made = Current(number=0, id="", members=members, chains=chains, ensemble=ensemble)
+        self._commit(made, None, 0, (), blobs)
+
+    def _commit(
+        self,
+        made: Current,
+        parent: str | None,
+        number: int,
+        updates: Sequence[bytes],
+        blobs: Sequence[bytes],
+        stats: Stats | None = None,
+    ) -> None:
+        """Write a version: blobs first, then one row in the ledger. Absent or complete (promise P3)."""
+        for content in blobs:
+            self.shas[blob_id(content)] = self.repository.put(content)
+        records = {sid: self._record(member, made.chains[sid]) for sid, member in made.members.items()}
+        manifest = Manifest(
+            model=self.job.name,
+            number=made.number,
+            parent=parent,
+            round=number,
+            data=self.job.data,
+            structures=records,
+            updates=tuple(sorted(update.hex() for update in updates)),
+            ensemble=msgspec.convert(msgspec.structs.asdict(made.ensemble), EnsembleRecord),
+        )
+        content = encode_manifest(manifest)
+        self.repository.put(content)
+        row = VersionRow(
+            model=self.job.name,
+            number=made.number,
+            id=version_id(manifest),
+            parent=parent,
+            manifest=content,
+            created_s=time.time(),
+        )
+        self.ledger.add_version(row)
+        if stats is not None:
+            self.ledger.set_aggregated(self.job.name, number, row.id, msgspec.msgpack.encode(stats))
+        made.id, made.round = row.id, number
+        self.current = made
+
+    def _record(self, member: Member, chain: tuple[Step, ...]) -> MemberRecord:
+        keyframe, *deltas = [
+            StepRecord(
+                version=step.version,
+                blob=self.shas[step.blob.blob],
+                size=step.blob.size_bytes,
+                digest=step.digest.hex(),
+            )
+            for step in chain
+        ]
+        return MemberRecord(
+            structure=member.structure,
+            master=self.repository.put(to_bytes(member.master)),
+            view=self.repository.put(to_bytes(member.view)),
+            digest=digest(member.view).hex(),
+            keyframe=keyframe,
+            deltas=tuple(deltas),
+            class_counts=tuple(int(c) for c in member.class_counts),
+            optimizer=tuple(
+                self.repository.put(to_bytes(moment))
+                for moment in (member.optimizer.first, member.optimizer.second)
+                if moment.size
+            ),
+        )
+
+    def _load(self, row: VersionRow) -> Current:
+        manifest = decode_manifest(row.manifest)
+        records = manifest.structures
+        members = {sid: load_member(self.repository, record) for sid, record in records.items()}
+        for record in records.values():
+            for kept in (record.keyframe, *record.deltas):
+                self.shas[blob_id_of(bytes.fromhex(kept.blob))] = kept.blob
+        chains = {
+            sid: tuple(
+                Step(
+                    version=step.version,
+                    blob=BlobRef(blob=blob_id_of(bytes.fromhex(step.blob)), size_bytes=step.size),
+                    digest=bytes.fromhex(step.digest),
+                )
+                for step in (record.keyframe, *record.deltas)
+            )
+            for sid, record in records.items()
+        }
+        ensemble = msgspec.convert(msgspec.structs.asdict(manifest.ensemble), Ensemble)
+        return Current(
+            number=row.number,
+            id=row.id,
+            members=members,
+            chains=chains,
+            ensemble=ensemble,
+            round=manifest.round,
+        )
+
+    async def _publish_blobs(self) -> None:
+        names = {step.blob.blob for chain in self._require().chains.values() for step in chain}
+        contents = [
+            self.repository.get(self.shas[name]) for name in names if name not in self.publisher.blobs
+        ]
+        await asyncio.gather(*(self.publisher.add_blob(content) for content in contents))
+
+    async def _publish_head(self, state: str) -> None:
+        now = self._require()
+        head = Head(
+            job=self.job.name,
+            epoch=self.ledger.epoch,
+            version=now.number,
+            state=msgspec.convert(state, messages.HeadState),
+            chains=now.chains,
+        )
+        await self.publisher.retain(self.publisher.topics.head(self.job.name), head)
+
+    def _require(self) -> Current:
+        if self.current is None:
+            raise DataError(f"job {self.job.name} has no version yet")
+        return self.current
+
+    # --- rounds --------------------------------------------------------------------------------
+
+    async def _round(self, unfinished: RoundRow | None) -> None:
+        started = time.monotonic()
+        if unfinished is None:
+            row, invitations = await self._open()
+        else:
+            row = unfinished
+            invitations = msgspec.msgpack.decode(row.invited, type=list[Invited])
+        if row.state == "open":
+            end = await self._collect(row, invitations)
+            if isinstance(end, deciding.Abandon):
+                log.warning("round %d of %s abandoned: %s", row.round, self.job.name, end.reason)
+                self.ledger.abandon_round(self.job.name, row.round, end.reason)
+                self._round_over()
+                return
+            self.ledger.close_round(self.job.name, row.round, list(end.update_ids))
+            row = self.ledger.round(self.job.name, row.round)
+        if row.state == "closed" and self._require().round == row.round:
+            # The crash came between the version and its note in the round: it must not count twice.
+            self.ledger.set_aggregated(self.job.name, row.round, self._require().id)
+        elif row.state == "closed":
+            await self._aggregate(row.round, started)
+        await self._publish_blobs()
+        await self._publish_head("running")
+        self.ledger.set_published(self.job.name, row.round)
+        self.ledger.prune(self.job.name, keep_rounds=2)
+        self._round_over()
+        wanted = {step.blob.blob for chain in self._require().chains.values() for step in chain}
+        await self.publisher.keep_blobs(wanted)
+
+    def _round_over(self) -> None:
+        self.open_round = None
+        self.arrived.clear()
+        self.changed()
+
+    async def _open(self) -> tuple[RoundRow, list[Invited]]:
+        await self._wait_for_devices(self.job.rounds.min_devices)
+        number = max((row.round for row in self.ledger.rounds(self.job.name)), default=0) + 1
+        invitations = self._invite(number, await self._participants(number))
+        row = RoundRow(
+            job=self.job.name,
+            round=number,
+            epoch=self.ledger.epoch,
+            state="open",
+            opened_s=time.time(),
+            invited=msgspec.msgpack.encode(invitations),
+        )
+        self.ledger.open_round(row)
+        return row, invitations
+
+    async def _participants(self, number: int) -> list[Device]:
+        """Return the devices of this round: a seeded draw from those that are there and have a part."""
+        while True:
+            self._assign_newcomers()
+            ready = [d for d in self.fleet.ready() if d.id in self.assigned and self.assigned[d.id].structure]
+            if len(ready) >= self._quorum(len(ready)) and ready:
+                break
+            self.fleet_changed.clear()
+            await self.fleet_changed.wait()
+        wanted = deciding.invited(len(ready), self.job.rounds.target, self.job.rounds.overselect)
+        draw = np.random.default_rng(derive_seed(self.job.seed, "participants", number))
+        chosen = sorted(draw.choice(len(ready), size=wanted, replace=False).tolist())
+        return [ready[place] for place in chosen]
+
+    def _assign_newcomers(self) -> None:
+        """Give devices that came later one of the structures that the job already has."""
+        new = [d for d in self.fleet.ready() if d.id not in self.assigned and d.capability]
+        if not new:
+            return
+        candidates, _ = candidates_of(self.job)
+        present = [c for c in candidates if c.id in self.keyframe_bytes]
+        for device in new:
+            if device.capability is None:
+                continue
+            made = plan.assign(self.job, present, device.capability)
+            fits = made.structure and self.keyframe_bytes[made.structure] <= made.budget_bytes
+            why = (
+                made.why
+                if fits or not made.structure
+                else f"the keyframe is larger than its storage: {made.why}"
+            )
+            self.assigned[device.id] = Assigned(
+                device=device.id,
+                structure=made.structure if fits else "",
+                budget_bytes=made.budget_bytes,
+                density=made.density,
+                why=why,
+            )
+        self._store_plan()
+
+    def _target(self, invited: int) -> int:
+        return min(invited, self.job.rounds.target or invited)
+
+    def _quorum(self, invited: int) -> int:
+        return max(1, int(np.ceil(self._target(max(invited, 1)) * self.job.rounds.quorum)))
+
+    def _invite(self, number: int, devices: list[Device]) -> list[Invited]:
+        chains = self._require().chains
+        found = []
+        for device in devices:
+            assigned = self.assigned[device.id]
+            base = chains[assigned.structure][-1].digest
+            found.append(
+                Invited(
+                    device=device.id,
+                    structure=assigned.structure,
+                    base=base,
+                    update_id=messages.update_id(device.id, self.job.name, number, base),
+                    density=assigned.density,
+                )
+            )
+        return found
+
+    async def _collect(self, row: RoundRow, invitations: list[Invited]) -> deciding.Close | deciding.Abandon:
+        """Hold a round open until it decides to end."""
+        # A restart gives the whole deadline again: the coordinator was away, not the devices.
+        self.open_round = deciding.Round(
+            job=self.job.name,
+            number=row.round,
+            invitations={
+                i.device: deciding.Invitation(
+                    device=i.device, structure=i.structure, base=i.base, update_id=i.update_id
+                )
+                for i in invitations
+            },
+            target=self._target(len(invitations)),
+            quorum=self._quorum(len(invitations)),
+            closes_s=time.monotonic() + self.job.rounds.deadline_s,
+        )
+        self._ended.clear()
+        for update in self.ledger.updates(self.job.name, row.round):
+            stored = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome="stored")
+            for action in self.open_round.handle(stored):
+                self._note_end(action)
+        await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in invitations))
+        self.changed()
+        while not self._ended.is_set():
+            try:
+                await asyncio.wait_for(self._ended.wait(), TICK_S)
+            except TimeoutError:
+                for action in self.open_round.handle(deciding.Tick(now_s=time.monotonic())):
+                    self._note_end(action)
+        if self._end is None:
+            raise DataError("a round ended without a decision")
+        return self._end
+
+    def _note_end(self, action: deciding.Action) -> None:
+        if isinstance(action, deciding.Close | deciding.Abandon):
+            self._end = action
+            self._ended.set()
+
+    def decide(self, event: deciding.Event) -> list[deciding.Action]:
+        """Let the open round decide about an event; returns what the service must do."""
+        if self.open_round is None:
+            return []
+        actions = self.open_round.handle(event)
+        for action in actions:
+            self._note_end(action)
+        return [action for action in actions if not isinstance(action, deciding.Close | deciding.Abandon)]
+
+    async def _publish_task(self, number: int, invitation: Invited) -> None:
+        now = self._require()
+        keyframe, *deltas = now.chains[invitation.structure]
+        task = Task(
+            task_id=invitation.update_id,
+            epoch=self.ledger.epoch,
+            coordinator=self.coordinator,
+            device=invitation.device,
+            job=self.job.name,
+            round=number,
+            structure=now.members[invitation.structure].structure,
+            data=self.job.data,
+            keyframe=keyframe,
+            deltas=tuple(deltas),
+            density=invitation.density,
+            codec=CODEC,
+            training=self.job.training,
+            seed=self.job.seed,
+            deadline_s=self.job.rounds.deadline_s,
+            share_class_counts=self.job.share_class_counts,
+        )
+        await self.publisher.retain(self.publisher.topics.down(invitation.device, "task"), task)
+
+    async def _aggregate(self, number: int, started: float) -> None:
+        now = self._require()
+        stored = self.ledger.updates(self.job.name, number)
+        updates = [decode_update(update.frame) for update in stored]
+        advanced = await asyncio.to_thread(
+            aggregation.advance, self.job, now.number + 1, now.members, updates, self.public
+        )
+        chains, blobs, members = await asyncio.to_thread(self._extend, advanced)
+        up, down = self._count_bytes(updates)
+        made = Current(
+            number=now.number + 1, id="", members=members, chains=chains, ensemble=advanced.ensemble
+        )
+        stats = Stats(
+            seconds=time.monotonic() - started,
+            train_seconds_max=max(update.train_seconds for update in updates),
+            teach_seconds=advanced.teach_seconds,
+            up_bytes=up,
+            down_bytes=down,
+            guard=advanced.ensemble.guard,
+        )
+        ids = [update.update_id for update in updates]
+        await asyncio.to_thread(self._commit, made, now.id, number, ids, blobs, stats)
+
+    def _extend(
+        self, advanced: Advanced
+    ) -> tuple[dict[str, tuple[Step, ...]], list[bytes], dict[str, Member]]:
+        """Append the deltas to the chains; where a chain outgrows its devices, start a new keyframe."""
+        now = self._require()
+        chains, blobs, members = {}, [], dict(advanced.members)
+        for sid, delta in advanced.deltas.items():
+            old, member = now.chains[sid], members[sid]
+            taken = sum(step.blob.size_bytes for step in old) + len(delta)
+            budget = min(
+                (a.budget_bytes for a in self.assigned.values() if a.structure == sid and a.budget_bytes),
+                default=taken,
+            )
+            if taken <= budget:
+                blobs.append(delta)
+                chains[sid] = (*old, step_of(now.number + 1, delta, member.view))
+                continue
+            artifact = compress(member.master, member.structure, self.keyframe_bytes[sid])
+            members[sid] = replace(member, view=restore(artifact, member.structure))
+            blobs.append(artifact)
+            chains[sid] = (step_of(now.number + 1, artifact, members[sid].view),)
+        return chains, blobs, members
+
+    def _count_bytes(self, updates: Sequence[Update]) -> tuple[int, int]:
+        """Return the bytes that these devices' sockets carried since their last update, up and down."""
+        up = down = 0
+        for update in updates:
+            sent, received = self.counters.get(update.device, (0, 0))
+            if update.sent_bytes < sent or update.received_bytes < received:
+                sent = received = 0  # the agent started anew and counts from zero
+            up += update.sent_bytes - sent
+            down += update.received_bytes - received
+            self.counters[update.device] = (update.sent_bytes, update.received_bytes)
+        return up, down
+
+    async def _finish(self) -> None:
+        await self._publish_head("finished")
+        await self._clear_slots(final=True)
+
+    async def _clear_slots(self, *, final: bool) -> None:
+        chains = self.current.chains if self.current and final else {}
+        await asyncio.gather(
+            *(
+                self.publisher.retain(
+                    self.publisher.topics.down(assigned.device, "task"),
+                    Cancel(
+                        device=assigned.device,
+                        epoch=self.ledger.epoch,
+                        coordinator=self.coordinator,
+                        job=self.job.name,
+                        round=self._published(),
+                        final=chains.get(assigned.structure, ()),
+                    ),
+                )
+                for assigned in self.assigned.values()
+                if assigned.structure
+            )
+        )
+
+    # --- what others want to see ---------------------------------------------------------------
+
+    def round_views(self) -> tuple[RoundView, ...]:
+        """Return every round as the API shows it."""
+        return round_views(self.ledger, self.job.name, self.open_round)
+
+
+def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> tuple[RoundView, ...]:
+    """Return a job's rounds; `now` is the one that is open."""
+    return tuple(_round_view(ledger, row, now) for row in ledger.rounds(job))
+
+
+def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> RoundView:
+    stats = msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
+    invited = msgspec.msgpack.decode(row.invited, type=list[Invited])
+    is_open = now is not None and now.number == row.round
+    updates = len(now.stored) if now is not None and is_open else len(ledger.update_ids(row.job, row.round))
+    return RoundView(
+        round=row.round,
+        state=row.state,
+        invited=len(invited),
+        updates=updates,
+        seconds=stats.seconds,
+        train_seconds_max=stats.train_seconds_max,
+        teach_seconds=stats.teach_seconds,
+        up_bytes=stats.up_bytes,
+        down_bytes=stats.down_bytes,
+        reason=row.reason,
+        guard=stats.guard,
+    )
+
+
+def step_of(version: int, content: bytes, view: Vector) -> Step:
+    """Return the link of a chain that `content` makes."""
+    ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
+    return Step(version=version, blob=ref, digest=digest(view))
+
+
+def load_member(repository: Repository, record: MemberRecord) -> Member:
+    """Return a member from its record, every blob verified."""
+    empty = np.zeros(0, dtype=np.float32)
+    moments = [from_bytes(repository.get(sha)) for sha in record.optimizer]
+    first, second = [*moments, empty, empty][:2]
+    return Member(
+        structure=record.structure,
+        master=from_bytes(repository.get(record.master)),
+        view=from_bytes(repository.get(record.view)),
+        class_counts=np.array(record.class_counts, dtype=np.float64),
+        optimizer=ServerState(first, second),
+    )
+
+
+def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
+    """Refuse an update that means nothing in its structure.
+
+    Raises:
+        CodecError: another codec than the task's, or a stream that it cannot have written.
+        LiberataiError: whatever the decoder refuses (positions, counts, values).
+        SchemaError: class counts of another number of classes, or more than the samples.
+    """
+    if update.codec != CODEC:
+        raise CodecError(f"codec {update.codec}, the task named {CODEC}")
+    aggregation.difference(update, structure)
+    counts = update.class_counts
+    if counts is not None and (len(counts) != job.data.classes or sum(counts) > MAX_SAMPLES):
+        raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
+    if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
+        raise SchemaError("more correct answers than questions")
+
+
+def decode_update(frame: bytes) -> Update:
+    """Return the update in a frame that was verified before it was stored."""
+    return msgspec.msgpack.decode(frame[HEADER_BYTES:], type=Update)
+
+
+def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structure]]:
+    """Return what the plan must know of the job's structures, and the structures. Builds each one once."""
+    candidates, structures = [], {}
+    for choice in job.structures:
+        structure = structure_of(choice.family, choice.params, job.data)
+        price = cost(structure, job.data)
+        structures[structure.id] = structure
+        candidates.append(
+            plan.Candidate(
+                id=structure.id,
+                parameters=structure.parameters,
+                smallest_bytes=smallest_bytes(structure),
+                macs=price.macs_per_sample,
+                activation_bytes=price.activation_bytes_per_sample,
+            )
+        )
+    return candidates, structures
+
+
+def load_public(job: JobSpec, base_dir: Path) -> Public:
+    """Return the coordinator's own data.
+
+    Raises:
+        DataError: a file is missing or not of the job's form.
+    """
+    unlabeled = load_unlabeled(base_dir / job.teach.unlabeled, job.data) if job.teach.unlabeled else None
+    validation = None
+    if job.aggregate.validation:
+        samples = load_npz(base_dir / job.aggregate.validation, job.data)
+        if samples.y is None:
+            raise DataError(f"{job.aggregate.validation}: validation data needs labels `y`")
+        validation = (samples.x, samples.y)
+    return Public(unlabeled=unlabeled, validation=validation)

@@ -1,0 +1,691 @@
+"""The coordinator's service: makes happen what `fleet`, `plan`, `round` and `runner` decide.
+
+One asyncio loop: events of the link come in, frames are checked in the contract's order, decisions are
+carried out, receipts follow only after the ledger has committed. Long work runs in threads.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from liberatai_coordinator import plan, runner
+from liberatai_coordinator import round as deciding
+from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
+from liberatai_coordinator.fleet import Device, Fleet, Status
+from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, VersionRow
+from liberatai_coordinator.publisher import Publisher
+from liberatai_coordinator.repository import Repository, decode_manifest
+from liberatai_coordinator.runner import Runner
+from liberatai_coordinator.uploads import Uploads
+from liberatai_coordinator.views import (
+    AssignmentView,
+    DeviceView,
+    EnsembleView,
+    JobState,
+    JobView,
+    PlanView,
+    StructureView,
+    VersionView,
+)
+from liberatai_core.contract import limits
+from liberatai_core.contract.frame import Signer, claimed_key, open_frame, seal
+from liberatai_core.contract.messages import (
+    Capability,
+    CoordinatorState,
+    Credit,
+    Event,
+    Message,
+    Offer,
+    Presence,
+    Receipt,
+    Report,
+    State,
+    Telemetry,
+    Update,
+)
+from liberatai_core.contract.topics import Place, Topics, parse
+from liberatai_core.errors import (
+    BusyError,
+    DiskError,
+    FrameError,
+    LiberataiError,
+    NotFoundError,
+    RoundUnknownError,
+    StateError,
+    TopicError,
+)
+from liberatai_core.link.link import Connected, Disconnected, Link, Received
+from liberatai_core.structure import DataContract, Structure
+
+log = logging.getLogger(__name__)
+
+RETRY = (BusyError.code, DiskError.code)
+"""Refusals after which the device keeps its update and tries again."""
+
+GOODBYE_S = 5.0
+"""How long a stopping coordinator tries to say so."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A running coordinator. Build it with `serve`, or with parts of your own in tests."""
+
+    config: CoordinatorConfig
+    link: Link
+    ledger: Ledger
+    repository: Repository
+    signer: Signer
+    fleet: Fleet
+    publisher: Publisher
+    topics: Topics
+    uploads: Uploads = field(default_factory=lambda: Uploads(max_bytes=limits.MAX_OBJECT_BYTES))
+    runners: dict[str, Runner] = field(default_factory=dict)
+    connected: str = ""
+    started_s: float = field(default_factory=time.time)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _jobs: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        self.fleet.restore([_device(row) for row in self.ledger.devices()])
+        presence = self.topics.coordinator(self.config.coordinator)
+        self.publisher.retained[presence] = self.presence("online")
+        await self.link.subscribe(*self.topics.from_devices)
+        await self.link.open()
+        for row in self.ledger.jobs():
+            if row.state in {"waiting", "running", "paused"}:
+                self._start_job(row)
+        try:
+            async for event in self.link.events():
+                match event:
+                    case Received():
+                        await self._received(event)
+                    case Connected(protocol=protocol):
+                        log.info("connected to %s (%s)", self.config.broker, protocol)
+                        self.connected = protocol
+                        self._spawn(self.publisher.republish())
+                    case Disconnected(reason=reason, retry_in_s=retry):
+                        if self.connected or retry > 1:
+                            log.warning("no broker: %s; next try in %.1f s", reason, retry)
+                        self.connected = ""
+        finally:
+            await self._stop(presence)
+
+    async def _stop(self, presence: str) -> None:
+        for task in [*self._jobs.values(), *self._tasks]:
+            task.cancel()
+        with contextlib.suppress(TimeoutError, LiberataiError):
+            await asyncio.wait_for(
+                self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
+            )
+        await self.link.close()
+
+    def presence(self, state: str) -> bytes:
+        """Return the signed presence of this coordinator."""
+        return presence_frame(self.signer, self.config.coordinator, self.ledger.epoch, state)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    async def _received(self, event: Received) -> None:
+        """Check and handle one message. Whatever it is, the coordinator lives on."""
+        try:
+            place = parse(event.topic, self.topics.fleet)
+            if place.leaf == "x" and place.part is not None:
+                await self._chunk(place, event)
+                return
+            if event.payload:
+                await self._frame(place, event)
+                return
+        except LiberataiError as error:
+            owner = self.fleet.owner(claimed_key(event.payload)) or ""
+            self._count(owner, error)
+            log.info("refused on %s: %s %s", event.topic, error.code, error)
+        except Exception:
+            log.exception("fault while handling a message on %s", event.topic)
+        self.link.ack(event.token)
+
+    async def _frame(self, place: Place, event: Received) -> None:
+        opened = open_frame(event.payload, self.topics.fleet, self.fleet.key)
+        message = opened.message
+        device = getattr(message, "device", None)
+        if device != place.owner:
+            raise TopicError(f"signed by {device}, sent on the topic of {place.owner}")
+        match message:
+            case Update() if place.leaf == "x":
+                self._spawn(self._update(message, event.payload, event.token))
+                return
+            case Offer() if place.leaf == "x":
+                await self._offer(message)
+            case State() | Capability() | Report() | Telemetry() | Event() if (
+                place.leaf == LEAF[type(message)]
+            ):
+                self._hear(message, opened.public_key)
+            case _:
+                raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
+        self.link.ack(event.token)
+
+    def _hear(self, message: Message, key: bytes) -> None:
+        before = self.fleet.devices.get(getattr(message, "device", ""))
+        device, lasting = self.fleet.hear(message, key, time.time())
+        if lasting:
+            self.ledger.upsert_device(_row(device))
+        if before is None and device.status == "pending":
+            log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
+        if before is None or before.online != device.online or before.capability != device.capability:
+            self._fleet_changed(device)
+
+    def _fleet_changed(self, device: Device) -> None:
+        gone = device.state in {"offline", "lost"} or device.status != "approved"
+        for job in self.runners.values():
+            job.fleet_changed.set()
+            if job.open_round is not None and device.id in job.open_round.invitations:
+                # Not Gone at once: a device that lost its connection usually comes back with its update.
+                if device.status == "quarantined":
+                    job.decide(deciding.Gone(device=device.id))
+                elif not gone:
+                    job.decide(deciding.Back(device=device.id))
+
+    async def _offer(self, offer: Offer) -> None:
+        self.fleet.admit(offer.device)
+        job = self.runners.get(offer.job)
+        known = job is not None and job.open_round is not None and job.open_round.number == offer.round
+        stored = self._stored(offer.job, offer.round, offer.update_id)
+        if stored or not known:
+            # Say it before bytes move: a receipt for the whole upload.
+            code = "E_DUP" if stored else RoundUnknownError.code
+            await self._receipt(offer.device, offer.update_id, accepted=stored, code=code)
+            return
+        await self._answer(self.uploads.offer(offer))
+
+    async def _chunk(self, place: Place, event: Received) -> None:
+        result = self.uploads.chunk(place.owner, place.transfer or "", place.part or 0, event.payload)
+        if isinstance(result, Credit):
+            await self._answer(result)
+        elif result is not None:
+            opened = open_frame(result, self.topics.fleet, self.fleet.key)
+            if not isinstance(opened.message, Update) or opened.message.device != place.owner:
+                raise TopicError(f"the upload on the topic of {place.owner} is not its update")
+            self._spawn(self._update(opened.message, result, event.token))
+            return
+        self.link.ack(event.token)
+
+    async def _answer(self, credit: Credit) -> None:
+        await self.publisher.send(self.topics.down(credit.device, "xa"), credit)
+
+    # --- updates -------------------------------------------------------------------------------
+
+    async def _update(self, update: Update, frame: bytes, token: int) -> None:
+        """Decide about an update; acknowledge only when its fate is on disk."""
+        try:
+            self.fleet.admit(update.device)
+            self._require_meaning(update)
+            for action in self._decide(update):
+                await self._act(action, frame)
+        except LiberataiError as error:
+            self._count(update.device, error)
+            if update.device in self.fleet.devices and self.fleet.devices[update.device].status != "pending":
+                await self._receipt(
+                    update.device,
+                    update.update_id,
+                    accepted=False,
+                    code=error.code,
+                    text=str(error),
+                    retry=error.code in RETRY,
+                )
+        except Exception:
+            # Not acknowledged: the broker and the device's outbox still have it.
+            log.exception("fault while storing an update of %s", update.device)
+            return
+        self.link.ack(token)
+
+    def _require_meaning(self, update: Update) -> None:
+        """Refuse an update whose bytes mean nothing in its structure, before it is stored."""
+        job = self.runners.get(update.job)
+        if job is None or job.current is None or update.structure not in job.current.members:
+            return  # the round's own rules refuse it, with the better reason
+        structure = job.current.members[update.structure].structure
+        runner.check_update(update, structure, job.job)
+
+    def _decide(self, update: Update) -> list[deciding.Action]:
+        job = self.runners.get(update.job)
+        actions = job.decide(deciding.UpdateArrived(update=update)) if job else []
+        refused = not actions or any(isinstance(action, deciding.Refuse) for action in actions)
+        if refused and self._stored(update.job, update.round, update.update_id):
+            return [deciding.Accept(device=update.device, update_id=update.update_id, code="E_DUP")]
+        if job is not None and job.open_round is not None:
+            return actions
+        error = RoundUnknownError(f"no open round {update.round} of {update.job}")
+        return [deciding.Refuse(device=update.device, update_id=update.update_id, error=error)]
+
+    def _stored(self, job: str, number: int, update_id: bytes) -> bool:
+        try:
+            return update_id in self.ledger.update_ids(job, number)
+        except NotFoundError:
+            return False
+
+    async def _act(self, action: deciding.Action, frame: bytes) -> None:
+        match action:
+            case deciding.Store(update=update):
+                await self._store(update, frame)
+            case deciding.Accept(device=device, update_id=update_id, code=code):
+                await self._receipt(device, update_id, accepted=True, code=code)
+            case deciding.Refuse(error=error):
+                raise error
+            case _:
+                pass
+
+    async def _store(self, update: Update, frame: bytes) -> None:
+        job = self.runners[update.job]
+        stored = StoredUpdate(
+            update_id=update.update_id,
+            job=update.job,
+            round=update.round,
+            device=update.device,
+            structure=update.structure,
+            samples=update.samples,
+            sha256=hashlib.sha256(frame).digest(),
+            frame=frame,
+            received_s=time.time(),
+        )
+        try:
+            outcome = await self.ledger.store_update(stored)
+        except LiberataiError:
+            job.decide(deciding.StoreFailed(device=update.device, update_id=update.update_id))
+            raise
+        event = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome=outcome)
+        for action in job.decide(event):
+            await self._act(action, frame)
+
+    async def _receipt(
+        self,
+        device: str,
+        update_id: bytes,
+        *,
+        accepted: bool,
+        code: str = "",
+        text: str = "",
+        retry: bool = False,
+    ) -> None:
+        receipt = Receipt(
+            device=device,
+            update_id=update_id,
+            accepted=accepted,
+            code=code,
+            text=text[: limits.MAX_TEXT],
+            retry=retry,
+        )
+        await self.publisher.send(self.topics.down(device, "xa"), receipt)
+
+    def _count(self, device: str, error: LiberataiError) -> None:
+        self.fleet.count_refusal(device, error)
+        self.ledger.count_refusal(device, error.code)
+
+    # --- jobs ----------------------------------------------------------------------------------
+
+    def _start_job(self, row: JobRow) -> None:
+        job = msgspec.json.decode(row.spec, type=JobSpec)
+        made = Runner(
+            job=job,
+            row=row,
+            ledger=self.ledger,
+            repository=self.repository,
+            publisher=self.publisher,
+            fleet=self.fleet,
+            coordinator=self.config.coordinator,
+        )
+        if row.state != "paused":
+            made.running.set()
+        self.runners[job.name] = made
+        self._jobs[job.name] = asyncio.create_task(self._run_job(made))
+
+    async def _run_job(self, job: Runner) -> None:
+        """Run a job when it is its turn: a device has one task slot, so jobs follow each other."""
+        name = job.job.name
+        try:
+            async with self._turn:
+                if self.ledger.job(name).state == "waiting":
+                    self.ledger.set_job_state(name, "running")
+                await job.run()
+                self.ledger.set_job_state(name, "finished")
+                log.info("job %s finished", name)
+        except asyncio.CancelledError:
+            raise
+        except LiberataiError as error:
+            log.error("job %s failed: %s %s", name, error.code, error)  # noqa: TRY400 - one line, no traceback
+            await self._fail(job, f"{error.code}: {error}")
+        except Exception as error:
+            log.exception("job %s failed", name)
+            await self._fail(job, f"E_INTERNAL: {error}")
+
+    async def _fail(self, job: Runner, reason: str) -> None:
+        self.ledger.set_job_state(job.job.name, "failed", reason)
+        await job.stop("failed")
+
+    # --- operations (the API) ------------------------------------------------------------------
+
+    async def health(self) -> dict[str, Any]:
+        """Return whether the coordinator is well."""
+        return {
+            "ok": True,
+            "fleet": self.config.fleet,
+            "coordinator": self.config.coordinator,
+            "epoch": self.ledger.epoch,
+            "broker": self.config.broker,
+            "protocol": self.connected,
+            "devices_online": len(self.fleet.ready()),
+            "uptime_s": time.time() - self.started_s,
+        }
+
+    async def devices(self) -> list[DeviceView]:
+        """Return all devices by name."""
+        return [self._device_view(device) for _, device in sorted(self.fleet.devices.items())]
+
+    async def device(self, device: str) -> DeviceView:
+        """Return one device."""
+        return self._device_view(self.fleet.require(device))
+
+    async def approve(self, device: str) -> DeviceView:
+        """Let a pending device in."""
+        return await self._set_status(device, "approved", "")
+
+    async def quarantine(self, device: str, reason: str) -> DeviceView:
+        """Shut a device out: nothing it sends counts from now on."""
+        return await self._set_status(device, "quarantined", reason)
+
+    async def release(self, device: str) -> DeviceView:
+        """Let a quarantined device in again."""
+        return await self._set_status(device, "approved", "")
+
+    async def _set_status(self, device: str, status: Any, reason: str) -> DeviceView:
+        changed = self.fleet.set_status(device, status, reason)
+        self.ledger.upsert_device(_row(changed))
+        self._fleet_changed(changed)
+        return self._device_view(changed)
+
+    async def create_job(self, yaml_text: str, base_dir: str) -> JobView:
+        """Start a job, or let it wait for its turn."""
+        job = parse_job(yaml_text, "job")
+        # Faults of the data, of families and parameters come now, not when devices are waiting.
+        await asyncio.to_thread(runner.load_public, job, Path(base_dir))
+        await asyncio.to_thread(runner.candidates_of, job)
+        self.ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
+        self._start_job(self.ledger.job(job.name))
+        return await self.job(job.name)
+
+    async def jobs(self) -> list[JobView]:
+        """Return all jobs, oldest first."""
+        return [self._job_view(row) for row in self.ledger.jobs()]
+
+    async def job(self, name: str) -> JobView:
+        """Return one job with its rounds."""
+        return self._job_view(self.ledger.job(name))
+
+    async def pause(self, name: str) -> JobView:
+        """Pause a job after the round that is open now."""
+        self._require_state(name, {"waiting", "running"}, "paused")
+        self.runners[name].running.clear()
+        self.ledger.set_job_state(name, "paused")
+        return await self.job(name)
+
+    async def resume(self, name: str) -> JobView:
+        """Go on with a paused job."""
+        self._require_state(name, {"paused"}, "resumed")
+        self.ledger.set_job_state(name, "running")
+        self.runners[name].running.set()
+        return await self.job(name)
+
+    async def abort(self, name: str) -> JobView:
+        """End a job now; its versions stay."""
+        self._require_state(name, {"waiting", "running", "paused"}, "aborted")
+        self._jobs[name].cancel()
+        await asyncio.gather(self._jobs[name], return_exceptions=True)
+        self.ledger.set_job_state(name, "aborted", "aborted by an operator")
+        await self.runners[name].stop("aborted")
+        return await self.job(name)
+
+    def _require_state(self, name: str, allowed: set[str], what: str) -> None:
+        state = self.ledger.job(name).state
+        if state not in allowed:
+            raise StateError(f"job {name} is {state}: it cannot be {what}")
+
+    async def plan(self, job_name: str | None, yaml_text: str | None) -> PlanView:
+        """Return a job's plan, or what a job would get now (dry run)."""
+        if yaml_text is not None:
+            return await self._dry_run(parse_job(yaml_text, "job"))
+        name = job_name or (self.ledger.jobs()[-1].name if self.ledger.jobs() else "")
+        row = self.ledger.job(name)
+        stored = self.ledger.job_value(name, "plan")
+        if stored is None:
+            return await self._dry_run(msgspec.json.decode(row.spec, type=JobSpec))
+        assigned = msgspec.msgpack.decode(stored, type=list[runner.Assigned])
+        sizes = msgspec.msgpack.decode(
+            self.ledger.job_value(name, "keyframes") or b"\x80", type=dict[str, int]
+        )
+        return PlanView(
+            job=name,
+            assignments=tuple(self._assignment_view(a, sizes) for a in assigned),
+            structures=self._structure_views(row, assigned),
+        )
+
+    async def _dry_run(self, job: JobSpec) -> PlanView:
+        candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
+        known = [d.capability for d in self.fleet.devices.values() if d.capability and d.status == "approved"]
+        made = plan.make_plan(job, candidates, known)
+        assigned = [
+            runner.Assigned(
+                device=a.device,
+                structure=a.structure,
+                budget_bytes=a.budget_bytes,
+                density=a.density,
+                why=a.why,
+            )
+            for a in made.assignments.values()
+        ]
+        views = tuple(
+            StructureView(
+                id=c.id,
+                family=c.id.partition("-")[0],
+                parameters=c.parameters,
+                smallest_bytes=c.smallest_bytes,
+                keyframe_bytes=made.keyframe_bytes.get(c.id, 0),
+                devices=sum(a.structure == c.id for a in assigned),
+            )
+            for c in candidates
+        )
+        return PlanView(
+            job=job.name,
+            assignments=tuple(self._assignment_view(a, dict(made.keyframe_bytes)) for a in assigned),
+            structures=views,
+            dry_run=True,
+        )
+
+    def _assignment_view(self, assigned: runner.Assigned, sizes: dict[str, int]) -> AssignmentView:
+        device = self.fleet.devices.get(assigned.device)
+        capability = device.capability if device else None
+        return AssignmentView(
+            device=assigned.device,
+            profile=capability.profile if capability else "",
+            tier=capability.tier if capability else "",
+            structure=assigned.structure,
+            variant_bytes=sizes.get(assigned.structure, 0),
+            budget_bytes=assigned.budget_bytes,
+            density=assigned.density,
+            why=assigned.why,
+        )
+
+    def _structure_views(self, row: JobRow, assigned: list[runner.Assigned]) -> tuple[StructureView, ...]:
+        versions = self.ledger.versions(row.name)
+        if not versions:
+            return ()
+        records = decode_manifest(versions[-1].manifest).structures
+        return tuple(
+            StructureView(
+                id=sid,
+                family=record.structure.family,
+                parameters=record.structure.parameters,
+                keyframe_bytes=record.keyframe.size,
+                devices=sum(a.structure == sid for a in assigned),
+            )
+            for sid, record in sorted(records.items())
+        )
+
+    async def models(self) -> list[VersionView]:
+        """Return the newest version of each model."""
+        return [self._version_view(self.ledger.version(model)) for model in self.ledger.models()]
+
+    async def log(self, model: str) -> list[VersionView]:
+        """Return all versions of a model, newest first."""
+        rows = self.ledger.versions(model)
+        if not rows:
+            raise NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
+        return [self._version_view(row) for row in reversed(rows)]
+
+    async def version(self, model: str, ref: str) -> VersionView:
+        """Return one version by number, tag or "latest"."""
+        return self._version_view(self._version_row(model, ref))
+
+    async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
+        """Return a structure's weights as devices hold them: little-endian float32."""
+        manifest = decode_manifest(self._version_row(model, ref).manifest)
+        if structure not in manifest.structures:
+            raise NotFoundError(f"{model} has no structure {structure!r}: {', '.join(manifest.structures)}")
+        record = manifest.structures[structure]
+        content = await asyncio.to_thread(self.repository.get, record.view)
+        return record.structure, manifest.data, content
+
+    async def ensemble(self, model: str, ref: str) -> EnsembleView:
+        """Return how a version's structures are combined."""
+        record = decode_manifest(self._version_row(model, ref).manifest).ensemble
+        return msgspec.convert(msgspec.structs.asdict(record), EnsembleView)
+
+    def _version_row(self, model: str, ref: str) -> VersionRow:
+        return self.ledger.version(model, int(ref) if ref.isdigit() else ref)
+
+    def _version_view(self, row: VersionRow) -> VersionView:
+        manifest = decode_manifest(row.manifest)
+        return VersionView(
+            model=row.model,
+            version=row.number,
+            id=row.id,
+            parent=row.parent,
+            created_s=row.created_s,
+            round=manifest.round,
+            updates=len(manifest.updates),
+            digests={sid: record.digest for sid, record in manifest.structures.items()},
+            bytes={
+                sid: record.keyframe.size + sum(step.size for step in record.deltas)
+                for sid, record in manifest.structures.items()
+            },
+            ensemble=manifest.ensemble.method,
+            guard=manifest.ensemble.guard,
+            tags=row.tags,
+        )
+
+    def _job_view(self, row: JobRow) -> JobView:
+        job = msgspec.json.decode(row.spec, type=JobSpec)
+        made = self.runners.get(row.name)
+        rounds = tuple(made.round_views()) if made else runner.round_views(self.ledger, row.name)
+        stored = self.ledger.job_value(row.name, "plan")
+        assigned = msgspec.msgpack.decode(stored, type=list[runner.Assigned]) if stored else []
+        versions = self.ledger.versions(row.name)
+        return JobView(
+            name=row.name,
+            state=msgspec.convert(row.state, JobState),
+            rounds_done=versions[-1].number if versions else 0,
+            rounds_total=job.rounds.count,
+            created_s=row.created_s,
+            reason=row.reason,
+            version=versions[-1].number if versions else 0,
+            structures=self._structure_views(row, assigned),
+            rounds=rounds,
+        )
+
+    def _device_view(self, device: Device) -> DeviceView:
+        capability, report, telemetry = device.capability, device.report, device.telemetry
+        structure = ""
+        for made in self.runners.values():
+            if device.id in made.assigned:
+                structure = made.assigned[device.id].structure
+        return DeviceView(
+            id=device.id,
+            status=device.status,
+            state=device.state,
+            phase=report.phase if report else "",
+            reason=device.reason or (report.reason if report else ""),
+            profile=capability.profile if capability else "",
+            tier=capability.tier if capability else "",
+            arch=capability.arch if capability else "",
+            cores=capability.cores if capability else 0,
+            cpu_share=capability.cpu_share if capability else 0.0,
+            memory_bytes=capability.memory_bytes if capability else 0,
+            storage_bytes=capability.storage_bytes if capability else 0,
+            gflops=capability.gflops if capability else None,
+            up_bits_s=capability.up_bits_s if capability else None,
+            samples=capability.samples if capability else 0,
+            job=report.job if report else "",
+            structure=structure,
+            round=report.round if report else 0,
+            last_seen_s=device.last_seen_s,
+            agent_version=capability.agent_version if capability else "",
+            sent_bytes=telemetry.sent_bytes if telemetry else 0,
+            received_bytes=telemetry.received_bytes if telemetry else 0,
+            refusals=dict(self.fleet.refusals.get(device.id, {})),
+        )
+
+
+LEAF: dict[type[Message], str] = {
+    State: "state",
+    Capability: "caps",
+    Report: "rep",
+    Telemetry: "tele",
+    Event: "ev",
+}
+"""Where each message belongs: a State on the topic of a Capability is refused."""
+
+
+def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> bytes:
+    """Return a signed CoordinatorState."""
+    body = CoordinatorState(coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, Presence))
+    return seal(body, signer)
+
+
+def _device(row: DeviceRow) -> Device:
+    capability = msgspec.msgpack.decode(row.capability, type=Capability) if row.capability else None
+    return Device(
+        id=row.id,
+        public_key=row.public_key,
+        status=msgspec.convert(row.status, Status),
+        capability=capability,
+        session=row.session,
+        last_seen_s=row.last_seen_s,
+        reason=row.reason,
+    )
+
+
+def _row(device: Device) -> DeviceRow:
+    return DeviceRow(
+        id=device.id,
+        public_key=device.public_key,
+        status=device.status,
+        capability=msgspec.msgpack.encode(device.capability) if device.capability else None,
+        session=device.session,
+        first_seen_s=device.last_seen_s,
+        last_seen_s=device.last_seen_s,
+        reason=device.reason,
+    )

@@ -1,0 +1,138 @@
+"""What the API shows: plain records, the same for the command line, the demo and any other client."""
+
+from typing import Literal
+
+import msgspec
+
+JobState = Literal["waiting", "running", "paused", "finished", "aborted", "failed"]
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all views."""
+
+
+class DeviceView(View, frozen=True, kw_only=True):
+    """One device as the coordinator knows it. Times are Unix seconds of the coordinator."""
+
+    id: str
+    status: Literal["pending", "approved", "quarantined"]
+    state: str = "unknown"
+    phase: str = ""
+    reason: str = ""
+    profile: str = ""
+    tier: str = ""
+    arch: str = ""
+    cores: int = 0
+    cpu_share: float = 0.0
+    memory_bytes: int = 0
+    storage_bytes: int = 0
+    gflops: float | None = None
+    up_bits_s: float | None = None
+    samples: int = 0
+    job: str = ""
+    structure: str = ""
+    round: int = 0
+    last_seen_s: float = 0.0
+    agent_version: str = ""
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    refusals: dict[str, int] = {}
+
+
+class AssignmentView(View, frozen=True, kw_only=True):
+    """Which variant a device gets, and why. structure "" means: none."""
+
+    device: str
+    profile: str
+    tier: str
+    structure: str
+    variant_bytes: int
+    budget_bytes: int
+    density: float
+    why: str
+
+
+class StructureView(View, frozen=True, kw_only=True):
+    """One structure of a plan or job."""
+
+    id: str
+    family: str
+    parameters: int
+    smallest_bytes: int = 0
+    keyframe_bytes: int = 0
+    devices: int = 0
+
+
+class PlanView(View, frozen=True, kw_only=True):
+    """A plan that explains itself."""
+
+    job: str
+    assignments: tuple[AssignmentView, ...]
+    structures: tuple[StructureView, ...]
+    dry_run: bool = False
+
+
+class RoundView(View, frozen=True, kw_only=True):
+    """One round. Bytes are what the invited devices' sockets carried since the round before."""
+
+    round: int
+    state: Literal["open", "closed", "aggregated", "published", "abandoned"]
+    invited: int
+    updates: int
+    seconds: float = 0.0
+    train_seconds_max: float = 0.0
+    teach_seconds: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    reason: str = ""
+    guard: str = ""
+
+
+class JobView(View, frozen=True, kw_only=True):
+    """One job."""
+
+    name: str
+    state: JobState
+    rounds_done: int
+    rounds_total: int
+    created_s: float
+    reason: str = ""
+    version: int = 0
+    structures: tuple[StructureView, ...] = ()
+    rounds: tuple[RoundView, ...] = ()
+    refusals: dict[str, int] = {}
+
+
+class VersionView(View, frozen=True, kw_only=True):
+    """One immutable model state. `digests` name the decoded weights per structure (hex)."""
+
+    model: str
+    version: int
+    id: str
+    parent: str | None
+    created_s: float
+    round: int
+    updates: int
+    digests: dict[str, str]
+    bytes: dict[str, int]
+    ensemble: str
+    guard: str
+    tags: tuple[str, ...] = ()
+
+
+class EnsembleView(View, frozen=True, kw_only=True):
+    """How a version's structures are combined (`aggregator.ensemble.Pool`, and what the guard decided).
+
+    Attributes:
+        members: structure ids, in the order of the rows of `weights` and `log_priors`.
+        use: "ensemble", or the structure that the guard fell back to.
+    """
+
+    method: str
+    members: tuple[str, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    log_priors: tuple[tuple[float, ...], ...] = ()
+    bias: tuple[float, ...] = ()
+    kind: str = "log"
+    use: str = "ensemble"
+    guard: str = ""

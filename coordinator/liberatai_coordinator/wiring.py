@@ -1,0 +1,146 @@
+"""The one place where a coordinator's parts are put together from its settings, and run."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from liberatai_coordinator.api import make_app, serve_uds
+from liberatai_coordinator.config import CoordinatorConfig
+from liberatai_coordinator.fleet import Fleet
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.publisher import Publisher
+from liberatai_coordinator.repository import Repository
+from liberatai_coordinator.service import Service, presence_frame
+from liberatai_core.contract.frame import Signer
+from liberatai_core.contract.topics import Topics
+from liberatai_core.errors import ConfigError, DiskError
+from liberatai_core.link.link import Link, Will
+from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings
+
+SESSION_EXPIRY_S = 7 * 86_400
+"""A week: longer than any repair of a coordinator."""
+RECEIVE_MAXIMUM = 64
+"""Unacknowledged messages at once; more only fill memory (notes on MQTT, §2)."""
+
+
+@contextmanager
+def build(config: CoordinatorConfig) -> Iterator[Service]:
+    """Put a coordinator together; its ledger is closed at the end.
+
+    Raises:
+        LockedError: another coordinator uses the state folder.
+        ConfigError, DiskError: a file is missing, unreadable or wrong.
+    """
+    folder = Path(config.state_dir)
+    ledger = Ledger.open(folder)
+    try:
+        signer = Signer.from_seed(load_key(folder / "coordinator.key"), config.fleet)
+        topics = Topics(fleet=config.fleet)
+        will = Will(
+            topic=topics.coordinator(config.coordinator),
+            payload=presence_frame(signer, config.coordinator, ledger.epoch, "lost"),
+        )
+        link: Link = MqttLink(mqtt_settings(config), will=will)
+        yield Service(
+            config=config,
+            link=link,
+            ledger=ledger,
+            repository=Repository(folder),
+            signer=signer,
+            fleet=Fleet(
+                enrolment=config.enrolment,
+                allowed={name: bytes.fromhex(key) for name, key in config.devices.items()},
+            ),
+            publisher=Publisher(link=link, signer=signer, topics=topics),
+            topics=topics,
+        )
+    finally:
+        ledger.close()
+
+
+def mqtt_settings(config: CoordinatorConfig) -> MqttSettings:
+    """Return how to reach the broker.
+
+    Raises:
+        ConfigError: the URL is wrong, or the password file cannot be read.
+    """
+    certificates = [config.ca_file, config.cert_file, config.key_file]
+    ca_file, cert_file, key_file = (Path(name) if name else None for name in certificates)
+    tls = TlsSettings(ca_file=ca_file, cert_file=cert_file, key_file=key_file) if any(certificates) else None
+    settings = MqttSettings.from_url(config.broker, client_id=config.coordinator, tls=tls)
+    password = read_secret(config.password_file)
+    return replace(
+        settings,
+        username=config.username or settings.username,
+        password=password or settings.password,
+        session_expiry_s=SESSION_EXPIRY_S,
+        receive_maximum=RECEIVE_MAXIMUM,
+    )
+
+
+def read_secret(path: str | None) -> str | None:
+    """Return the first line of a file, or None."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        raise ConfigError(path, [f"cannot be read: {error}"]) from None
+
+
+def load_key(path: Path) -> bytes:
+    """Return the 32-byte private key in a file that only we can read; made at the first start.
+
+    Raises:
+        ConfigError: others can read it, or it is no key. DiskError: it cannot be written.
+    """
+    try:
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(str(path), ["others can read this private key: `chmod 600` it"])
+        key = path.read_bytes()
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}") from None
+    if len(key) != 32:
+        raise ConfigError(str(path), [f"{len(key)} bytes, a private key has 32"])
+    return key
+
+
+def serve(config: CoordinatorConfig) -> int:
+    """Run a coordinator until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        LockedError: another coordinator uses this state folder.
+        ConfigError, DiskError: it cannot start.
+    """
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: CoordinatorConfig) -> int:
+    with build(config) as service:
+        running = asyncio.create_task(service.run())
+        socket = Path(config.state_dir) / config.socket
+        api = asyncio.create_task(serve_uds(make_app(service), socket))
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({running, api, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0 if stop.is_set() else 1
+        for task in (running, api, stopping):
+            task.cancel()
+        results = await asyncio.gather(running, api, stopping, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return code

@@ -1,0 +1,1 @@
+"""Models that fit a byte budget: `codebook` chooses the codings, `artifact` writes and reads the file."""

@@ -1,0 +1,1 @@
+"""What crosses the broker: topics, messages, frames, chunks, limits. No I/O."""

@@ -1,0 +1,252 @@
+"""Read a file of the data contract: one npz with inputs and, for training, labels. Needs numpy only.
+
+Keys (`classes` and the owner or test marks are optional):
+
+    x | x_delta | logmel_u8 (with scale, offset) | mfcc     inputs, first axis: samples
+    y, device (owner of each sample, -1 = nobody), test (0 or 1), classes (names)
+    or x_train, y_train, x_test, y_test
+
+8-bit images are scaled to 0 … 1 and get a channel axis. With a data contract the inputs are brought to its
+shape where that is only a matter of a missing channel axis or of channels standing last.
+"""
+
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liberatai_core.errors import DataError
+from liberatai_core.structure import DataContract
+
+MAX_BYTES = 8 << 30
+"""Unpacked size of one file: a damaged or hostile archive must not fill the memory. Eight GiB is more than an
+edge device can train on, and the whole of CIFAR-10 as float32 is 0.7."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """Samples of the data contract.
+
+    Attributes:
+        x: float32, shape (n, *input_shape), finite, n >= 1.
+        y: labels 0 … classes-1, int64, shape (n,); None if the file has none.
+        device: owner of each sample, int64, shape (n,), -1 for nobody; None if unknown.
+        test: which samples are for testing, bool, shape (n,); None if the file does not say.
+        classes: names of the labels; empty if the file has none.
+        one_class: all labels are equal; training works, but what comes out knows one answer only.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64] | None = None
+    device: NDArray[np.int64] | None = None
+    test: NDArray[np.bool_] | None = None
+    classes: tuple[str, ...] = ()
+    one_class: bool = False
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.x)
+
+
+def load_npz(path: Path | str, data: DataContract | None = None) -> Samples:
+    """Return the samples of a file.
+
+    Args:
+        path: the npz file.
+        data: the job's contract; None: whatever the file has, labels counted from the file.
+
+    Raises:
+        DataError: the file is missing, damaged, empty, or not of this form; one line says what is wrong.
+    """
+    arrays = _read(Path(path))
+    where = str(path)
+    y, test = None, None
+    if "x_train" in arrays:
+        pairs = [part for part in ("train", "test") if f"x_{part}" in arrays]
+        inputs = _joined([arrays[f"x_{part}"] for part in pairs], f"{where}: x_train and x_test")
+        if all(f"y_{part}" in arrays for part in pairs):
+            y = _joined([arrays[f"y_{part}"] for part in pairs], f"{where}: y_train and y_test")
+        test = np.repeat([part == "test" for part in pairs], [len(arrays[f"x_{part}"]) for part in pairs])
+        for part in pairs:
+            if f"y_{part}" in arrays:
+                _require_rows(arrays[f"y_{part}"], len(arrays[f"x_{part}"]), f"{where}: y_{part}")
+    else:
+        inputs = _inputs(arrays, where)
+        y = arrays.get("y")
+        if "test" in arrays:
+            test = _integers(arrays["test"], len(inputs), f"{where}: test") != 0
+    x = _prepared(inputs, data, where)
+    owner = _integers(arrays["device"], len(x), f"{where}: device") if "device" in arrays else None
+    classes = (
+        tuple(str(name) for name in np.atleast_1d(arrays["classes"]).ravel()) if "classes" in arrays else ()
+    )
+    if y is None:
+        return Samples(x=x, device=owner, test=test, classes=classes)
+    labels = _labels(y, len(x), data, classes, where)
+    return Samples(
+        x=x,
+        y=labels,
+        device=owner,
+        test=test,
+        classes=classes,
+        one_class=int(labels.min()) == int(labels.max()),
+    )
+
+
+def load_labelled(path: Path | str, data: DataContract) -> Samples:
+    """Return the samples of a file that must have labels; else as `load_npz`.
+
+    Raises:
+        DataError: as `load_npz`, or there are no labels.
+    """
+    samples = load_npz(path, data)
+    if samples.y is None:
+        raise DataError(f"{path}: no labels: training needs a key y beside x")
+    return samples
+
+
+def load_unlabeled(path: Path | str, data: DataContract | None = None) -> NDArray[np.float32]:
+    """Return the inputs of a file, shape (n, *input_shape); labels, if any, are not looked at.
+
+    Raises:
+        DataError: as `load_npz`.
+    """
+    arrays = _read(Path(path))
+    where = str(path)
+    inputs = arrays["x_train"] if "x_train" in arrays else _inputs(arrays, where)
+    return _prepared(inputs, data, where)
+
+
+def contract_of(samples: Samples) -> DataContract:
+    """Return the contract that these samples fulfil: their shape, and as many classes as they name or show.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    if samples.y is None:
+        raise DataError("no labels: the number of classes is unknown")
+    shown = int(samples.y.max()) + 1
+    return DataContract(input_shape=samples.x.shape[1:], classes=max(2, shown, len(samples.classes)))
+
+
+def _read(path: Path) -> Arrays:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        arrays = _unpacked(path) if size <= MAX_BYTES else {}
+    except UNREADABLE as error:
+        raise DataError(f"{path}: no readable npz file ({error})") from error
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES}")
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufU":
+            raise DataError(f"{path}: {key} is no array of numbers or text")
+    return arrays
+
+
+UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise for damaged files."""
+
+
+def _unpacked(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def _inputs(arrays: Arrays, where: str) -> NDArray[Any]:
+    if "x" in arrays:
+        return arrays["x"]
+    if "x_delta" in arrays:
+        return _undelta(arrays["x_delta"], where)
+    if {"logmel_u8", "scale", "offset"} <= arrays.keys():
+        scale, offset = np.float32(arrays["scale"].ravel()[0]), np.float32(arrays["offset"].ravel()[0])
+        return arrays["logmel_u8"] * scale + offset
+    if "mfcc" in arrays:
+        return arrays["mfcc"]
+    raise DataError(f"{where}: no inputs: keys are {', '.join(sorted(arrays)[:8]) or 'none'}, wanted x")
+
+
+def _undelta(delta: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    """Decode differences to the upper and left neighbour, modulo 256, with G taken from R and B."""
+    if delta.dtype != np.uint8 or delta.ndim != 4 or delta.shape[1] != 3:
+        raise DataError(
+            f"{where}: x_delta is {delta.dtype} {delta.shape}, wanted uint8 (n, 3, height, width)"
+        )
+    image = np.cumsum(delta, axis=3, dtype=np.uint8)
+    image = np.cumsum(image, axis=2, dtype=np.uint8)
+    image[:, 0] += image[:, 1]
+    image[:, 2] += image[:, 1]
+    return image
+
+
+def _joined(parts: list[NDArray[Any]], what: str) -> NDArray[Any]:
+    try:
+        return np.concatenate(parts)
+    except ValueError as error:
+        raise DataError(f"{what} do not fit together: {error}") from error
+
+
+def _prepared(inputs: NDArray[Any], data: DataContract | None, where: str) -> NDArray[np.float32]:
+    if inputs.ndim < 2 or inputs.dtype.kind not in "biuf":
+        raise DataError(f"{where}: inputs are {inputs.dtype} {inputs.shape}, wanted numbers (n, …)")
+    if len(inputs) == 0 or inputs.size == 0:
+        raise DataError(f"{where}: no samples")
+    image = inputs.dtype == np.uint8
+    x = inputs.astype(np.float32)
+    if image:
+        x /= 255
+        if x.ndim == 3 and data is None:
+            x = x[:, None]
+    if data is not None:
+        x = _shaped(x, data, where)
+    if not np.isfinite(x).all():
+        bad = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))[0])
+        raise DataError(f"{where}: sample {bad} contains NaN or infinity")
+    return x
+
+
+def _shaped(x: NDArray[np.float32], data: DataContract, where: str) -> NDArray[np.float32]:
+    shape, wanted = x.shape[1:], data.input_shape
+    if shape == wanted:
+        return x
+    if (1, *shape) == wanted:
+        return x[:, None]
+    # Square shapes are ambiguous only where the test above has already answered.
+    if len(shape) > 1 and (shape[-1], *shape[:-1]) == wanted:
+        return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+    if math.prod(shape) == math.prod(wanted) and len(wanted) == 1:
+        return x.reshape(len(x), *wanted)
+    raise DataError(f"{where}: samples have shape {shape}, the job wants {wanted}")
+
+
+def _labels(
+    y: NDArray[Any], rows: int, data: DataContract | None, classes: tuple[str, ...], where: str
+) -> NDArray[np.int64]:
+    labels = _integers(y, rows, f"{where}: y")
+    named = len(classes) if classes else int(labels.max()) + 1
+    count = named if data is None else data.classes
+    if int(labels.min()) < 0 or int(labels.max()) >= count:
+        bad = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
+        raise DataError(f"{where}: label {labels[bad]} of sample {bad} is not in 0 … {count - 1}")
+    return labels
+
+
+def _integers(values: NDArray[Any], rows: int, what: str) -> NDArray[np.int64]:
+    _require_rows(values, rows, what)
+    if values.dtype.kind not in "biu":
+        raise DataError(f"{what} must be whole numbers, not {values.dtype}")
+    return values.astype(np.int64)
+
+
+def _require_rows(values: NDArray[Any], rows: int, what: str) -> None:
+    if values.shape != (rows,):
+        raise DataError(f"{what} has shape {values.shape}, but there are {rows} samples")

@@ -1,0 +1,166 @@
+"""Distillation: a student learns a teacher's outputs on unlabeled data.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531: the loss is
+T^2 KL(teacher_T || student_T). For federated ensembles: Lin et al., "Ensemble Distillation for Robust
+Model Fusion in Federated Learning" (FedDF), NeurIPS 2020, arXiv:2006.07242. One engine for the
+aggregator (the ensemble teaches every structure) and the compressor (the original teaches the small model).
+"""
+
+import math
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from liberatai_core.errors import ConfigError, DataError, TrainingError
+from liberatai_core.learning._flat import flat_module, reproducible
+from liberatai_core.learning.augmentation import augment
+from liberatai_core.learning.families import require_torch
+from liberatai_core.learning.training import require_inputs, require_ranges
+from liberatai_core.structure import DataContract, Structure
+from liberatai_core.weights import Vector
+
+Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Inputs (n, *input_shape) -> log-probabilities (n, classes)."""
+
+
+class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a teacher teaches.
+
+    Attributes:
+        steps: batches, 1 … 1e6.
+        batch_size: samples of one step, 1 … 65536.
+        learning_rate: of Adam at the start; falls to zero along a cosine. Above 0, at most 1.
+        temperature: softens both distributions, 0.1 … 100.
+        clip_norm: largest gradient norm, 0 for no limit.
+        copies: augmented copies of every unlabeled sample beside the original, 0 … 100; needs a teacher
+            that can be asked.
+        augment: strength of their changes, 0 … 4.
+        mixup: parameter of the Beta distribution by which pairs of copies are mixed, 0 for none, at most 10.
+    """
+
+    steps: int = 150
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    temperature: float = 2.0
+    clip_norm: float = 0.0
+    copies: int = 4
+    augment: float = 1.0
+    mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside the ranges given above, all faults at once."""
+        require_ranges(self, "distillation", DISTILL_RANGES)
+        if self.learning_rate == 0:
+            raise ConfigError("distillation", ["learning_rate: must be above 0"])
+
+
+DISTILL_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 1e6),
+    "batch_size": (1, 65_536),
+    "learning_rate": (0, 1),
+    "temperature": (0.1, 100),
+    "clip_norm": (0, 1e6),
+    "copies": (0, 100),
+    "augment": (0, 4),
+    "mixup": (0, 10),
+}
+
+
+def pool(x: NDArray[np.float32], settings: DistillSettings, seed: int) -> NDArray[np.float32]:
+    """Return the samples a teacher is asked about: the originals, then the augmented copies.
+
+    Returns:
+        Inputs, shape (n * (1 + copies), *input_shape).
+    """
+    require_torch()
+    import torch
+
+    if settings.copies == 0:
+        return x
+    with reproducible(seed):
+        generator = torch.Generator().manual_seed(seed)
+        mix = np.random.default_rng(seed)
+        originals = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+        parts = [originals]
+        for _ in range(settings.copies):
+            part = augment(originals, settings.augment, generator)
+            if settings.mixup:
+                other = torch.randperm(len(part), generator=generator)
+                shares = mix.beta(settings.mixup, settings.mixup, len(part)).astype(np.float32)
+                share = torch.from_numpy(shares).reshape((-1,) + (1,) * (part.dim() - 1))
+                part = share * part + (1 - share) * part[other]
+            parts.append(part)
+        extended: NDArray[np.float32] = torch.cat(parts).numpy()
+    return extended
+
+
+def distill(
+    structure: Structure,
+    data: DataContract,
+    weights: Vector,
+    x_unlabeled: NDArray[np.float32],
+    teacher: Teacher | NDArray[np.float32],
+    settings: DistillSettings,
+    seed: int,
+) -> Vector:
+    """Teach a student and return its new weights; byte-identical for equal arguments on one machine.
+
+    Args:
+        structure: of the student.
+        data: the job's data contract.
+        weights: of the student before, shape (parameters,).
+        x_unlabeled: inputs, shape (n, *input_shape).
+        teacher: log-probabilities for `x_unlabeled`, shape (n, classes): then no copies are made (call
+            `pool` before to share one pool and one evaluation between students). Or a function, asked
+            once about `pool(x_unlabeled, settings, seed)`.
+        settings: see there.
+        seed: fixes copies, order and dropout.
+
+    Raises:
+        DataError: no samples, or shapes do not fit.
+        StructureError: the weights are not of this structure.
+        TrainingError: the weights became infinite or NaN.
+    """
+    require_torch()
+    import torch
+
+    require_inputs(data, x_unlabeled)
+    if len(x_unlabeled) == 0:
+        raise DataError("no unlabeled samples to distil on")
+    x = pool(x_unlabeled, settings, seed) if callable(teacher) else x_unlabeled
+    log_probs = teacher(x) if callable(teacher) else teacher
+    if log_probs.shape != (len(x), data.classes) or not np.isfinite(log_probs).all():
+        raise DataError(
+            f"teacher's outputs must be finite, shape {(len(x), data.classes)}, not {log_probs.shape}"
+        )
+    with reproducible(seed):
+        generator = torch.Generator().manual_seed(seed)
+        model = flat_module(structure, data, weights)
+        inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+        softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
+        target = torch.softmax(softened, dim=1)
+        optimizer = torch.optim.Adam([model.flat], lr=settings.learning_rate)
+        model.module.train()
+        order = torch.empty(0, dtype=torch.int64)
+        for step in range(settings.steps):
+            if len(order) < min(settings.batch_size, len(x)):
+                order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+            chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * _cosine(step, settings.steps)
+            model.gradient.zero_()
+            student = torch.log_softmax(model.module(inputs[chosen]) / settings.temperature, dim=1)
+            loss = torch.nn.functional.kl_div(student, target[chosen], reduction="batchmean")
+            torch.autograd.backward(loss * settings.temperature**2)
+            if settings.clip_norm:
+                torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)
+            optimizer.step()
+        taught = model.weights()
+    if not np.isfinite(taught).all():
+        raise TrainingError(f"{structure.id}: weights are not finite after distillation: lower learning_rate")
+    return taught
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

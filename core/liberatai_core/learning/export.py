@@ -1,0 +1,108 @@
+"""Files for other programs: safetensors (weights) and ONNX (weights and graph)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liberatai_core.errors import DiskError, MissingExtraError, StructureError
+from liberatai_core.learning._flat import flat_module, reproducible
+from liberatai_core.learning.families import require_torch
+from liberatai_core.structure import DataContract, Structure, to_tensors
+from liberatai_core.weights import Vector, require_finite
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit between torch and onnxruntime, absolute plus relative: sums of float32 in
+another order differ by some 1e-6; a wrong operator differs by far more."""
+
+
+def to_safetensors(
+    structure: Structure, weights: Vector, path: Path | str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the named tensors, with text metadata, to a safetensors file.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+        StructureError: the weights are not of this structure.
+        NonFiniteError: a weight is NaN or infinite.
+        DiskError: the file cannot be written.
+    """
+    try:
+        from safetensors.numpy import save
+    except ImportError as error:
+        raise MissingExtraError(
+            "safetensors is not installed: pip install 'liberatai[coordinator]'"
+        ) from error
+    require_finite(weights, structure.id)
+    tensors = {name: np.ascontiguousarray(t) for name, t in to_tensors(weights, structure).items()}
+    _write(Path(path), save(tensors, metadata=dict(metadata or {})))
+
+
+def to_onnx(structure: Structure, data: DataContract, weights: Vector, path: Path | str) -> None:
+    """Write an ONNX file: input "x" (n, *input_shape), output "logits" (n, classes), any n; then check it.
+
+    Raises:
+        MissingExtraError: torch, onnx, onnxscript or onnxruntime is not installed.
+        StructureError: the weights are not of this structure, or onnxruntime computes something else
+            from the file than torch.
+        NonFiniteError: a weight is NaN or infinite.
+        DiskError: the file cannot be written.
+    """
+    require_torch()
+    import torch
+
+    try:
+        import onnxscript as _  # noqa: F401  (torch's exporter needs it and would fail halfway)
+    except ImportError as error:
+        raise MissingExtraError(
+            "onnxscript is not installed: pip install 'liberatai[coordinator]'"
+        ) from error
+    require_finite(weights, structure.id)
+    with reproducible(0):
+        module = flat_module(structure, data, weights).module.eval()
+        samples = torch.randn((3, *data.input_shape))
+        program = torch.onnx.export(
+            module,
+            (samples,),
+            input_names=["x"],
+            output_names=["logits"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+            verbose=False,
+        )
+        if program is None:
+            raise StructureError(f"{structure.id}: torch's exporter made no program")
+        content: bytes = program.model_proto.SerializeToString()
+        _check(content, structure, module, samples)
+    _write(Path(path), content)
+
+
+def _check(content: bytes, structure: Structure, module: Any, samples: Any) -> None:
+    """Raise StructureError unless onnxruntime gives torch's outputs, for another batch size too."""
+    # Read by onnxruntime when it is imported: a model must not phone home.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import torch
+
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime is not installed: pip install 'liberatai[infer]'") from error
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for batch in (samples, samples[:1]):
+        with torch.no_grad():
+            wanted = module(batch).numpy()
+        (found,) = session.run(["logits"], {"x": batch.numpy()})
+        if not np.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE):
+            worst = float(np.abs(found - wanted).max())
+            raise StructureError(f"{structure.id}: the ONNX file's outputs differ from torch's by {worst:g}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,1 @@
+"""Carry bytes: one small protocol, a broker inside one process, and MQTT."""

@@ -1,0 +1,77 @@
+"""Limits of one class of hardware: what `device_profiles/*.yaml` holds, checked.
+
+A profile states limits; the probe measures; the smaller one counts. Units stand in the names.
+Reading files is up to the caller: this module does no I/O.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from liberatai_core.settings import parse
+
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Storage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Disk limits.
+
+    Attributes:
+        model_kb: kibibytes that the files of one model (keyframe and deltas) may take.
+        kind: what the disk is; wear matters on cards.
+    """
+
+    model_kb: Positive
+    kind: Literal["microsd", "emmc", "ssd", "flash"] = "microsd"
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Link limits. `assumed` is true where nobody measured."""
+
+    up_mbit: Positive
+    down_mbit: Positive
+    rtt_ms: Annotated[float, Meta(ge=0, le=1e9)] = 20.0
+    metered: bool = False
+    assumed: bool = True
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One class of hardware.
+
+    Attributes:
+        id: name, as in the file's name.
+        arch: machine architecture.
+        cores: processors.
+        cpu_share: processors' worth of time that training may use.
+        memory_mb: mebibytes that training may use.
+        gflops: float32 matrix product of one core, as a fallback where the probe cannot measure.
+        source: where the numbers come from.
+    """
+
+    id: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}\Z")]
+    description: str
+    arch: Literal["aarch64", "armv7l", "x86_64"]
+    cores: Count
+    cpu_share: Positive
+    memory_mb: Positive
+    storage: Storage
+    net: Network
+    gflops: Positive
+    source: dict[str, str] = {}
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes that the files of one model may take."""
+        return int(self.storage.model_kb * 1024)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that training may take."""
+        return int(self.memory_mb * 1024 * 1024)
+
+
+def parse_profile(text: str, where: str) -> Profile:
+    """Return the profile that a YAML text holds, or raise ConfigError with every fault."""
+    return parse(text, Profile, where)

@@ -1,0 +1,201 @@
+"""Bytes of both codecs, fixed: other versions and other processors must read and write the same.
+
+To see the bytes that this code writes: `python tests/golden/test_codec_golden.py`. A difference is a new
+codec id or magic, never a change of these constants.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+import pytest
+
+from liberatai_core.compressor import artifact
+from liberatai_core.compressor.artifact import Coding
+from liberatai_core.errors import DigestError
+from liberatai_core.sparsifier import codec, top_k
+from liberatai_core.structure import Structure, Tensor
+from liberatai_core.weights import Vector, digest, to_bytes
+
+pytestmark = pytest.mark.aarch64
+
+PARAMETERS = 5000
+
+
+def numbers(size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return the same pseudo-random integers below 2^31 everywhere: no library generator is involved."""
+    out, value = np.empty(size, np.int64), 12345
+    for place in range(size):
+        value = (1103515245 * value + 12345) % 2**31
+        out[place] = value >> 8
+    return out
+
+
+def small_update() -> codec.Sparse:
+    return codec.Sparse(
+        np.array([0, 3, 4, 700, 4999]),
+        np.array([1, -1, 2, -3, 1], np.int16),
+        np.array([2, 3]),
+        np.array([0.0078125, 1.5], np.float32),
+    )
+
+
+def large_update(density: int, levels: int) -> codec.Sparse:
+    random = numbers(2 * PARAMETERS)
+    positions = np.flatnonzero(random[:PARAMETERS] % 100 < density)
+    draw = random[PARAMETERS:][positions]
+    magnitudes = np.minimum(1 + draw % 7 * (draw >> 5) % 11, levels)
+    signed = np.where(draw >> 9 & 1, -magnitudes, magnitudes).astype(np.int16)
+    half = positions.size // 2
+    scales = np.array([codec.round_scale(0.001234), codec.round_scale(37.7)], np.float32)
+    return codec.Sparse(positions, signed, np.array([half, positions.size - half]), scales)
+
+
+def model() -> tuple[list[Coding], Structure]:
+    random = numbers(3000)
+    book = np.array([-1, -0.333, 0, 0.29, 0.77], np.float16)
+    codings = [
+        Coding(artifact.CONSTANT, np.float32(0.1)),
+        Coding(artifact.HALF, values=np.array([0.1, -2, 3, 6e-8], np.float16)),
+        Coding(artifact.FULL, values=np.array([0.1, -2e-39], np.float32)),
+        Coding(
+            artifact.GRID,
+            np.float32(0.0123),
+            low=-7,
+            raw_bits=4,
+            frequencies=np.array([4096]),
+            indices=random[:33] % 16,
+        ),
+        Coding(
+            artifact.GRID,
+            np.float32(0.00371),
+            low=-20,
+            raw_bits=2,
+            frequencies=np.array([96, 3000, 0, 1000]),
+            indices=np.array([0, 4, 5, 6, 7, 12, 13, 15])[random[33:1033] % 8],
+        ),
+        Coding(
+            artifact.CODEBOOK,
+            np.float32(1.7),
+            entries=book,
+            frequencies=np.array([100, 500, 2996, 400, 100]),
+            indices=np.minimum(random[1033:] % 23, 4) * (random[1033:] % 3 > 0),
+        ),
+    ]
+    sizes = (6, 4, 2, 33, 1000, 1967)
+    tensors = tuple(Tensor(f"t{number}", (size,)) for number, size in enumerate(sizes))
+    return codings, Structure(family="mlp", params={}, tensors=tensors)
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+SMALL_UPDATE = "01882705030202003c03c03fc40d0402000100f08000400d57c232a0"
+"""Hexadecimal, whole."""
+LARGE_UPDATES = {
+    # (density in percent, levels): SHA-256 of the update, SHA-256 of the values
+    (1, 1): (
+        "2baa8b52082ffb4337c491a0663484b986ba1f5e0cddb0bbc15d41a2ae35c7ab",
+        "3609cb98504aa8f98fc1617296b7245528246220e2228526f8601da40ca96b3f",
+    ),
+    (10, 1): (
+        "54a2d4794202cfd8e7ca6cb23e1719364d5ef9583568b943e5580e7a01e3b673",
+        "7ef83270859d9bd18e4edf9f74cb7c0a423e442fccd510c98175c4d29a9907e1",
+    ),
+    (10, 3): (
+        "13e276c2664cdfffef0b62eb328295861367fc794644b17a8f91fbb97fd72cf8",
+        "dac7a7aa2beb589dcce8b96256e1c7d49d2896275255c268ffbb9e95cc86772d",
+    ),
+    (45, 2): (
+        "875e23281040da2686481e216fd35fbc92adebe5f67a0e2fcebb3dbc30c9858b",
+        "5e7c7b754d06539cd8795816e6c04fb08bf2f506dc3e7646529675eeaf8bcbc0",
+    ),
+    (80, 11): (
+        "3bab753f742bd1aed62bf06c44185864f73e398fe54d4433cd535d95f4335be9",
+        "7141dedbfcf3c32231b7697a662afd5dc8eec17f8c205296a4e812858b4456bf",
+    ),
+    (100, 11): (
+        "670d5c724253751e91e9b8748ec651e1c0dbf41e828a6f804fc04f3df370c80b",
+        "967de8598cbb3f90845ec1777d8e1810133359207e14c484ce50c40231a7e981",
+    ),
+}
+MODEL = (
+    "6188bce8ae0c8025c261519e940c751d0a84c4e05b9ebf205596b7ac59ce9c25",
+    "85990dc9138ca72cc32d5b6d6b587648631d1883712d923588cedfdb1902430d",
+)
+"""SHA-256 of the file, and the digest of the weights in it."""
+STATES = {
+    "float32": "c9dccb5479053d8b5a9ec346062823d5d4204b40a046c3a186e9c9d16e2e0bb4",
+    "float16": "c9dccb5479053d8b5a9ec346062823d5d4204b40a046c3a186e9c9d16e2e0bb4",
+}
+"""Storage: SHA-256 of the residual read back, whose bytes are below (zlib's own output may differ)."""
+STATE_FILES = {
+    "float32": "4c415231040000030000007801636040020d407603c301870607078d35d3f7afefb5bdfa53f4dd653b7b3b3b3b7b7bfbfdf6fbf70300f1ac0eb8",
+    "float16": "4c4152310201000300000078017348d9f1a322e7c5ba536b8a66a51666646616e4167dcef9fc0900a9a00df4",
+}
+
+
+def values_of(sparse: codec.Sparse) -> Vector:
+    dense = np.zeros(PARAMETERS, np.float32)
+    dense[sparse.positions] = sparse.values()
+    return dense
+
+
+def residual(storage: top_k.Storage) -> top_k.State:
+    values = (numbers(12) % 2001 - 1000).astype(np.float32) * np.float32(2**-9)
+    return top_k.State(values, 3, storage)
+
+
+def test_a_small_update_has_these_bytes() -> None:
+    assert codec.encode(small_update(), PARAMETERS).hex() == SMALL_UPDATE
+    positions, values = codec.decode(bytes.fromhex(SMALL_UPDATE), PARAMETERS)
+    assert positions.tolist() == [0, 3, 4, 700, 4999]
+    assert values.tolist() == [0.0078125, -0.0078125, 3.0, -4.5, 1.5]
+
+
+@pytest.mark.parametrize(("density", "levels"), LARGE_UPDATES)
+def test_large_updates_have_these_bytes_and_values(density: int, levels: int) -> None:
+    data = codec.encode(large_update(density, levels), PARAMETERS)
+    positions, values = codec.decode(data, PARAMETERS)
+    dense = np.zeros(PARAMETERS, np.float32)
+    dense[positions] = values
+    assert (sha(data), digest(dense).hex()) == LARGE_UPDATES[density, levels]
+
+
+def test_a_model_has_these_bytes_and_weights() -> None:
+    codings, structure = model()
+    file = artifact.write(codings, structure)
+    assert (sha(file), digest(artifact.restore(file, structure)).hex()) == MODEL
+    with pytest.raises(DigestError):
+        artifact.restore(file[:4] + bytes(32) + file[36:], structure)
+
+
+@pytest.mark.parametrize("storage", STATES)
+def test_a_residual_file_of_an_older_version_is_read(storage: top_k.Storage) -> None:
+    state = top_k.state_from_bytes(bytes.fromhex(STATE_FILES[storage]), 12)
+    assert (state.rounds, state.storage) == (3, storage)
+    assert sha(to_bytes(state.residual)) == STATES[storage]
+    np.testing.assert_array_equal(state.residual, residual(storage).residual)
+
+
+def show() -> None:
+    """Print every constant of this file as the code makes it."""
+    lines = [f"SMALL_UPDATE {codec.encode(small_update(), PARAMETERS).hex()}"]
+    for density, levels in ((1, 1), (10, 1), (10, 3), (45, 2), (80, 11), (100, 11)):
+        sparse = large_update(density, levels)
+        data = codec.encode(sparse, PARAMETERS)
+        lines.append(f"LARGE {density} {levels} {sha(data)} {digest(values_of(sparse)).hex()}")
+    codings, structure = model()
+    file = artifact.write(codings, structure)
+    lines.append(f"MODEL {sha(file)} {digest(artifact.restore(file, structure)).hex()}")
+    storages: tuple[top_k.Storage, ...] = ("float32", "float16")
+    for storage in storages:
+        state = residual(storage)
+        file = top_k.state_to_bytes(state)
+        lines.append(f"STATE {storage} {sha(to_bytes(state.residual))} {file.hex()}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    show()

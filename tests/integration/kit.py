@@ -1,0 +1,222 @@
+"""A coordinator over the in-memory link, and scripted devices that speak real frames."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from liberatai_coordinator.config import CoordinatorConfig
+from liberatai_coordinator.fleet import Fleet
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.publisher import Publisher
+from liberatai_coordinator.repository import Repository
+from liberatai_coordinator.service import Service, presence_frame
+from liberatai_core.compressor.artifact import restore
+from liberatai_core.contract.frame import Signer, open_frame, seal
+from liberatai_core.contract.messages import (
+    BlobManifest,
+    Cancel,
+    Capability,
+    Message,
+    Receipt,
+    State,
+    Task,
+    Update,
+    update_id,
+)
+from liberatai_core.contract.topics import Topics
+from liberatai_core.link.link import Received, Will
+from liberatai_core.link.memory import MemoryBroker, MemoryLink
+from liberatai_core.sparsifier.top_k import densify, init, sparsify
+from liberatai_core.structure import DataContract
+from liberatai_core.weights import digest
+
+FLEET = "test"
+COORDINATOR_KEY = b"c" * 32
+DATA = DataContract(input_shape=(1, 4, 4), classes=3)
+
+JOB = """
+name: tiny
+data: {input_shape: [1, 4, 4], classes: 3}
+structures: [{family: mlp, params: {hidden: 8}}]
+rounds: {count: %(rounds)d, min_devices: %(devices)d, quorum: %(quorum)s, deadline_s: %(deadline_s)s}
+sparsify: {up_density: 0.3, down_density: 0.3}
+"""
+
+
+def job_yaml(*, rounds: int = 2, devices: int = 3, quorum: float = 1.0, deadline_s: float = 60) -> str:
+    return JOB % {"rounds": rounds, "devices": devices, "quorum": quorum, "deadline_s": deadline_s}
+
+
+@contextlib.asynccontextmanager
+async def coordinator(broker: MemoryBroker, folder: Path) -> AsyncIterator[Service]:
+    """Run a coordinator on this folder; leaving ends it as a crash would: without a goodbye."""
+    ledger = Ledger.open(folder)
+    config = CoordinatorConfig(fleet=FLEET, state_dir=str(folder), enrolment="open")
+    signer = Signer.from_seed(COORDINATOR_KEY, FLEET)
+    topics = Topics(fleet=FLEET)
+    will = Will(
+        topic=topics.coordinator("co1"), payload=presence_frame(signer, "co1", ledger.epoch, "lost")
+    )
+    link = MemoryLink(broker, "co1", will=will)
+    service = Service(
+        config=config,
+        link=link,
+        ledger=ledger,
+        repository=Repository(folder),
+        signer=signer,
+        fleet=Fleet(enrolment="open"),
+        publisher=Publisher(link=link, signer=signer, topics=topics),
+        topics=topics,
+    )
+    running = asyncio.create_task(service.run())
+    try:
+        yield service
+    finally:
+        broker.kill("co1")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        ledger.close()
+
+
+@dataclass
+class ScriptedDevice:
+    """A device that trains by adding seeded noise: real frames, no torch, every message recorded."""
+
+    broker: MemoryBroker
+    name: str
+    samples: int = 10
+    answers: bool = True
+    receipts: list[Receipt] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    cancels: list[Cancel] = field(default_factory=list)
+    views: dict[bytes, np.ndarray] = field(default_factory=dict)
+    sent: dict[int, bytes] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.topics = Topics(fleet=FLEET)
+        self.signer = Signer.from_seed(self.name.encode().ljust(32, b"-"), FLEET)
+        self.coordinator_key = Signer.from_seed(COORDINATOR_KEY, FLEET).public_key
+        self.link = MemoryLink(self.broker, self.name)
+        self.blobs: dict[str, bytes] = {}
+
+    async def run(self) -> None:
+        await self.link.subscribe(*self.topics.to_device(self.name))
+        await self.link.open()
+        async for event in self.link.events():
+            if isinstance(event, Received):
+                await self._received(event)
+                self.link.ack(event.token)
+            elif type(event).__name__ == "Connected":
+                await self._introduce()
+
+    async def say(self, topic: str, message: Message, *, retain: bool = False) -> None:
+        await self.link.publish(topic, seal(message, self.signer), retain=retain)
+
+    async def _introduce(self) -> None:
+        caps = Capability(
+            device=self.name,
+            public_key=self.signer.public_key,
+            session=1,
+            agent_version="test",
+            tier="full",
+            storage_bytes=100_000,
+            memory_bytes=2**30,
+            samples=self.samples,
+            data=DATA,
+        )
+        await self.say(self.topics.up(self.name, "caps"), caps, retain=True)
+        await self.say(
+            self.topics.up(self.name, "state"), State(device=self.name, state="online", session=1), retain=True
+        )
+
+    async def _received(self, event: Received) -> None:
+        if not event.payload:
+            return
+        opened = open_frame(event.payload, FLEET, lambda _: self.coordinator_key)
+        match opened.message:
+            case Task() as task:
+                self.tasks.append(task)
+                missing = [step.blob.blob for step in (task.keyframe, *task.deltas)]
+                await self.link.subscribe(*(self.topics.blob(b) for b in missing if b not in self.blobs))
+                await self._answer(task)
+            case BlobManifest(content=content, blob=blob) if content is not None:
+                self.blobs[blob] = content
+                if self.tasks:
+                    await self._answer(self.tasks[-1])
+            case Receipt() as receipt:
+                self.receipts.append(receipt)
+            case Cancel() as cancel:
+                self.cancels.append(cancel)
+        self.changed.set()
+
+    async def _answer(self, task: Task) -> None:
+        steps = (task.keyframe, *task.deltas)
+        if not self.answers or any(step.blob.blob not in self.blobs for step in steps):
+            return
+        if task.round not in self.sent:
+            self.sent[task.round] = seal(self.train(task), self.signer)
+        await self.link.publish(
+            self.topics.upload(self.name, "a" * 26), self.sent[task.round]
+        )
+
+    def base(self, task: Task) -> np.ndarray:
+        weights = restore(self.blobs[task.keyframe.blob.blob], task.structure)
+        assert digest(weights) == task.keyframe.digest
+        for step in task.deltas:
+            weights = (weights + densify(self.blobs[step.blob.blob], task.structure)).astype(np.float32)
+            assert digest(weights) == step.digest
+        return weights
+
+    def train(self, task: Task) -> Update:
+        base = self.base(task)
+        noise = np.random.default_rng([task.round, len(self.name), ord(self.name[-1])])
+        difference = noise.normal(0, 0.01, len(base)).astype(np.float32)
+        _, body = sparsify(init(len(base)), difference, task.structure, task.density)
+        return Update(
+            update_id=update_id(self.name, task.job, task.round, task.base),
+            device=self.name,
+            job=task.job,
+            round=task.round,
+            epoch=task.epoch,
+            structure=task.structure.id,
+            base=task.base,
+            samples=self.samples,
+            codec=task.codec,
+            body=body,
+            class_counts=(4, 3, 3),
+        )
+
+
+@contextlib.asynccontextmanager
+async def devices(broker: MemoryBroker, *names: str) -> AsyncIterator[list[ScriptedDevice]]:
+    made = [ScriptedDevice(broker, name) for name in names]
+    running = [asyncio.create_task(device.run()) for device in made]
+    try:
+        yield made
+    finally:
+        for device, task in zip(made, running, strict=True):
+            await device.link.close()
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def until(condition, timeout_s: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+    """Wait until a condition holds; fails with what was waited for."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def decode(frame: bytes) -> Message:
+    opened = open_frame(frame, FLEET, lambda _: Signer.from_seed(COORDINATOR_KEY, FLEET).public_key)
+    return opened.message
+
+
+def replaced(message: Update, **changes: object) -> Update:
+    return msgspec.structs.replace(message, **changes)

@@ -1,0 +1,375 @@
+"""Whole rounds over the in-memory link: a coordinator with a real ledger, devices with real frames."""
+
+import asyncio
+import itertools
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.service import Service
+from liberatai_core.contract.frame import Signer, seal
+from liberatai_core.contract.messages import Report, State
+from liberatai_core.errors import ConfigError, DataError, NotFoundError, StateError
+from liberatai_core.link.memory import MemoryBroker
+from tests.integration.kit import (
+    FLEET,
+    ScriptedDevice,
+    coordinator,
+    decode,
+    devices,
+    job_yaml,
+    replaced,
+    until,
+)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 90))
+
+
+def finished(service: Service) -> bool:
+    return service.ledger.job("tiny").state == "finished"
+
+
+async def final_digests(service: Service) -> dict[str, str]:
+    return (await service.version("tiny", "latest")).digests
+
+
+async def undisturbed(folder: Path, rounds: int = 3) -> dict[str, str]:
+    broker = MemoryBroker()
+    async with devices(broker, "a", "b", "c"), coordinator(broker, folder) as service:
+        await service.create_job(job_yaml(rounds=rounds), str(folder))
+        await until(lambda: finished(service))
+        return await final_digests(service)
+
+
+def test_a_job_runs_to_its_end_and_every_update_is_counted_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await until(lambda: finished(service))
+            versions = await service.log("tiny")
+            assert [v.version for v in versions] == [3, 2, 1, 0]
+            assert [v.parent for v in versions] == [*(v.id for v in versions[1:]), None]
+            assert [v.updates for v in versions] == [3, 3, 3, 0]
+            await until(lambda: all(device.cancels for device in fleet))
+            for device in fleet:
+                assert len({r.update_id for r in device.receipts if r.accepted}) == 3
+                assert device.cancels[-1].final[-1].digest.hex() in versions[0].digests.values()
+
+    run(scenario())
+
+
+def test_the_job_shows_its_rounds_its_plan_and_its_weights(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await until(lambda: finished(service))
+            job = await service.job("tiny")
+            assert [(r.round, r.state, r.updates) for r in job.rounds] == [
+                (1, "published", 3),
+                (2, "published", 3),
+            ]
+            plan = await service.plan("tiny", None)
+            assert {a.structure for a in plan.assignments} == {"mlp-hidden8"}
+            structure, data, weights = await service.weights("tiny", "latest", "mlp-hidden8")
+            assert len(weights) == 4 * structure.parameters
+            assert data.classes == 3
+            with pytest.raises(NotFoundError):
+                await service.weights("tiny", "latest", "cnn")
+            with pytest.raises(StateError):
+                await service.pause("tiny")
+
+    run(scenario())
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing in the product may catch it, like a kill -9."""
+
+
+def crash_at(ledger: Ledger, name: str, call: int, *, after: bool) -> None:
+    """Let the n-th call of a ledger method end the job's task, before or after it is done."""
+    real, calls = getattr(ledger, name), itertools.count(1)
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        if next(calls) != call:
+            return real(*args, **more)
+        if after:
+            real(*args, **more)
+        raise Crash
+
+    setattr(ledger, name, wrapped)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("set_job_value", 1),
+        ("set_job_value", 2),
+        ("add_version", 1),
+        ("add_version", 3),
+        ("open_round", 1),
+        ("open_round", 2),
+        ("close_round", 1),
+        ("close_round", 3),
+        ("set_aggregated", 2),
+        ("set_published", 2),
+        ("set_published", 3),
+        ("set_job_state", 2),
+    ],
+)
+def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: int, after: bool) -> None:
+    """P1, P2, P4: the final weights are those of the undisturbed run, bit for bit."""
+
+    async def scenario() -> None:
+        wanted = await undisturbed(tmp_path / "calm")
+        broker, folder = MemoryBroker(), tmp_path / "crashed"
+        async with devices(broker, "a", "b", "c"):
+            async with coordinator(broker, folder) as service:
+                crash_at(service.ledger, name, call, after=after)
+                await service.create_job(job_yaml(rounds=3), str(folder))
+                await until(lambda: service._jobs["tiny"].done())
+                assert isinstance(service._jobs["tiny"].exception(), Crash)
+            async with coordinator(broker, folder) as service:
+                await until(lambda: finished(service))
+                assert await final_digests(service) == wanted
+                assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+
+    run(scenario())
+
+
+def test_a_broker_that_forgets_everything_is_told_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        wanted = await undisturbed(tmp_path / "calm")
+        broker, folder = MemoryBroker(), tmp_path / "wiped"
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, folder) as service:
+            fleet[2].answers = False
+            await service.create_job(job_yaml(rounds=3), str(folder))
+            await until(lambda: bool(fleet[2].tasks))
+            broker.stop(forget=True)
+            fleet[2].answers = True
+            broker.start()
+            await until(lambda: finished(service))
+            assert await final_digests(service) == wanted
+
+    run(scenario())
+
+
+def test_a_round_without_quorum_is_abandoned_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[0].answers = fleet[1].answers = False
+            await service.create_job(job_yaml(rounds=1, quorum=0.6, deadline_s=1), str(tmp_path))
+            await until(lambda: any(row.state == "abandoned" for row in service.ledger.rounds("tiny")))
+            fleet[0].answers = fleet[1].answers = True
+            await until(lambda: finished(service))
+            first, *_, last = (await service.job("tiny")).rounds
+            assert first.state == "abandoned"
+            assert "1 of 2" in first.reason
+            assert (last.state, last.updates) == ("published", 3)
+
+    run(scenario())
+
+
+def test_one_silent_device_does_not_hold_up_a_round_with_quorum(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[1].answers = False
+            await service.create_job(job_yaml(rounds=2, quorum=0.6, deadline_s=1), str(tmp_path))
+            await until(lambda: finished(service))
+            assert [r.updates for r in (await service.job("tiny")).rounds] == [2, 2]
+
+    run(scenario())
+
+
+def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path: Path) -> None:
+    """Wrong base, structure, codec, body, class counts; unsigned, other device's topic, replay."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            bad = fleet[2]
+            bad.answers = False
+            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await until(lambda: bool(bad.tasks) and len(bad.blobs) > 0)
+            honest = bad.train(bad.tasks[-1])
+            hostile = {
+                "E_BASE_MODEL": replaced(honest, base=b"x" * 32),
+                "E_ROUND_UNKNOWN": replaced(honest, round=99),
+                "E_CODEC": replaced(honest, codec="pickle"),
+                "E_SCHEMA": replaced(honest, class_counts=(1, 2)),
+            }
+            topic = bad.topics.upload(bad.name, "b" * 26)
+            for code, update in hostile.items():
+                bad.receipts.clear()
+                await bad.say(topic, update)
+                await until(lambda: bool(bad.receipts))
+                assert (bad.receipts[0].accepted, bad.receipts[0].code) == (False, code)
+            broken = [honest.body[:-1], honest.body + b"\0", b"", b"\xff" * 64]
+            for body in broken:
+                bad.receipts.clear()
+                await bad.say(topic, replaced(honest, body=body))
+                await until(lambda: bool(bad.receipts))
+                assert not bad.receipts[0].accepted
+            frame = seal(honest, bad.signer)
+            other = bad.topics.upload("a", "b" * 26)
+            stranger = Signer.from_seed(b"s" * 32, FLEET)
+            for place, payload in (
+                (topic, b""),
+                (topic, b"garbage"),
+                (topic, frame[:-1]),
+                (topic, frame[:12] + bytes(64) + frame[76:]),
+                (topic, seal(honest, stranger)),
+                (other, frame),
+                (bad.topics.up(bad.name, "state"), frame),
+                (topic, b"cos\nsystem\n(S'true'\ntR."),
+                ("lai/v1/test/up/c/x/!!/m", frame),
+                (bad.topics.upload(bad.name, "b" * 26, 3), b"chunk of nothing"),
+            ):
+                await bad.link.publish(place, payload)
+            await bad.say(bad.topics.up(bad.name, "rep"), Report(device=bad.name, session=0, phase="idle"))
+            assert (await service.health())["ok"]
+            bad.receipts.clear()
+            for _ in range(3):
+                await bad.say(topic, honest)
+            await until(lambda: finished(service))
+            assert [v.updates for v in await service.log("tiny")] == [3, 0]
+            await until(lambda: len(bad.receipts) == 3 or len(bad.receipts) >= 1)
+            assert all(receipt.accepted for receipt in bad.receipts)
+            refused = service.fleet.refusals
+            assert refused["c"]["E_TOPIC"] >= 1
+            assert refused["c"]["E_REPLAY"] >= 1
+            assert sum(refused[""].values()) >= 3
+
+    run(scenario())
+
+
+def test_a_replay_after_the_job_is_receipted_as_a_duplicate_and_counts_nowhere(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await until(lambda: finished(service))
+            before = await final_digests(service)
+            fleet[0].receipts.clear()
+            await fleet[0].link.publish(fleet[0].topics.upload("a", "c" * 26), fleet[0].sent[1])
+            await until(lambda: bool(fleet[0].receipts))
+            assert (fleet[0].receipts[0].accepted, fleet[0].receipts[0].code) == (True, "E_DUP")
+            assert await final_digests(service) == before
+
+    run(scenario())
+
+
+def test_a_paused_job_opens_no_round_and_goes_on_when_resumed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[0].answers = False
+            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await until(lambda: bool(fleet[0].tasks))
+            assert (await service.pause("tiny")).state == "paused"
+            fleet[0].answers = True
+            await fleet[0]._answer(fleet[0].tasks[-1])
+            await until(lambda: service.ledger.rounds("tiny")[0].state == "published")
+            assert len(service.ledger.rounds("tiny")) == 1
+            await service.resume("tiny")
+            await until(lambda: finished(service))
+
+    run(scenario())
+
+
+def test_an_aborted_job_takes_its_tasks_away_and_keeps_its_versions(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[0].answers = False
+            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await until(lambda: bool(fleet[0].tasks))
+            assert (await service.abort("tiny")).state == "aborted"
+            await until(lambda: all(device.cancels for device in fleet))
+            assert len(await service.log("tiny")) == 1
+
+    run(scenario())
+
+
+def test_a_device_that_comes_later_gets_a_part(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b"), coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=4, devices=2, quorum=0.5, deadline_s=5), str(tmp_path))
+            await until(lambda: service.ledger.rounds("tiny") != [])
+            async with devices(broker, "late") as newcomers:
+                await until(lambda: bool(newcomers[0].tasks) or finished(service))
+                await until(lambda: finished(service))
+                assert newcomers[0].tasks
+                plan = await service.plan("tiny", None)
+                assert {a.device for a in plan.assignments} == {"a", "b", "late"}
+
+    run(scenario())
+
+
+def test_a_quarantined_device_counts_no_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[2].answers = False
+            await service.create_job(job_yaml(rounds=1, quorum=0.6), str(tmp_path))
+            await until(lambda: bool(fleet[2].tasks))
+            await service.quarantine("c", "odd")
+            await until(lambda: finished(service))
+            fleet[2].receipts.clear()
+            await fleet[2].say(fleet[2].topics.upload("c", "b" * 26), fleet[2].train(fleet[2].tasks[-1]))
+            await until(lambda: bool(fleet[2].receipts))
+            assert fleet[2].receipts[0].code == "E_REVOKED"
+            assert (await service.log("tiny"))[0].updates == 2
+
+    run(scenario())
+
+
+def test_faults_of_a_job_come_when_it_is_created(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with coordinator(MemoryBroker(), tmp_path) as service:
+            with pytest.raises(ConfigError, match="rounds.deadline_s: must be > 0"):
+                await service.create_job(job_yaml(deadline_s="soon"), str(tmp_path))  # type: ignore[arg-type]
+            with pytest.raises(DataError, match="nowhere.npz"):
+                await service.create_job(job_yaml() + "teach: {unlabeled: nowhere.npz}\n", str(tmp_path))
+            assert await service.jobs() == []
+
+    run(scenario())
+
+
+def test_presence_and_tasks_are_signed_by_the_coordinator(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await until(lambda: finished(service))
+            for topic, payload in broker.retained.items():
+                if "/up/" not in topic:
+                    decode(payload)
+
+    run(scenario())
+
+
+def test_a_will_of_an_old_session_does_not_declare_a_living_device_lost(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a") as fleet, coordinator(broker, tmp_path) as service:
+            device: ScriptedDevice = fleet[0]
+            await until(lambda: bool(service.fleet.ready()))
+            topic = device.topics.up("a", "state")
+            await device.say(topic, State(device="a", state="online", session=5), retain=True)
+            await device.say(topic, State(device="a", state="lost", session=4), retain=True)
+            await device.say(device.topics.up("a", "rep"), Report(device="a", session=5, phase="gated"))
+            await until(lambda: service._device_view(service.fleet.require("a")).phase == "gated")
+            assert service.fleet.require("a").online
+
+    run(scenario())

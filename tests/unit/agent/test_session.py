@@ -1,0 +1,419 @@
+"""The agent's rules, as lists of events: late, doubled, lost and hostile ones included."""
+
+from dataclasses import replace
+
+import pytest
+
+from liberatai_agent import session as s
+from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, update_id
+from liberatai_core.contract.topics import blob_id
+from liberatai_core.structure import DataContract, Structure, Tensor
+
+STRUCTURE = Structure(family="mlp", params={}, tensors=(Tensor(name="w", shape=(4,)),))
+DATA = DataContract(input_shape=(4,), classes=2)
+RESULT = s.TrainingResult(body=b"body", residual=b"rest", samples=7)
+
+
+def a_step(version, size=100):
+    name = f"{version}".encode()
+    return Step(
+        version=version,
+        blob=BlobRef(blob=blob_id(name), size_bytes=size),
+        digest=name.ljust(32, b"."),
+    )
+
+
+def a_task(number=1, epoch=1, job="digits", **changes):
+    keyframe = a_step(number - 1)
+    fields = {
+        "task_id": update_id("dev", job, number, keyframe.digest),
+        "epoch": epoch,
+        "coordinator": "co1",
+        "device": "dev",
+        "job": job,
+        "round": number,
+        "structure": STRUCTURE,
+        "data": DATA,
+        "keyframe": keyframe,
+    }
+    return Task(**(fields | changes))
+
+
+def a_cancel(number=1, epoch=1, job="digits", final=()):
+    return Cancel(device="dev", epoch=epoch, coordinator="co1", job=job, round=number, final=final)
+
+
+def a_receipt(uid, accepted=True, **changes):
+    return s.ReceiptArrived(receipt=Receipt(device="dev", update_id=uid, accepted=accepted, **changes))
+
+
+class Play:
+    """Feeds events and remembers all actions."""
+
+    def __init__(self, *events):
+        self.session, self.log = s.Session(device="dev"), []
+        self(*events)
+
+    def __call__(self, *events):
+        new = []
+        for event in events:
+            self.session, actions = s.step(self.session, event)
+            new += actions
+        self.log += new
+        return new
+
+    def of(self, kind):
+        return [action for action in self.log if isinstance(action, kind)]
+
+    @property
+    def phase(self):
+        return s.report_of(self.session).phase
+
+
+def of(actions, kind):
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def online():
+    return Play(s.Tick(now_s=0.0), s.Started(), s.LinkUp(), s.CoordinatorChanged(state="online", epoch=1))
+
+
+def stored(task):
+    return s.BlobStored(blob=task.keyframe.blob.blob)
+
+
+def until_sent(task, play=None):
+    play = play or online()
+    play(s.TaskArrived(task=task), stored(task))
+    play(
+        s.Trained(update_id=task.task_id, result=RESULT),
+        s.OutboxStored(update_id=task.task_id),
+    )
+    return play
+
+
+def test_one_round_goes_through_all_phases_in_order():
+    task, play = a_task(), online()
+    assert play.phase == "idle"
+    got = play(s.TaskArrived(task=task))
+    assert of(got, s.DropBlobs) and of(got, s.WarmTrainer) and of(got, s.FetchBlobs)
+    assert play.phase == "fetching"
+    assert of(play(stored(task)), s.StartTraining) == [s.StartTraining(task=task, update_id=task.task_id)]
+    assert play.phase == "training"
+    got = play(s.Trained(update_id=task.task_id, result=RESULT))
+    assert of(got, s.StoreUpdate)
+    assert not of(got, s.SendUpdate), "sent before it was stored"
+    assert of(play(s.OutboxStored(update_id=task.task_id)), s.SendUpdate)
+    assert play.phase == "sending"
+    assert of(play(a_receipt(task.task_id)), s.Forget) == [s.Forget(update_id=task.task_id)]
+    assert play.phase == "idle"
+    reports = [r.phase for r in play.of(s.PublishReport)]
+    assert reports == ["idle", "fetching", "training", "sending", "idle"]
+
+
+def test_a_task_that_comes_twice_is_done_once():
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), s.TaskArrived(task=task), stored(task), s.TaskArrived(task=task))
+    assert len(play.of(s.StartTraining)) == 1
+    assert len(play.of(s.FetchBlobs)) == 1
+
+
+def test_a_task_whose_update_waits_is_answered_with_that_update():
+    task = a_task()
+    play = until_sent(task)
+    got = play(s.TaskArrived(task=task))
+    assert of(got, s.SendUpdate) == [s.SendUpdate(update_id=task.task_id)]
+    assert not of(got, s.StartTraining)
+
+
+def test_a_finished_task_is_not_done_again_even_after_a_restart():
+    task = a_task()
+    play = until_sent(task)
+    play(a_receipt(task.task_id))
+    assert not play(s.TaskArrived(task=task))
+    again = Play(s.Started(finished=(task.task_id,)), s.LinkUp())
+    assert not of(again(s.TaskArrived(task=task)), s.FetchBlobs)
+
+
+def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_trained():
+    task = a_task()
+    unsent = s.Unsent(update_id=task.task_id, job="digits", round=1)
+    play = Play(s.Started(unsent=(unsent,), finished=(task.task_id,)))
+    assert of(play(s.LinkUp()), s.SendUpdate)
+    play(s.TaskArrived(task=task))
+    assert not play.of(s.StartTraining)
+
+
+def test_a_new_round_stops_the_training_of_the_old_one():
+    first, second, play = a_task(1), a_task(2), online()
+    play(s.TaskArrived(task=first), stored(first))
+    got = play(s.TaskArrived(task=second))
+    assert of(got, s.StopTraining) and of(got, s.FetchBlobs)
+    late = play(s.Trained(update_id=first.task_id, result=RESULT))
+    assert not of(late, s.StoreUpdate), "a result nobody waits for was stored"
+    assert of(play(stored(second)), s.StartTraining)[0].task == second
+
+
+def test_a_lower_epoch_is_ignored_and_reported():
+    play = online()
+    play(s.TaskArrived(task=a_task(2, epoch=5)))
+    for event in (
+        s.TaskArrived(task=a_task(3, epoch=4)),
+        s.CancelArrived(cancel=a_cancel(9, epoch=4)),
+        s.CoordinatorChanged(state="lost", epoch=4),
+    ):
+        got = play(event)
+        assert [e.code for e in of(got, s.Emit)] == ["E_REPLAY"]
+        assert play.session.task.round == 2
+        assert not play.session.away
+    assert play.of(s.RememberEpoch) == [s.RememberEpoch(epoch=1), s.RememberEpoch(epoch=5)]
+
+
+def test_the_epoch_is_fenced_across_restarts():
+    play = Play(s.Started(epoch=7), s.LinkUp())
+    assert of(play(s.TaskArrived(task=a_task(epoch=6))), s.Emit)[0].code == "E_REPLAY"
+
+
+def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_training():
+    task, play = a_task(epoch=1), online()
+    play(s.TaskArrived(task=task), stored(task))
+    newer = a_task(epoch=2)
+    got = play(s.TaskArrived(task=newer))
+    assert not of(got, s.StopTraining)
+    stores = of(play(s.Trained(update_id=task.task_id, result=RESULT)), s.StoreUpdate)
+    assert stores[0].task.epoch == 2
+
+
+def test_an_update_is_resent_with_doubling_pauses_until_a_receipt_comes():
+    task = a_task()
+    play = until_sent(task)
+    sent_at = []
+    for now in range(1, 400):
+        if of(play(s.Tick(now_s=float(now))), s.SendUpdate):
+            sent_at.append(now)
+    assert sent_at == [5, 15, 35, 75, 155, 275, 395]
+    play(a_receipt(task.task_id))
+    assert not any(play(s.Tick(now_s=t)) for t in (600.0, 900.0))
+
+
+def test_everything_is_resent_when_the_link_or_the_coordinator_comes_back():
+    task = a_task()
+    play = until_sent(task)
+    play(s.LinkDown())
+    assert not play(s.Tick(now_s=1000.0)), "sent without a connection"
+    assert of(play(s.LinkUp()), s.SendUpdate)
+    play(s.CoordinatorChanged(state="lost", epoch=1))
+    assert of(play(s.CoordinatorChanged(state="online", epoch=1)), s.SendUpdate)
+    assert of(play(s.CoordinatorChanged(state="online", epoch=2)), s.SendUpdate), "a new coordinator"
+
+
+def test_uploads_are_held_while_the_coordinator_is_away():
+    play, task = online(), a_task()
+    play(s.CoordinatorChanged(state="lost", epoch=1))
+    until_sent(task, play)
+    assert not play.of(s.SendUpdate)
+    assert not of(play(s.Tick(now_s=60.0)), s.SendUpdate)
+    # Its word may have been lost: after two minutes the broker's queue gets the update anyway.
+    assert of(play(s.Tick(now_s=121.0)), s.SendUpdate)
+
+
+def test_e_dup_is_a_success():
+    task = a_task()
+    play = until_sent(task)
+    got = play(a_receipt(task.task_id, accepted=False, code="E_DUP"))
+    assert of(got, s.Forget)
+    assert not of(got, s.RestoreResidual)
+
+
+@pytest.mark.parametrize("code", ["E_ROUND_CLOSED", "E_BASE_MODEL", "E_NORM", "E_QUOTA"])
+def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(code):
+    task = a_task()
+    play = until_sent(task)
+    got = play(a_receipt(task.task_id, accepted=False, code=code))
+    assert of(got, s.RestoreResidual) == [s.RestoreResidual(update_id=task.task_id)]
+    assert [e.code for e in of(got, s.Emit)] == [code]
+    assert dict(play.session.refusals) == {code: 1}
+    assert not play.session.pending
+
+
+def test_an_update_in_whose_place_another_was_counted_is_not_added_again():
+    task = a_task()
+    got = until_sent(task)(a_receipt(task.task_id, accepted=False, code="E_DUP_CONFLICT"))
+    assert of(got, s.Forget)
+    assert not of(got, s.RestoreResidual)
+
+
+def test_a_refusal_with_retry_keeps_the_update_and_tries_later():
+    task = a_task()
+    play = until_sent(task)
+    got = play(a_receipt(task.task_id, accepted=False, code="E_BUSY", retry=True))
+    assert not of(got, s.Forget) + of(got, s.RestoreResidual)
+    assert of(play(s.Tick(now_s=30.0)), s.SendUpdate)
+
+
+def test_a_receipt_for_nothing_we_have_is_ignored():
+    assert online()(a_receipt(b"x" * 16)) == []
+    task = a_task()
+    play = until_sent(task)
+    play(a_receipt(task.task_id))
+    assert play(a_receipt(task.task_id)) == [], "a doubled receipt"
+
+
+def test_a_credit_sends_chunks_and_restarts_the_timer():
+    task = a_task()
+    play = until_sent(task)
+    play(s.Tick(now_s=4.0))
+    got = play(s.CreditArrived(update_id=task.task_id, have=b"\1", chunks=4))
+    assert of(got, s.SendChunks) == [s.SendChunks(update_id=task.task_id, have=b"\1", chunks=4)]
+    assert not of(play(s.Tick(now_s=6.0)), s.SendUpdate)
+    assert play(s.CreditArrived(update_id=b"y" * 16, have=b"", chunks=4)) == []
+
+
+def test_cancel_stops_the_round_it_names_and_no_later_one():
+    task, play = a_task(2), online()
+    play(s.TaskArrived(task=task), stored(task))
+    assert not of(play(s.CancelArrived(cancel=a_cancel(1))), s.StopTraining)
+    assert not of(play(s.CancelArrived(cancel=a_cancel(2, job="other"))), s.StopTraining)
+    assert of(play(s.CancelArrived(cancel=a_cancel(2))), s.StopTraining)
+    assert play.phase == "idle"
+    assert not play(s.Trained(update_id=task.task_id, result=RESULT))
+
+
+def test_cancel_brings_the_finished_model_once():
+    final = (a_step(7), a_step(8))
+    play = online()
+    cancel = s.CancelArrived(cancel=a_cancel(8, final=final))
+    got = play(cancel)
+    assert {r.blob for r in of(got, s.FetchBlobs)[0].refs} == {step.blob.blob for step in final}
+    assert not play(cancel), "a doubled cancel"
+    play(*(s.BlobStored(blob=step.blob.blob) for step in final))
+    assert play.phase == "idle"
+    assert play.session.final == final
+
+
+def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it():
+    task, play = a_task(), online()
+    play(s.GateChanged(open=False, reason="90 °C"), s.TaskArrived(task=task))
+    assert not of(play(stored(task)), s.StartTraining)
+    assert (play.phase, s.report_of(play.session).reason) == ("gated", "90 °C")
+    assert of(play(s.GateChanged(open=True)), s.StartTraining)
+    assert of(play(s.GateChanged(open=False, reason="battery")), s.StopTraining)
+    assert of(play(s.GateChanged(open=True)), s.StartTraining)
+
+
+def test_the_deadline_stops_training_and_fails_the_task():
+    task, play = a_task(deadline_s=10.0), online()
+    play(s.TaskArrived(task=task), stored(task))
+    assert not of(play(s.Tick(now_s=10.0)), s.StopTraining)
+    got = play(s.Tick(now_s=10.1))
+    assert of(got, s.StopTraining)
+    assert [e.code for e in of(got, s.Emit)] == ["E_TRAIN"]
+    assert play.phase == "failed"
+
+
+def test_training_waits_for_all_blobs_and_fetches_lost_ones_again():
+    delta = a_step(1)
+    task = a_task(2, deltas=(delta,))
+    task = a_task(2, deltas=(delta,), task_id=update_id("dev", "digits", 2, task.base))
+    play = online()
+    play(s.TaskArrived(task=task))
+    assert not of(play(stored(task)), s.StartTraining)
+    play(s.BlobFailed(blob=delta.blob.blob, code="E_NOT_FOUND", text="not there"))
+    assert (play.phase, s.report_of(play.session).reason) == ("fetching", "E_NOT_FOUND: not there")
+    got = play(s.Tick(now_s=5.0))
+    assert of(got, s.FetchBlobs)[0].refs == (delta.blob,)
+    assert of(play(s.BlobStored(blob=delta.blob.blob)), s.StartTraining)
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "code"),
+    [
+        ({"tier": "observe"}, {}, "E_TIER"),
+        ({"storage_bytes": 99}, {}, "E_QUOTA"),
+        ({}, {"codec": "gzip"}, "E_CODEC"),
+    ],
+)
+def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(machine, changes, code):
+    play = Play(s.Started(**machine), s.LinkUp())
+    got = play(s.TaskArrived(task=a_task(**changes)))
+    assert [e.code for e in of(got, s.Emit)] == [code]
+    assert not of(got, s.FetchBlobs)
+    assert s.report_of(play.session).reason.startswith(code)
+
+
+def test_a_fault_in_the_data_is_reported_while_idle():
+    play = Play(s.Started(fault="E_DATA: no such file"), s.LinkUp())
+    assert play.of(s.PublishReport)[-1] == s.PublishReport(phase="failed", reason="E_DATA: no such file")
+    play(s.MachineChanged(tier="full", storage_bytes=1 << 30))
+    assert play.phase == "idle"
+
+
+def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails():
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), stored(task))
+    failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="keyframe")
+    got = play(failed)
+    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset())] and of(got, s.FetchBlobs)
+    play(stored(task))
+    got = play(failed)
+    assert [e.code for e in of(got, s.Emit)] == ["E_DIGEST"]
+    assert play.phase == "failed"
+
+
+def test_a_killed_training_is_tried_again_twice_and_faulty_data_never():
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), stored(task))
+    killed = s.TrainingFailed(update_id=task.task_id, code="E_INTERNAL", text="signal 9")
+    play(killed)
+    assert of(play(s.Tick(now_s=6.0)), s.StartTraining)
+    play(killed)
+    assert of(play(s.Tick(now_s=30.0)), s.StartTraining)
+    assert [e.code for e in of(play(killed), s.Emit)] == ["E_INTERNAL"]
+    play = online()
+    play(s.TaskArrived(task=task), stored(task))
+    got = play(s.TrainingFailed(update_id=task.task_id, code="E_DATA", text="no such file"))
+    assert [e.code for e in of(got, s.Emit)] == ["E_DATA"]
+
+
+def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space():
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), stored(task), s.Trained(update_id=task.task_id, result=RESULT))
+    play(s.StoreFailed(update_id=task.task_id, code="E_DISK", text="full"))
+    assert "E_DISK" in s.report_of(play.session).reason
+    assert of(play(s.Tick(now_s=6.0)), s.StoreUpdate)[0].result == RESULT
+    assert of(play(s.OutboxStored(update_id=task.task_id)), s.SendUpdate)
+
+
+def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more():
+    task = a_task()
+    play = until_sent(task)
+    got = play(s.UpdateDropped(update_id=task.task_id, reason="the outbox is full"))
+    assert [e.name for e in of(got, s.Emit)] == ["update_dropped"]
+    assert not of(play(s.Tick(now_s=500.0)), s.SendUpdate)
+
+
+def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back():
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), stored(task), s.LinkDown())
+    assert not play.of(s.StopTraining)
+    play(s.Trained(update_id=task.task_id, result=RESULT), s.OutboxStored(update_id=task.task_id))
+    assert not play.of(s.SendUpdate)
+    assert of(play(s.LinkUp()), s.SendUpdate)
+
+
+def test_every_connection_repeats_state_and_report():
+    play = online()
+    play(s.LinkDown())
+    assert play(s.LinkUp(session_present=True)) == [s.PublishState(), s.PublishReport(phase="idle")]
+
+
+def test_the_clock_never_goes_back():
+    play = Play(s.Tick(now_s=10.0), s.Tick(now_s=3.0))
+    assert play.session.now_s == 10.0
+
+
+def test_a_step_leaves_the_old_session_alone():
+    before = online().session
+    s.step(before, s.TaskArrived(task=a_task()))
+    assert before == replace(before)
+    assert before.task is None

@@ -1,0 +1,720 @@
+"""The ledger keeps its promises: nothing receipted is lost or doubled, whatever dies or runs full."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from liberatai_coordinator import ledger as module
+from liberatai_coordinator.ledger import DeviceRow, Ledger, Outcome, RoundRow, StoredUpdate, VersionRow
+from liberatai_core.errors import (
+    BusyError,
+    ConfigError,
+    DigestError,
+    DiskError,
+    LockedError,
+    NotFoundError,
+    RoundClosedError,
+    RoundUnknownError,
+    SchemaError,
+)
+
+
+def opened(folder: Path, reserve_bytes: int = 0) -> Ledger:
+    return Ledger.open(folder, reserve_bytes=reserve_bytes)
+
+
+def with_round(folder: Path, number: int = 1) -> Ledger:
+    ledger = opened(folder)
+    ledger.create_job("digits", b"{}", "/", 1.0)
+    ledger.open_round(a_round(ledger, number))
+    return ledger
+
+
+def a_round(ledger: Ledger, number: int = 1) -> RoundRow:
+    return RoundRow(job="digits", round=number, epoch=ledger.epoch, opened_s=2.0, invited=b"who")
+
+
+def an_update(number: int, *, round_number: int = 1, size: int = 64) -> StoredUpdate:
+    device = f"device-{number}"
+    frame = hashlib.sha256(f"{device}/{round_number}".encode()).digest() * (size // 32)
+    return StoredUpdate(
+        update_id=hashlib.md5(f"{device}|{round_number}".encode()).digest(),  # noqa: S324 - 16 distinct bytes
+        job="digits",
+        round=round_number,
+        device=device,
+        structure="cnn-width8",
+        samples=10,
+        sha256=hashlib.sha256(frame).digest(),
+        frame=frame,
+        received_s=3.0,
+    )
+
+
+def with_frame(update: StoredUpdate, frame: bytes) -> StoredUpdate:
+    return replace(update, frame=frame, sha256=hashlib.sha256(frame).digest())
+
+
+def store(ledger: Ledger, *updates: StoredUpdate) -> list[Outcome | BaseException]:
+    async def all_at_once() -> list[Outcome | BaseException]:
+        return await asyncio.gather(*map(ledger.store_update, updates), return_exceptions=True)
+
+    return asyncio.run(all_at_once())
+
+
+def count_transactions(ledger: Ledger) -> list[str]:
+    seen: list[str] = []
+    sa.event.listen(ledger._engine, "commit", lambda _connection: seen.append("commit"))
+    return seen
+
+
+# --- updates -------------------------------------------------------------------------------------
+
+
+def test_a_stored_update_is_there_after_reopening(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    assert store(ledger, an_update(1), an_update(2)) == ["stored", "stored"]
+    ledger.close()
+    ledger = opened(tmp_path)
+    assert ledger.updates("digits", 1) == sorted([an_update(1), an_update(2)], key=lambda u: u.update_id)
+    assert ledger.update_ids("digits", 1) == sorted([an_update(1).update_id, an_update(2).update_id])
+    ledger.close()
+
+
+def test_the_same_update_is_a_duplicate_in_one_batch_and_later(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    assert sorted(map(str, store(ledger, *[an_update(1)] * 5))) == ["duplicate"] * 4 + ["stored"]
+    assert store(ledger, an_update(1)) == ["duplicate"]
+    assert len(ledger.updates("digits", 1)) == 1
+    ledger.close()
+
+
+def test_other_bytes_or_another_id_of_the_same_device_and_round_conflict_and_the_first_counts(
+    tmp_path: Path,
+) -> None:
+    ledger = with_round(tmp_path)
+    first = an_update(1)
+    assert store(ledger, first) == ["stored"]
+    assert store(ledger, with_frame(first, b"other")) == ["conflict"]
+    assert store(ledger, replace(first, update_id=b"z" * 16)) == ["conflict"]
+    assert store(ledger, replace(first, device="thief", sha256=first.sha256)) == ["duplicate"]
+    assert ledger.updates("digits", 1) == [first]
+    ledger.close()
+
+
+def test_two_unlike_updates_of_one_device_in_one_batch_conflict(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    first = an_update(1)
+    assert store(ledger, first, replace(first, update_id=b"z" * 16)) == ["stored", "conflict"]
+    ledger.close()
+
+
+def test_an_update_of_an_unknown_or_closed_round_is_refused(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    stored = an_update(1)
+    store(ledger, stored)
+    (unknown,) = store(ledger, an_update(1, round_number=2))
+    assert isinstance(unknown, RoundUnknownError)
+    ledger.close_round("digits", 1)
+    late, repeated = store(ledger, an_update(2), stored)
+    assert isinstance(late, RoundClosedError)
+    assert repeated == "duplicate"
+    ledger.close()
+
+
+def test_a_frame_without_its_digest_is_refused(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    (refused,) = store(ledger, replace(an_update(1), frame=b"damaged"))
+    assert isinstance(refused, DigestError)
+    ledger.close()
+
+
+def test_what_waits_together_becomes_few_transactions(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    commits = count_transactions(ledger)
+    results = store(ledger, *(an_update(number) for number in range(300)))
+    assert results == ["stored"] * 300
+    assert 3 <= len(commits) < 60
+    ledger.close()
+
+
+def test_too_much_waiting_is_refused_with_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PENDING_UPDATES", 10)
+    ledger = with_round(tmp_path)
+    with ledger._write_lock:  # the disk stands still
+
+        async def flood() -> tuple[list[asyncio.Task[Outcome]], BaseException | None]:
+            tasks = [asyncio.create_task(ledger.store_update(an_update(n))) for n in range(11)]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return tasks, done.pop().exception()
+
+        loop = asyncio.new_event_loop()
+        tasks, error = loop.run_until_complete(flood())
+        assert isinstance(error, BusyError)
+    results = loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.close()
+    assert results[:10] == ["stored"] * 10
+    ledger.close()
+
+
+def test_a_caller_that_gives_up_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+
+    async def scenario() -> Outcome:
+        task = asyncio.create_task(ledger.store_update(an_update(1)))
+        await asyncio.sleep(0)
+        task.cancel()
+        return await ledger.store_update(an_update(2))
+
+    assert asyncio.run(scenario()) == "stored"
+    assert len(ledger.update_ids("digits", 1)) == 2
+    ledger.close()
+
+
+def test_a_closed_ledger_refuses_and_closing_twice_is_fine(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.close()
+    ledger.close()
+    (refused,) = store(ledger, an_update(1))
+    assert isinstance(refused, BusyError)
+    with pytest.raises(BusyError):
+        ledger.jobs()
+
+
+def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1))
+    ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        database.execute("UPDATE updates SET frame = x'00'")
+    database.close()
+    ledger = opened(tmp_path)
+    with pytest.raises(DigestError, match="device-1 is damaged"):
+        ledger.updates("digits", 1)
+    ledger.close()
+
+
+# --- crashes -------------------------------------------------------------------------------------
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import importlib.util
+spec = importlib.util.spec_from_file_location("ledger_test", sys.argv[3])
+test = importlib.util.module_from_spec(spec); spec.loader.exec_module(test)
+ledger = test.opened(Path(sys.argv[1]))
+start = len(ledger.update_ids("digits", 1))
+async def one(number):
+    result = await ledger.store_update(test.an_update(number, size=4096))
+    sys.stdout.write(f"{number} {result}\\n"); sys.stdout.flush()
+async def main():
+    for base in range(start, 1_000_000, 25):
+        await asyncio.gather(*(one(base + i) for i in range(25)))
+asyncio.run(main())
+"""
+
+
+def test_after_kill_9_every_promised_update_is_there_and_none_twice(tmp_path: Path) -> None:
+    """Ten times: a process stores and says so, is killed somewhere, and its word is checked."""
+    with_round(tmp_path).close()
+    promised: set[int] = set()
+    for attempt in range(10):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path), str(Path.cwd()), __file__],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(1 + 37 * attempt)]
+        child.send_signal(signal.SIGKILL)
+        lines += child.stdout.readlines()
+        child.wait()
+        said = [line.split() for line in lines if line.endswith("\n")]
+        assert said, "the child stored nothing"
+        promised |= {int(number) for number, result in said if result in ("stored", "duplicate")}
+        ledger = opened(tmp_path)
+        assert ledger.epoch == 3 + 2 * attempt
+        found = [update.device for update in ledger.updates("digits", 1)]
+        ledger.close()
+        assert len(found) == len(set(found))
+        assert {f"device-{number}" for number in promised} <= set(found)
+    assert len(promised) > 300
+
+
+def test_ten_thousand_pending_updates_are_there_after_a_crash(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    source = with_round(tmp_path / "running")
+    updates = [an_update(number, size=8192) for number in range(10_000)]
+    assert set(store(source, *updates)) == {"stored"}
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    for name in ("ledger.db", "ledger.db-wal"):  # as they are at this moment: nothing closed, no checkpoint
+        (crashed / name).write_bytes((source.folder / name).read_bytes())
+    source.close()
+    start = time.monotonic()
+    ledger = opened(crashed)
+    (row,) = ledger.rounds("digits")
+    ids = ledger.update_ids("digits", 1)
+    seconds = time.monotonic() - start
+    record_property("recovery_seconds", seconds)
+    assert row.state == "open"
+    assert ids == sorted(update.update_id for update in updates)
+    assert ledger.close_round("digits", 1) == tuple(ids)
+    ledger.close()
+
+
+def test_every_opening_is_a_new_epoch(tmp_path: Path) -> None:
+    epochs = []
+    for _ in range(3):
+        ledger = opened(tmp_path)
+        epochs.append(ledger.epoch)
+        ledger.close()
+    assert epochs == [1, 2, 3]
+
+
+def test_a_second_coordinator_on_the_folder_is_refused_with_the_holder(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    with pytest.raises(LockedError, match=f"two coordinators on one state folder.*process {os.getpid()};"):
+        opened(tmp_path)
+    ledger.close()
+    opened(tmp_path).close()
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+def test_a_full_database_refuses_and_heals(tmp_path: Path) -> None:
+    """SQLITE_FULL, provoked by a page limit: nothing half-stored, reading works, it heals by itself."""
+    ledger = with_round(tmp_path)
+    with ledger._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar() or 0
+    limit = [1 << 30]
+    # the limit belongs to a connection; with one connection in the pool it is everybody's
+    sa.event.listen(
+        ledger._engine,
+        "begin",
+        lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count={limit[0]}"),
+    )
+    limit[0] = pages + 8
+    results = store(ledger, *(an_update(number, size=8192) for number in range(40)))
+    refused = [result for result in results if result != "stored"]
+    assert refused
+    assert all(isinstance(result, DiskError) and "full" in str(result) for result in refused)
+    assert len(ledger.update_ids("digits", 1)) == 40 - len(refused)
+    limit[0] = 1 << 30
+    assert set(store(ledger, *(an_update(number, size=8192) for number in range(40)))) <= {
+        "stored",
+        "duplicate",
+    }
+    assert len(ledger.update_ids("digits", 1)) == 40
+    ledger.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_refuses_and_heals(small_disk: Path) -> None:
+    ledger = with_round(small_disk / "state")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (2 << 20))
+    results = store(ledger, *(an_update(number, size=65_536) for number in range(60)))
+    refused = [result for result in results if isinstance(result, DiskError)]
+    assert refused
+    assert len(refused) + results.count("stored") == 60
+    assert len(ledger.update_ids("digits", 1)) == results.count("stored")
+    ballast.unlink()
+    again = store(ledger, *(an_update(number, size=64) for number in range(100, 110)))
+    assert again == ["stored"] * 10
+    ledger.close()
+
+
+def test_updates_leave_a_reserve_with_which_rounds_can_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = opened(tmp_path, reserve_bytes=1 << 20)
+    ledger.create_job("digits", b"{}", "/", 1.0)
+    ledger.open_round(a_round(ledger))
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: real._replace(free=(1 << 20) + 100))
+    first, second = store(ledger, an_update(1, size=64), an_update(2, size=8192))
+    assert first == "stored"
+    assert isinstance(second, DiskError)
+    assert ledger.close_round("digits", 1) == (an_update(1).update_id,)
+    ledger.close()
+
+
+def test_a_file_that_may_not_grow_is_a_disk_error(tmp_path: Path) -> None:
+    """The kernel refuses to write (EFBIG): the error has a code, and what was promised stays."""
+    with_round(tmp_path).close()
+    script = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import importlib.util
+spec = importlib.util.spec_from_file_location("ledger_test", {__file__!r})
+test = importlib.util.module_from_spec(spec); spec.loader.exec_module(test)
+ledger = test.opened(test.Path({str(tmp_path)!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+results = test.store(ledger, *(test.an_update(n, size=8192) for n in range(60)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+codes = [getattr(result, "code", result) for result in results]
+later = test.store(ledger, test.an_update(1000))
+print(codes.count("stored"), codes.count("E_DISK"), len(ledger.update_ids("digits", 1)), later[0])
+ledger.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    stored, refused, kept, later = done.stdout.split()
+    assert int(stored) + int(refused) == 60
+    assert int(refused) > 0
+    assert int(kept) == int(stored) + 1
+    assert later == "stored"
+
+
+def test_after_a_failed_fsync_nothing_is_promised_any_more(tmp_path: Path) -> None:
+    """The kernel may have dropped the pages: the ledger stops instead of trying again."""
+    ledger = with_round(tmp_path)
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    failing = [error]
+
+    def commit(_connection: object) -> None:
+        if failing:
+            raise failing.pop()
+
+    sa.event.listen(ledger._engine, "commit", commit)
+    first, second = store(ledger, an_update(1))[0], store(ledger, an_update(2))[0]
+    for refused in (first, second):
+        assert isinstance(refused, DiskError)
+        assert "fsync failed; restart" in str(refused)
+    with pytest.raises(DiskError, match="fsync failed"):
+        ledger.create_job("other", b"", "/", 1.0)
+    ledger.close()
+    ledger = opened(tmp_path)
+    assert ledger.update_ids("digits", 1) == []
+    ledger.close()
+
+
+@pytest.mark.parametrize("damage", ["header", "page"])
+def test_a_damaged_database_is_refused_with_what_to_do(tmp_path: Path, damage: str) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, *(an_update(number, size=1024) for number in range(200)))
+    ledger.close()
+    path = tmp_path / "ledger.db"
+    content = bytearray(path.read_bytes())
+    if damage == "header":
+        content[:16] = b"not a database!!"
+    else:
+        content[4096 * 3 : 4096 * 20] = os.urandom(4096 * 17)
+    path.write_bytes(content)
+    with pytest.raises(DiskError, match=r"is damaged .*restore a backup.*\.recover"):
+        opened(tmp_path)
+    with pytest.raises(DiskError):  # and the lock is free again
+        opened(tmp_path)
+
+
+def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    database = sqlite3.connect(tmp_path / "ledger.db")
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 1"):
+        opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError):
+        opened(tmp_path / "file" / "state")
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+def test_a_round_goes_from_open_to_published(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(2), an_update(1))
+    frozen = ledger.close_round("digits", 1)
+    assert frozen == tuple(sorted(frozen))
+    assert len(frozen) == 2
+    ledger.set_aggregated("digits", 1, "v1", b"stats")
+    ledger.set_published("digits", 1)
+    row = ledger.round("digits", 1)
+    assert (row.state, row.frozen, row.version_id, row.stats) == ("published", frozen, "v1", b"stats")
+    assert row.frozen_sha256 == hashlib.sha256(b"".join(frozen)).digest()
+    ledger.close()
+
+
+def test_closing_freezes_everything_stored_even_if_the_caller_forgot_one(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1), an_update(2))
+    assert len(ledger.close_round("digits", 1, [an_update(1).update_id])) == 2
+    ledger.close()
+
+
+def test_closing_with_an_update_that_is_not_stored_changes_nothing(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    with pytest.raises(NotFoundError):
+        ledger.close_round("digits", 1, [b"x" * 16])
+    assert ledger.round("digits", 1).state == "open"
+    ledger.close()
+
+
+def test_every_step_of_a_round_may_be_repeated_after_a_crash(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1))
+    assert ledger.close_round("digits", 1) == ledger.close_round("digits", 1)
+    for _ in range(2):
+        ledger.set_aggregated("digits", 1, "v1")
+    for _ in range(2):
+        ledger.set_published("digits", 1)
+    ledger.set_aggregated("digits", 1, "v1")
+    assert ledger.round("digits", 1).state == "published"
+    with pytest.raises(RoundClosedError):
+        ledger.set_aggregated("digits", 1, "v2")
+    ledger.close()
+
+
+def test_an_open_round_is_taken_over_with_its_updates(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1))
+    ledger.close()
+    ledger = opened(tmp_path)
+    ledger.open_round(replace(a_round(ledger), invited=b"others"))
+    row = ledger.round("digits", 1)
+    assert (row.epoch, row.invited, row.state) == (2, b"others", "open")
+    assert len(ledger.update_ids("digits", 1)) == 1
+    ledger.close_round("digits", 1)
+    with pytest.raises(RoundClosedError):
+        ledger.open_round(a_round(ledger))
+    ledger.close()
+
+
+def test_an_abandoned_round_lists_its_updates_and_makes_no_version(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1), an_update(2))
+    lost = ledger.abandon_round("digits", 1, "no quorum")
+    assert set(lost) == {an_update(1).update_id, an_update(2).update_id}
+    row = ledger.round("digits", 1)
+    assert (row.state, row.reason, row.frozen) == ("abandoned", "no quorum", lost)
+    assert ledger.abandon_round("digits", 1, "again") == lost
+    for step in (
+        lambda: ledger.close_round("digits", 1),
+        lambda: ledger.set_aggregated("digits", 1, "v1"),
+        lambda: ledger.set_published("digits", 1),
+    ):
+        with pytest.raises(RoundClosedError):
+            step()
+    ledger.close()
+
+
+def test_a_round_that_made_a_version_cannot_be_abandoned(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.close_round("digits", 1)
+    ledger.set_aggregated("digits", 1, "v1")
+    with pytest.raises(RoundClosedError, match="made version v1"):
+        ledger.abandon_round("digits", 1, "late")
+    ledger.close()
+
+
+def test_unknown_rounds_and_jobs_are_refused(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    with pytest.raises(NotFoundError):
+        ledger.open_round(a_round(ledger))
+    for step in (
+        lambda: ledger.round("digits", 1),
+        lambda: ledger.close_round("digits", 1),
+        lambda: ledger.set_round_stats("digits", 1, b""),
+    ):
+        with pytest.raises(RoundUnknownError):
+            step()
+    assert ledger.rounds("digits") == []
+    ledger.close()
+
+
+def test_pruning_drops_old_frames_gives_space_back_and_still_knows_duplicates(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    for number in (1, 2, 3):
+        if number > 1:
+            ledger.open_round(a_round(ledger, number))
+        store(ledger, *(an_update(device, round_number=number, size=65_536) for device in range(8)))
+        ledger.close_round("digits", number)
+        ledger.set_aggregated("digits", number, f"v{number}")
+        ledger.set_published("digits", number)
+    ledger.open_round(a_round(ledger, 4))
+    store(ledger, an_update(1, round_number=4))
+    assert ledger.prune("digits", 1) == 16
+    assert ledger.prune("digits", 1) == 0
+    with pytest.raises(NotFoundError, match="pruned"):
+        ledger.updates("digits", 1)
+    assert len(ledger.updates("digits", 3)) == 8
+    assert len(ledger.updates("digits", 4)) == 1
+    assert len(ledger.update_ids("digits", 1)) == 8
+    assert store(ledger, an_update(1, size=65_536)) == ["duplicate"]
+    assert (tmp_path / "ledger.db").stat().st_size < 16 * 65_536
+    ledger.close()
+
+
+# --- the rest ------------------------------------------------------------------------------------
+
+
+def test_devices_keep_their_first_sight_and_their_status(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    row = DeviceRow(
+        id="pi",
+        public_key=b"k" * 32,
+        status="pending",
+        capability=None,
+        session=1,
+        first_seen_s=1.5,
+        last_seen_s=1.5,
+    )
+    ledger.upsert_device(row)
+    ledger.set_device_status("pi", "quarantined", "nonsense")
+    ledger.upsert_device(
+        replace(row, status="quarantined", session=2, capability=b"c", first_seen_s=9.0, last_seen_s=9.0)
+    )
+    ledger.close()
+    ledger = opened(tmp_path)
+    expected = replace(
+        row,
+        status="quarantined",
+        reason="nonsense",
+        session=2,
+        capability=b"c",
+        first_seen_s=1.5,
+        last_seen_s=9.0,
+    )
+    assert ledger.devices() == [expected]
+    with pytest.raises(NotFoundError):
+        ledger.set_device_status("nobody", "approved")
+    ledger.close()
+
+
+def test_jobs_their_states_and_their_values_survive(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.set_job_state("digits", "paused", "by an operator")
+    ledger.set_job_value("digits", "plan", b"1")
+    ledger.set_job_value("digits", "plan", b"2")
+    ledger.close()
+    ledger = opened(tmp_path)
+    (job,) = ledger.jobs()
+    assert job == ledger.job("digits")
+    assert (job.state, job.reason, job.spec, job.base_dir) == ("paused", "by an operator", b"{}", "/")
+    assert ledger.job_value("digits", "plan") == b"2"
+    assert ledger.job_value("digits", "other") is None
+    with pytest.raises(ConfigError, match="digits exists already"):
+        ledger.create_job("digits", b"", "/", 1.0)
+    for step in (
+        lambda: ledger.job("x"),
+        lambda: ledger.set_job_state("x", "running"),
+        lambda: ledger.set_job_value("x", "k", b""),
+    ):
+        with pytest.raises(NotFoundError):
+            step()
+    ledger.close()
+
+
+def a_version(number: int, parent: str | None, content: bytes = b"") -> VersionRow:
+    manifest = f"manifest {number}".encode() + content
+    sha = hashlib.sha256(manifest).hexdigest()
+    return VersionRow(model="digits", number=number, id=sha, parent=parent, manifest=manifest, created_s=1.0)
+
+
+def test_versions_form_a_chain_and_have_tags(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    first = a_version(0, None)
+    second = a_version(1, first.id)
+    for row in (first, second, second):
+        ledger.add_version(row)
+    ledger.set_tag("digits", "stable", 1)
+    ledger.set_tag("digits", "stable", 0)
+    tagged = replace(first, tags=("stable",))
+    assert ledger.versions("digits") == [tagged, second]
+    assert ledger.version("digits") == second
+    assert ledger.version("digits", "latest") == second
+    for ref in (0, "0", "stable", first.id):
+        assert ledger.version("digits", ref) == tagged
+    assert ledger.models() == ["digits"]
+    ledger.close()
+
+
+def test_a_version_that_contradicts_the_chain_is_refused(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    first = a_version(0, None)
+    ledger.add_version(first)
+    for wrong in (
+        replace(a_version(1, first.id), id="0" * 64),
+        a_version(0, None, b"other"),
+        replace(first, number=1),
+        a_version(2, "f" * 64),
+    ):
+        with pytest.raises(DigestError):
+            ledger.add_version(wrong)
+    for tag in ("", "latest", "12"):
+        with pytest.raises(SchemaError):
+            ledger.set_tag("digits", tag, 0)
+    with pytest.raises(NotFoundError):
+        ledger.set_tag("digits", "stable", 7)
+    with pytest.raises(NotFoundError):
+        ledger.version("digits", "7")
+    with pytest.raises(NotFoundError):
+        ledger.version("nothing")
+    assert ledger.versions("digits") == [first]
+    ledger.close()
+
+
+def test_refusals_are_counted_over_restarts_and_strangers_share_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_REFUSAL_ROWS", 2)
+    ledger = opened(tmp_path)
+    for device in ("a", "a", "b", "c", "d"):
+        ledger.count_refusal(device, "E_SIG")
+    ledger.close()
+    ledger = opened(tmp_path)
+    ledger.count_refusal("a", "E_SIG")
+    assert ledger.refusals() == {"": {"E_SIG": 2}, "a": {"E_SIG": 3}, "b": {"E_SIG": 1}}
+    ledger.close()
+
+
+def test_two_threads_write_without_losing_a_word(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+
+    async def both() -> None:
+        values = [
+            asyncio.to_thread(ledger.set_job_value, "digits", str(number), b"%d" % number)
+            for number in range(40)
+        ]
+        await asyncio.gather(*values, *(ledger.store_update(an_update(number)) for number in range(40)))
+
+    asyncio.run(both())
+    assert [ledger.job_value("digits", str(number)) for number in range(40)] == [b"%d" % n for n in range(40)]
+    assert len(ledger.update_ids("digits", 1)) == 40
+    ledger.close()
