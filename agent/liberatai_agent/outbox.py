@@ -28,6 +28,8 @@ from liberatai_core.errors import ConfigError, DiskError, LockedError, NotFoundE
 APPLICATION_ID = 0x4C_41_49_41  # "LAIA"
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 5000
+CACHE_KIB = 256
+"""SQLite's own default is 2 MiB; every row here is written and read once."""
 MAX_RESIDUALS = 4
 """Residuals of the last jobs that are kept: one is as large as the model itself."""
 KEY_FILE = "device.key"
@@ -87,6 +89,7 @@ class Outbox:
             self._db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
             self._open_schema(path)
 
     def _open_schema(self, path: Path) -> None:

@@ -7,6 +7,7 @@ says everything again from the session's state.
 
 import asyncio
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -155,7 +156,8 @@ class Service:
         self._number = self._outbox.next_session()
         self._refused = self._outbox.refusals()
         self._store = BlobStore(config.state_path / "blobs")
-        await self._look_at_machine()
+        # Nothing else runs yet, so this may block: a thread for it would stay and take memory.
+        self._take_look(probe.bench(config.state_path, config.data))
         will = Will(topic=self._up("state"), payload=self._seal(self._state("lost")))
         self._link = self._make_link(will)
         self._fetcher = Fetcher(
@@ -185,6 +187,7 @@ class Service:
             await self._link.open()
             for work in (self._listen, self._publish_letters, self._tick, self._sample):
                 self._spawn(work())
+            give_memory_back()
             notify("READY=1")
             await self._stop.wait()
         finally:
@@ -256,8 +259,9 @@ class Service:
     def _act(self, action: s.Action) -> None:
         match action:
             case s.PublishState(state=state):
-                self._write(self._up("state"), self._state(state))
+                # The capability carries the key that verifies everything else.
                 self._write(self._up("caps"), self._caps)
+                self._write(self._up("state"), self._state(state))
             case s.PublishReport():
                 self._write(self._up("rep"), self._report(action))
             case s.Emit():
@@ -560,6 +564,7 @@ class Service:
         for uid in dropped:
             self._happen(s.UpdateDropped(update_id=uid, reason="the outbox is full"))
         self._happen(s.OutboxStored(update_id=action.update_id))
+        give_memory_back()
 
     # --- uploads -------------------------------------------------------------------------------
 
@@ -651,11 +656,10 @@ class Service:
         if is_open != self._session.gate_open or reason != self._session.gate_reason:
             self._happen(s.GateChanged(open=is_open, reason=reason))
 
-    async def _look_at_machine(self) -> None:
-        config = self._config
-        self._data_mark = probe.data_mark(config.data)
-        self._found = await asyncio.to_thread(probe.bench, config.state_path, config.data)
-        self._caps = self._capability(probe.measure(config.state_path))
+    def _take_look(self, found: probe.Bench) -> None:
+        self._data_mark = probe.data_mark(self._config.data)
+        self._found = found
+        self._caps = self._capability(probe.measure(self._config.state_path))
 
     def _capability(self, machine: probe.Machine) -> Capability:
         return probe.capability(
@@ -671,7 +675,8 @@ class Service:
         """Notice new limits and new data, and say so."""
         before, fault = self._caps, self._found.fault
         if probe.data_mark(self._config.data) != self._data_mark:
-            await self._look_at_machine()
+            folder, data = self._config.state_path, self._config.data
+            self._take_look(await asyncio.to_thread(probe.bench, folder, data))
         else:
             self._caps = self._capability(probe.measure(self._config.state_path))
         with contextlib.suppress(LiberataiError):
@@ -768,6 +773,12 @@ def _line(report: s.PublishReport) -> str:
 def _now_s() -> float:
     """Seconds of a clock that goes on while the machine sleeps and never back."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: an agent is idle most of the time (glibc; elsewhere nothing)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def notify(text: str) -> None:

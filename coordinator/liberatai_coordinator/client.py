@@ -84,7 +84,10 @@ class Client:
         import httpx  # noqa: PLC0415 - 0.1 s that `liberatai --help` does not need
 
         self.socket = socket
-        transport = httpx.HTTPTransport(uds=str(socket))
+        # A kept connection that the other side has closed meanwhile would fail; a new one costs nothing here.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        # No TLS on a Unix socket: reading the certificates of this machine would take 0.1 s for nothing.
+        transport = httpx.HTTPTransport(uds=str(socket), limits=limits, verify=False)
         self._http = httpx.Client(transport=transport, base_url="http://liberatai/v1", timeout=timeout_s)
 
     def __enter__(self) -> Self:
@@ -192,8 +195,12 @@ class Client:
             response = self._http.request(method, path, content=content, headers=headers)
         except httpx.TimeoutException:
             raise LinkError(f"the coordinator at {self.socket} does not answer: look at its log") from None
-        except httpx.HTTPError as error:
+        except httpx.ConnectError as error:
             raise LinkError(self._out_of_reach(error)) from None
+        except httpx.HTTPError as error:
+            raise LinkError(
+                f"the coordinator at {self.socket} broke off ({error}): look at its log"
+            ) from None
         if response.is_success:
             return response.content
         raise _error(response)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console, Group
@@ -29,13 +30,14 @@ from rich.table import Table
 from rich.text import Text
 
 from liberatai_coordinator import digits, report
+from liberatai_coordinator.aggregation import Ensemble
 from liberatai_coordinator.client import Client
 from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.local import LocalDevice, LocalFleet, wait
 from liberatai_coordinator.report import DeviceRow, Report, RoundRow, StructureRow, percent, size
 from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, RoundView
 from liberatai_core.aggregator import ensemble as pooling
-from liberatai_core.errors import ConfigError, LiberataiError, LinkError, MissingExtraError
+from liberatai_core.errors import ConfigError, LiberataiError, LinkError, MissingExtraError, TrainingError
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import from_bytes
 
@@ -44,6 +46,8 @@ PROFILES: Final = ("demo-nuc", "demo-jetson-nano", "demo-pi4", "demo-pi-zero-2w"
 PROFILES_DIR: Final = report.TEMPLATES / "profiles"
 MAX_ROUNDS: Final = 1000
 SHOWN_ROUNDS: Final = 6
+GIVE_UP: Final = 2
+"""Abandoned rounds in a row: on one machine that is a fault, not bad luck."""
 DEFAULT_REPORT: Final = Path("demo-report")
 PACKAGES: Final = ("liberatai", "torch", "numpy", "paho-mqtt", "msgspec")
 
@@ -183,7 +187,7 @@ class Examiner:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="examiner")
         self._results: dict[int, Future[Evaluated]] = {}
         self._client: Client | None = None
-        self._pool.submit(_import_torch)  # two seconds, while the fleet starts
+        self._pool.submit(_import_torch, data)  # two seconds, while the fleet starts
 
     def connect(self, socket: Path) -> None:
         """Say where the coordinator answers: a client serves one thread, so this one has its own."""
@@ -230,10 +234,8 @@ class Examiner:
 
 def _combined(how: EnsembleView, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     """Return the ensemble's log-probabilities: the pool, or the structure that the guard fell back to."""
-    if how.use != "ensemble":
-        return outputs[how.use]
-    members = np.stack([outputs[name] for name in how.members])
-    return pooling.combine(members, np.array(how.weights), log_priors=np.array(how.log_priors))
+    ensemble = msgspec.convert(msgspec.structs.asdict(how), Ensemble)
+    return ensemble.combine(np.stack([outputs[name] for name in how.members]))
 
 
 def _centralised(structure: Structure, job: JobSpec, pooled: digits.Samples, test: digits.Samples) -> float:
@@ -251,10 +253,11 @@ def _centralised(structure: Structure, job: JobSpec, pooled: digits.Samples, tes
     return pooling.accuracy(log_probabilities(structure, job.data, trained.weights, test.x), test.y)
 
 
-def _import_torch() -> None:
-    from liberatai_core.learning.families import import_torch  # noqa: PLC0415 - imports torch
+def _import_torch(data: DataContract) -> None:
+    """Let torch be imported where it is needed first: by building the smallest model."""
+    from liberatai_core.learning.families import structure_of  # noqa: PLC0415 - imports torch
 
-    import_torch()
+    structure_of("mlp", {"hidden": 1}, data)
 
 
 # --- the run ---------------------------------------------------------------------------------------
@@ -341,14 +344,23 @@ def _watch(console: Console, fleet: LocalFleet, world: World, examiner: Examiner
     with screen:
 
         def look(job: JobView) -> None:
-            published = _published(job)
-            for version in range(1, len(published) + 1):
+            for version in range(1, len(_published(job)) + 1):
                 examiner.submit(name, version)
-            screen.show(job, fleet.client.devices(), examiner.finished())
+            devices = fleet.client.devices()
+            screen.show(job, devices, examiner.finished())
+            _require_progress(job, devices)
 
         job = wait(fleet, name, look)
         screen.show(job, fleet.client.devices(), examiner.all())
     return job
+
+
+def _require_progress(job: JobView, devices: Sequence[DeviceView]) -> None:
+    """Raise TrainingError with the devices' reasons when nothing but abandoned rounds follow each other."""
+    last = job.rounds[-GIVE_UP:]
+    if len(last) == GIVE_UP and all(row.state == "abandoned" for row in last):
+        reasons = {f"{device.id}: {device.reason}" for device in devices if device.reason}
+        raise TrainingError(f"{GIVE_UP} rounds abandoned: {'; '.join(sorted(reasons)) or last[-1].reason}")
 
 
 def _published(job: JobView) -> list[RoundView]:
@@ -367,6 +379,7 @@ class Screen:
     world: World
     _live: Live | None = None
     _said: int = 0
+    _told: set[str] = field(default_factory=set)
     _started_s: float = field(default_factory=time.perf_counter)
 
     def __enter__(self) -> Self:
@@ -389,6 +402,10 @@ class Screen:
             row = published[self._said]
             self._said += 1
             self.console.print(_line(row, job.rounds_total, evaluated[self._said]), soft_wrap=True)
+        for trouble in _troubles(job, devices):
+            if trouble not in self._told:
+                self._told.add(trouble)
+                self.console.print(escape(trouble), style="yellow", soft_wrap=True)
 
     def _picture(
         self, job: JobView, devices: Sequence[DeviceView], evaluated: Mapping[int, Evaluated]
@@ -401,7 +418,14 @@ class Screen:
             f"round {min(len(published) + 1, job.rounds_total)} of {job.rounds_total}, {job.state}   ",
             (f"{seconds:.0f} s   {size(carried)} on the wire", "dim"),
         )
-        return Group(head, _device_table(devices), _round_table(published, evaluated))
+        troubles = [Text(trouble, "yellow") for trouble in _troubles(job, devices)[-3:]]
+        return Group(head, _device_table(devices), _round_table(published, evaluated), *troubles)
+
+
+def _troubles(job: JobView, devices: Sequence[DeviceView]) -> list[str]:
+    """Return what went wrong, one line each."""
+    failed = [f"{d.id} failed in round {d.round}: {d.reason}" for d in devices if d.phase == "failed"]
+    return failed + [f"round {r.round} abandoned: {r.reason}" for r in job.rounds if r.state == "abandoned"]
 
 
 def _device_table(devices: Sequence[DeviceView]) -> Table:
@@ -486,6 +510,7 @@ def _report(options: Options, world: World, fleet: LocalFleet, outcome: Outcome,
             "centralised": outcome.baseline,
         },
         orchestration_s_per_round=round(statistics.fmean(overhead), 4),
+        orchestration_s_median=round(statistics.median(overhead), 4),
         versions=_software(),
         structures=tuple(
             StructureRow(
@@ -557,8 +582,8 @@ def _say_what_came_out(console: Console, made: Report, page: Path, record: Path)
     console.print()
     console.print(
         f"[bold]{made.ratio:.0f} times less traffic[/] than dense FedAvg: {size(made.total_bytes)}, "
-        f"not {size(made.dense_bytes)}. {made.orchestration_s_per_round:.2f} s per round besides training "
-        f"and teaching; {made.seconds_total:.0f} s in all.",
+        f"not {size(made.dense_bytes)}. {made.orchestration_s_median:.2f} s in the median round besides "
+        f"training and teaching; {made.seconds_total:.0f} s in all.",
         soft_wrap=True,
     )
     console.print(f"Report: [bold]{escape(str(page))}[/] (figures: {escape(str(record))})", soft_wrap=True)

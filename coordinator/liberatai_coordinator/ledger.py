@@ -772,6 +772,10 @@ class Ledger:
 
     def _check(self) -> None:
         path = self.folder / "ledger.db"
+        try:
+            path.touch(mode=0o600)  # nobody else may read it; SQLite's files beside it take over the mode
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}") from None
         with self._read() as connection:
             application = connection.exec_driver_sql("PRAGMA application_id").scalar()
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()

@@ -75,7 +75,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         total_bytes: sum over the devices' sockets, sent and received, from first to last byte.
         final: accuracy on the test set by structure, and "ensemble", "best_member" (the best single
             structure) and "centralised" (the largest structure trained on the pooled private data).
-        orchestration_s_per_round: mean of seconds - train_seconds_max - teach_seconds.
+        orchestration_s_per_round: mean of seconds - train_seconds_max - teach_seconds; the first round
+            includes the start of the devices' training processes, so the median stands beside it.
         versions: software.
         baseline_epochs: how often "centralised" saw its data; a device saw its own just as often.
     """
@@ -90,6 +91,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     final: dict[str, float]
     orchestration_s_per_round: float
     versions: dict[str, str]
+    orchestration_s_median: float = 0.0
     broker_lost: str = ""
     structures: tuple[StructureRow, ...] = ()
     model: str = ""
@@ -152,7 +154,6 @@ def html(report: Report) -> str:
         ensemble_colour=ENSEMBLE_COLOUR,
         accuracy_picture=accuracy_picture(report, colours),
         bytes_picture=bytes_picture(report),
-        largest=max([1, *(device.budget_bytes for device in report.devices)]),
         families=sorted({row.family for row in report.structures}),
         profiles=len({device.profile for device in report.devices}),
     )
@@ -199,17 +200,16 @@ def bytes_picture(report: Report) -> str:
     figure, axes = _axes()
     rounds = [row.round for row in report.rounds]
     dense_round = report.dense_bytes / max(1, len(rounds))
-    dense = [dense_round * (place + 1) / 1024 for place in range(len(rounds))]
-    up = [kib / 1024 for kib in _running([row.up_bytes for row in report.rounds])]
-    down = [kib / 1024 for kib in _running([row.down_bytes for row in report.rounds])]
-    axes.plot(
-        rounds, dense, color="#8c959f", linestyle=(0, (4, 3)), linewidth=2.2, label="dense FedAvg, up + down"
-    )
+    dense = [dense_round * (place + 1) for place in range(len(rounds))]
+    up = _running([row.up_bytes for row in report.rounds])
+    down = _running([row.down_bytes for row in report.rounds])
+    grey = {"color": "#8c959f", "linestyle": (0, (4, 3))}
+    axes.plot(rounds, dense, linewidth=2.2, label="dense FedAvg, up + down", **grey)
     axes.plot(rounds, down, color=COLOURS[0], marker="v", linewidth=2.2, label="LiberatAI, to devices")
     axes.plot(rounds, up, color=COLOURS[1], marker="^", linewidth=2.2, label="LiberatAI, from devices")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda kib, _: size(round(kib * 1024)))
-    axes.set_ylabel("sent by all devices so far")
+    axes.set_yscale("log", base=4)  # 16 KiB, 64 KiB, 256 KiB, 1 MiB: round numbers of bytes
+    axes.yaxis.set_major_formatter(lambda count, _: size(count))
+    axes.set_ylabel("carried so far, all devices")
     _round_axis(axes, rounds)
     _legend(figure, axes)
     return _data_uri(figure)

@@ -112,8 +112,10 @@ class EnsembleRecord(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse numbers that are not finite."""
-        if not all(math.isfinite(value) for row in self.weights + self.log_priors for value in row):
-            raise NonFiniteError("ensemble: a weight or a prior is not finite")
+        if not all(
+            math.isfinite(value) for row in (*self.weights, *self.log_priors, self.bias) for value in row
+        ):
+            raise NonFiniteError("ensemble: a weight, prior or bias is not finite")
 
 
 class Manifest(Record, frozen=True, kw_only=True):

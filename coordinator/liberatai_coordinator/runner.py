@@ -7,8 +7,8 @@ crash the runner reads where it was and goes on from there. See `docs/architectu
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,35 +16,23 @@ import numpy as np
 
 from liberatai_coordinator import aggregation, plan
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Advanced, Ensemble, Member, Public, derive_seed
+from liberatai_coordinator.aggregation import Public, derive_seed
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
-from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow, VersionRow
+from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.repository import (
-    EnsembleRecord,
-    Manifest,
-    Repository,
-    StepRecord,
-    decode_manifest,
-    encode_manifest,
-    version_id,
-)
-from liberatai_coordinator.repository import Member as MemberRecord
+from liberatai_coordinator.records import Assigned, Invited, Stats, round_views
+from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import RoundView
-from liberatai_core.aggregator.server_optimizer import ServerState
-from liberatai_core.compressor.artifact import restore
-from liberatai_core.compressor.codebook import compress, smallest_bytes
+from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import messages
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.limits import MAX_SAMPLES
-from liberatai_core.contract.messages import BlobRef, Cancel, Head, Step, Task, Update
-from liberatai_core.contract.topics import blob_id, blob_id_of
+from liberatai_core.contract.messages import Cancel, Head, Task, Update
 from liberatai_core.errors import CodecError, DataError, SchemaError
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
-from liberatai_core.learning.families import cost, initial_weights, structure_of
+from liberatai_core.learning.families import cost, structure_of
 from liberatai_core.structure import Structure
-from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -55,76 +43,33 @@ TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
 
 
-class Invited(msgspec.Struct, frozen=True, kw_only=True):
-    """An invitation as the ledger keeps it."""
-
-    device: str
-    structure: str
-    base: bytes
-    update_id: bytes
-    density: float
-
-
-class Assigned(msgspec.Struct, frozen=True, kw_only=True):
-    """An assignment as the ledger keeps it."""
-
-    device: str
-    structure: str
-    budget_bytes: int
-    density: float
-    why: str
-
-
-class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """What a finished round took."""
-
-    seconds: float = 0.0
-    train_seconds_max: float = 0.0
-    teach_seconds: float = 0.0
-    up_bytes: int = 0
-    down_bytes: int = 0
-    guard: str = ""
-
-
-@dataclass(slots=True, kw_only=True)
-class Current:
-    """The newest version in memory.
-
-    Attributes:
-        chains: per structure, keyframe first, then deltas.
-        budgets: per structure, bytes that the chain may take on the tightest device.
-        keyframes: per structure, bytes that a keyframe may take.
-    """
-
-    number: int
-    id: str
-    members: dict[str, Member]
-    chains: dict[str, tuple[Step, ...]]
-    ensemble: Ensemble
-    round: int = 0
-
-
 @dataclass(slots=True, kw_only=True)
 class Runner:
-    """Runs one job. `changed` is called whenever something worth showing has changed."""
+    """Runs one job.
+
+    Attributes:
+        assigned: who got what, by device.
+        keyframe_bytes: per structure, what a keyframe may take.
+        open_round: the round that is open now.
+        running: cleared while an operator pauses the job.
+        fleet_changed: set when a device came, went or changed.
+        counters: last known socket counters of every device, (sent, received).
+        public: the coordinator's own data.
+    """
 
     job: JobSpec
     row: JobRow
     ledger: Ledger
-    repository: Repository
+    versions: Versions
     publisher: Publisher
     fleet: Fleet
     coordinator: str
-    changed: Callable[[], None] = lambda: None
     assigned: dict[str, Assigned] = field(default_factory=dict)
-    current: Current | None = None
     open_round: deciding.Round | None = None
     running: asyncio.Event = field(default_factory=asyncio.Event)
     fleet_changed: asyncio.Event = field(default_factory=asyncio.Event)
-    arrived: dict[str, Update] = field(default_factory=dict)
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
-    shas: dict[str, str] = field(default_factory=dict)
     public: Public = field(default_factory=Public)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
@@ -150,11 +95,11 @@ class Runner:
     async def stop(self, state: str) -> None:
         """Take every task slot of this job away (aborted, or failed)."""
         await self._clear_slots(final=False)
-        if self.current is not None:
+        if self.versions.newest is not None:
             await self._publish_head("aborted" if state != "finished" else "finished")
 
     def _published(self) -> int:
-        return self.current.number if self.current else 0
+        return self.versions.newest.number if self.versions.newest else 0
 
     async def _restore_or_start(self) -> None:
         stored = self.ledger.job_value(self.job.name, "plan")
@@ -167,7 +112,7 @@ class Runner:
             self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
         if newest:
             row = max(newest, key=lambda version: version.number)
-            self.current = await asyncio.to_thread(self._load, row)
+            await asyncio.to_thread(self.versions.restore, row)
             await self._publish_blobs()
             await self._publish_head("running")
             return
@@ -191,7 +136,8 @@ class Runner:
             raise DataError(f"no device can take part: {reasons}")
         self.keyframe_bytes = dict(made.keyframe_bytes)
         self._store_plan()
-        await asyncio.to_thread(self._make_first, {s: structures[s] for s in made.keyframe_bytes})
+        chosen = {sid: structures[sid] for sid in made.keyframe_bytes}
+        await asyncio.to_thread(self.versions.start, chosen, self.keyframe_bytes, self.public)
         await self._publish_blobs()
         await self._publish_head("running")
 
@@ -207,125 +153,13 @@ class Runner:
 
     # --- versions ------------------------------------------------------------------------------
 
-    def _make_first(self, structures: dict[str, Structure]) -> None:
-        """Make version 0: seeded initial weights, compressed into every structure's budget."""
-        members: dict[str, Member] = {}
-        chains: dict[str, tuple[Step, ...]] = {}
-        blobs: list[bytes] = []
-        for sid, structure in sorted(structures.items()):
-            seed = derive_seed(self.job.seed, f"initial|{sid}", 0)
-            artifact = compress(
-                initial_weights(structure, self.job.data, seed), structure, self.keyframe_bytes[sid]
-            )
-            view = restore(artifact, structure)
-            members[sid] = aggregation.first(self.job, structure, view)
-            chains[sid] = (step_of(0, artifact, view),)
-            blobs.append(artifact)
-        ensemble = aggregation.combine(self.job, members, self.public)
-        made = Current(number=0, id="", members=members, chains=chains, ensemble=ensemble)
-        self._commit(made, None, 0, (), blobs)
-
-    def _commit(
-        self,
-        made: Current,
-        parent: str | None,
-        number: int,
-        updates: Sequence[bytes],
-        blobs: Sequence[bytes],
-        stats: Stats | None = None,
-    ) -> None:
-        """Write a version: blobs first, then one row in the ledger. Absent or complete (promise P3)."""
-        for content in blobs:
-            self.shas[blob_id(content)] = self.repository.put(content)
-        records = {sid: self._record(member, made.chains[sid]) for sid, member in made.members.items()}
-        manifest = Manifest(
-            model=self.job.name,
-            number=made.number,
-            parent=parent,
-            round=number,
-            data=self.job.data,
-            structures=records,
-            updates=tuple(sorted(update.hex() for update in updates)),
-            ensemble=msgspec.convert(msgspec.structs.asdict(made.ensemble), EnsembleRecord),
-        )
-        content = encode_manifest(manifest)
-        self.repository.put(content)
-        row = VersionRow(
-            model=self.job.name,
-            number=made.number,
-            id=version_id(manifest),
-            parent=parent,
-            manifest=content,
-            created_s=time.time(),
-        )
-        self.ledger.add_version(row)
-        if stats is not None:
-            self.ledger.set_aggregated(self.job.name, number, row.id, msgspec.msgpack.encode(stats))
-        made.id, made.round = row.id, number
-        self.current = made
-
-    def _record(self, member: Member, chain: tuple[Step, ...]) -> MemberRecord:
-        keyframe, *deltas = [
-            StepRecord(
-                version=step.version,
-                blob=self.shas[step.blob.blob],
-                size=step.blob.size_bytes,
-                digest=step.digest.hex(),
-            )
-            for step in chain
-        ]
-        return MemberRecord(
-            structure=member.structure,
-            master=self.repository.put(to_bytes(member.master)),
-            view=self.repository.put(to_bytes(member.view)),
-            digest=digest(member.view).hex(),
-            keyframe=keyframe,
-            deltas=tuple(deltas),
-            class_counts=tuple(int(c) for c in member.class_counts),
-            optimizer=tuple(
-                self.repository.put(to_bytes(moment))
-                for moment in (member.optimizer.first, member.optimizer.second)
-                if moment.size
-            ),
-        )
-
-    def _load(self, row: VersionRow) -> Current:
-        manifest = decode_manifest(row.manifest)
-        records = manifest.structures
-        members = {sid: load_member(self.repository, record) for sid, record in records.items()}
-        for record in records.values():
-            for kept in (record.keyframe, *record.deltas):
-                self.shas[blob_id_of(bytes.fromhex(kept.blob))] = kept.blob
-        chains = {
-            sid: tuple(
-                Step(
-                    version=step.version,
-                    blob=BlobRef(blob=blob_id_of(bytes.fromhex(step.blob)), size_bytes=step.size),
-                    digest=bytes.fromhex(step.digest),
-                )
-                for step in (record.keyframe, *record.deltas)
-            )
-            for sid, record in records.items()
-        }
-        ensemble = msgspec.convert(msgspec.structs.asdict(manifest.ensemble), Ensemble)
-        return Current(
-            number=row.number,
-            id=row.id,
-            members=members,
-            chains=chains,
-            ensemble=ensemble,
-            round=manifest.round,
-        )
-
     async def _publish_blobs(self) -> None:
-        names = {step.blob.blob for chain in self._require().chains.values() for step in chain}
-        contents = [
-            self.repository.get(self.shas[name]) for name in names if name not in self.publisher.blobs
-        ]
+        names = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
+        contents = [self.versions.content(name) for name in names if name not in self.publisher.blobs]
         await asyncio.gather(*(self.publisher.add_blob(content) for content in contents))
 
     async def _publish_head(self, state: str) -> None:
-        now = self._require()
+        now = self.versions.now
         head = Head(
             job=self.job.name,
             epoch=self.ledger.epoch,
@@ -334,11 +168,6 @@ class Runner:
             chains=now.chains,
         )
         await self.publisher.retain(self.publisher.topics.head(self.job.name), head)
-
-    def _require(self) -> Current:
-        if self.current is None:
-            raise DataError(f"job {self.job.name} has no version yet")
-        return self.current
 
     # --- rounds --------------------------------------------------------------------------------
 
@@ -358,9 +187,9 @@ class Runner:
                 return
             self.ledger.close_round(self.job.name, row.round, list(end.update_ids))
             row = self.ledger.round(self.job.name, row.round)
-        if row.state == "closed" and self._require().round == row.round:
+        if row.state == "closed" and self.versions.now.round == row.round:
             # The crash came between the version and its note in the round: it must not count twice.
-            self.ledger.set_aggregated(self.job.name, row.round, self._require().id)
+            self.ledger.set_aggregated(self.job.name, row.round, self.versions.now.id)
         elif row.state == "closed":
             await self._aggregate(row.round, started)
         await self._publish_blobs()
@@ -368,13 +197,11 @@ class Runner:
         self.ledger.set_published(self.job.name, row.round)
         self.ledger.prune(self.job.name, keep_rounds=2)
         self._round_over()
-        wanted = {step.blob.blob for chain in self._require().chains.values() for step in chain}
+        wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
         await self.publisher.keep_blobs(wanted)
 
     def _round_over(self) -> None:
         self.open_round = None
-        self.arrived.clear()
-        self.changed()
 
     async def _open(self) -> tuple[RoundRow, list[Invited]]:
         await self._wait_for_devices(self.job.rounds.min_devices)
@@ -438,7 +265,7 @@ class Runner:
         return max(1, int(np.ceil(self._target(max(invited, 1)) * self.job.rounds.quorum)))
 
     def _invite(self, number: int, devices: list[Device]) -> list[Invited]:
-        chains = self._require().chains
+        chains = self.versions.now.chains
         found = []
         for device in devices:
             assigned = self.assigned[device.id]
@@ -476,7 +303,6 @@ class Runner:
             for action in self.open_round.handle(stored):
                 self._note_end(action)
         await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in invitations))
-        self.changed()
         while not self._ended.is_set():
             try:
                 await asyncio.wait_for(self._ended.wait(), TICK_S)
@@ -502,7 +328,7 @@ class Runner:
         return [action for action in actions if not isinstance(action, deciding.Close | deciding.Abandon)]
 
     async def _publish_task(self, number: int, invitation: Invited) -> None:
-        now = self._require()
+        now = self.versions.now
         keyframe, *deltas = now.chains[invitation.structure]
         task = Task(
             task_id=invitation.update_id,
@@ -525,17 +351,16 @@ class Runner:
         await self.publisher.retain(self.publisher.topics.down(invitation.device, "task"), task)
 
     async def _aggregate(self, number: int, started: float) -> None:
-        now = self._require()
-        stored = self.ledger.updates(self.job.name, number)
-        updates = [decode_update(update.frame) for update in stored]
+        now = self.versions.now
+        updates = [decode_update(update.frame) for update in self.ledger.updates(self.job.name, number)]
         advanced = await asyncio.to_thread(
             aggregation.advance, self.job, now.number + 1, now.members, updates, self.public
         )
-        chains, blobs, members = await asyncio.to_thread(self._extend, advanced)
-        up, down = self._count_bytes(updates)
-        made = Current(
-            number=now.number + 1, id="", members=members, chains=chains, ensemble=advanced.ensemble
+        ids = [update.update_id for update in updates]
+        made = await asyncio.to_thread(
+            self.versions.commit, advanced, number, ids, self._storage_bytes(), self.keyframe_bytes
         )
+        up, down = self._count_bytes(updates)
         stats = Stats(
             seconds=time.monotonic() - started,
             train_seconds_max=max(update.train_seconds for update in updates),
@@ -544,31 +369,16 @@ class Runner:
             down_bytes=down,
             guard=advanced.ensemble.guard,
         )
-        ids = [update.update_id for update in updates]
-        await asyncio.to_thread(self._commit, made, now.id, number, ids, blobs, stats)
+        self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
 
-    def _extend(
-        self, advanced: Advanced
-    ) -> tuple[dict[str, tuple[Step, ...]], list[bytes], dict[str, Member]]:
-        """Append the deltas to the chains; where a chain outgrows its devices, start a new keyframe."""
-        now = self._require()
-        chains, blobs, members = {}, [], dict(advanced.members)
-        for sid, delta in advanced.deltas.items():
-            old, member = now.chains[sid], members[sid]
-            taken = sum(step.blob.size_bytes for step in old) + len(delta)
-            budget = min(
-                (a.budget_bytes for a in self.assigned.values() if a.structure == sid and a.budget_bytes),
-                default=taken,
-            )
-            if taken <= budget:
-                blobs.append(delta)
-                chains[sid] = (*old, step_of(now.number + 1, delta, member.view))
-                continue
-            artifact = compress(member.master, member.structure, self.keyframe_bytes[sid])
-            members[sid] = replace(member, view=restore(artifact, member.structure))
-            blobs.append(artifact)
-            chains[sid] = (step_of(now.number + 1, artifact, members[sid].view),)
-        return chains, blobs, members
+    def _storage_bytes(self) -> dict[str, int]:
+        """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
+        limits: dict[str, int] = {}
+        for assigned in self.assigned.values():
+            if assigned.structure and assigned.budget_bytes:
+                least = limits.get(assigned.structure, assigned.budget_bytes)
+                limits[assigned.structure] = min(least, assigned.budget_bytes)
+        return limits
 
     def _count_bytes(self, updates: Sequence[Update]) -> tuple[int, int]:
         """Return the bytes that these devices' sockets carried since their last update, up and down."""
@@ -587,7 +397,7 @@ class Runner:
         await self._clear_slots(final=True)
 
     async def _clear_slots(self, *, final: bool) -> None:
-        chains = self.current.chains if self.current and final else {}
+        chains = self.versions.now.chains if final else {}
         await asyncio.gather(
             *(
                 self.publisher.retain(
@@ -611,51 +421,6 @@ class Runner:
     def round_views(self) -> tuple[RoundView, ...]:
         """Return every round as the API shows it."""
         return round_views(self.ledger, self.job.name, self.open_round)
-
-
-def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> tuple[RoundView, ...]:
-    """Return a job's rounds; `now` is the one that is open."""
-    return tuple(_round_view(ledger, row, now) for row in ledger.rounds(job))
-
-
-def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> RoundView:
-    stats = msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
-    invited = msgspec.msgpack.decode(row.invited, type=list[Invited])
-    is_open = now is not None and now.number == row.round
-    updates = len(now.stored) if now is not None and is_open else len(ledger.update_ids(row.job, row.round))
-    return RoundView(
-        round=row.round,
-        state=row.state,
-        invited=len(invited),
-        updates=updates,
-        seconds=stats.seconds,
-        train_seconds_max=stats.train_seconds_max,
-        teach_seconds=stats.teach_seconds,
-        up_bytes=stats.up_bytes,
-        down_bytes=stats.down_bytes,
-        reason=row.reason,
-        guard=stats.guard,
-    )
-
-
-def step_of(version: int, content: bytes, view: Vector) -> Step:
-    """Return the link of a chain that `content` makes."""
-    ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
-    return Step(version=version, blob=ref, digest=digest(view))
-
-
-def load_member(repository: Repository, record: MemberRecord) -> Member:
-    """Return a member from its record, every blob verified."""
-    empty = np.zeros(0, dtype=np.float32)
-    moments = [from_bytes(repository.get(sha)) for sha in record.optimizer]
-    first, second = [*moments, empty, empty][:2]
-    return Member(
-        structure=record.structure,
-        master=from_bytes(repository.get(record.master)),
-        view=from_bytes(repository.get(record.view)),
-        class_counts=np.array(record.class_counts, dtype=np.float64),
-        optimizer=ServerState(first, second),
-    )
 
 
 def check_update(update: Update, structure: Structure, job: JobSpec) -> None:

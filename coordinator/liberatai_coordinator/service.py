@@ -22,9 +22,11 @@ from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_coordinator.fleet import Device, Fleet, Status
 from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, VersionRow
 from liberatai_coordinator.publisher import Publisher
+from liberatai_coordinator.records import Assigned, round_views
 from liberatai_coordinator.repository import Repository, decode_manifest
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
+from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import (
     AssignmentView,
     DeviceView,
@@ -257,9 +259,10 @@ class Service:
     def _require_meaning(self, update: Update) -> None:
         """Refuse an update whose bytes mean nothing in its structure, before it is stored."""
         job = self.runners.get(update.job)
-        if job is None or job.current is None or update.structure not in job.current.members:
+        newest = job.versions.newest if job else None
+        if job is None or newest is None or update.structure not in newest.members:
             return  # the round's own rules refuse it, with the better reason
-        structure = job.current.members[update.structure].structure
+        structure = newest.members[update.structure].structure
         runner.check_update(update, structure, job.job)
 
     def _decide(self, update: Update) -> list[deciding.Action]:
@@ -344,7 +347,7 @@ class Service:
             job=job,
             row=row,
             ledger=self.ledger,
-            repository=self.repository,
+            versions=Versions(job=job, ledger=self.ledger, repository=self.repository),
             publisher=self.publisher,
             fleet=self.fleet,
             coordinator=self.config.coordinator,
@@ -473,7 +476,7 @@ class Service:
         stored = self.ledger.job_value(name, "plan")
         if stored is None:
             return await self._dry_run(msgspec.json.decode(row.spec, type=JobSpec))
-        assigned = msgspec.msgpack.decode(stored, type=list[runner.Assigned])
+        assigned = msgspec.msgpack.decode(stored, type=list[Assigned])
         sizes = msgspec.msgpack.decode(
             self.ledger.job_value(name, "keyframes") or b"\x80", type=dict[str, int]
         )
@@ -488,7 +491,7 @@ class Service:
         known = [d.capability for d in self.fleet.devices.values() if d.capability and d.status == "approved"]
         made = plan.make_plan(job, candidates, known)
         assigned = [
-            runner.Assigned(
+            Assigned(
                 device=a.device,
                 structure=a.structure,
                 budget_bytes=a.budget_bytes,
@@ -515,7 +518,7 @@ class Service:
             dry_run=True,
         )
 
-    def _assignment_view(self, assigned: runner.Assigned, sizes: dict[str, int]) -> AssignmentView:
+    def _assignment_view(self, assigned: Assigned, sizes: dict[str, int]) -> AssignmentView:
         device = self.fleet.devices.get(assigned.device)
         capability = device.capability if device else None
         return AssignmentView(
@@ -529,7 +532,7 @@ class Service:
             why=assigned.why,
         )
 
-    def _structure_views(self, row: JobRow, assigned: list[runner.Assigned]) -> tuple[StructureView, ...]:
+    def _structure_views(self, row: JobRow, assigned: list[Assigned]) -> tuple[StructureView, ...]:
         versions = self.ledger.versions(row.name)
         if not versions:
             return ()
@@ -600,9 +603,9 @@ class Service:
     def _job_view(self, row: JobRow) -> JobView:
         job = msgspec.json.decode(row.spec, type=JobSpec)
         made = self.runners.get(row.name)
-        rounds = tuple(made.round_views()) if made else runner.round_views(self.ledger, row.name)
+        rounds = tuple(made.round_views()) if made else round_views(self.ledger, row.name)
         stored = self.ledger.job_value(row.name, "plan")
-        assigned = msgspec.msgpack.decode(stored, type=list[runner.Assigned]) if stored else []
+        assigned = msgspec.msgpack.decode(stored, type=list[Assigned]) if stored else []
         versions = self.ledger.versions(row.name)
         return JobView(
             name=row.name,

@@ -98,7 +98,7 @@ for more in tests/property tests/unit/core/test_sparsifier*.py tests/unit/core/t
     [ -e "$more" ] && tests="$tests $more"
 done
 # shellcheck disable=SC2086 # a list of words
-emulated -m pytest -q -p no:cacheprovider $tests
+emulated -m pytest -q -p no:cacheprovider ${AARCH64_PYTEST:-} $tests
 
 say "probe of the agent"
 emulated -m liberatai_agent probe -o json >"$cache/probe.json"
@@ -110,8 +110,9 @@ assert probe["arch"] == "aarch64", probe
 END
 
 say "digests on both architectures"
-PYTHONPATH="$PWD/core:$PWD" "$python" -m tests.aarch64.digests >"$cache/digests.here"
-emulated -m tests.aarch64.digests >"$cache/digests.aarch64"
+rm -rf "$cache/models"
+PYTHONPATH="$PWD/core:$PWD" "$python" -m tests.aarch64.digests "$cache/models" >"$cache/digests.here"
+emulated -m tests.aarch64.digests "$cache/models" >"$cache/digests.aarch64"
 if ! diff "$cache/digests.here" "$cache/digests.aarch64"; then
     say "FAILED: the two architectures disagree (above: < $(uname -m), > aarch64)"
     exit 1

@@ -173,11 +173,11 @@ def schema() -> dict[str, Any]:
     A field that has its default is left out on the wire. So a default is part of the protocol: changed, it
     means something else to a reader of another release, without any byte that would tell.
     """
-    parts = [m.Training, m.Step, m.BlobRef, Structure, Tensor, DataContract]
+    parts: list[Any] = [m.Training, m.Step, m.BlobRef, Structure, Tensor, DataContract]
     return {
         struct.__name__: {
-            "kind": m.KIND_OF.get(struct),  # type: ignore[call-overload]
-            "max_body_bytes": m.MAX_BYTES.get(struct),  # type: ignore[call-overload]
+            "kind": m.KIND_OF.get(struct),
+            "max_body_bytes": m.MAX_BYTES.get(struct),
             "fields": {field.encode_name: _default(field) for field in msgspec.structs.fields(struct)},
         }
         for struct in [*m.KIND_OF, *parts]

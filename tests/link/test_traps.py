@@ -1,6 +1,7 @@
 """Traps of MQTT libraries and brokers that were met in practice, each with a scripted or a real broker."""
 
 import asyncio
+import itertools
 import os
 import signal
 import struct
@@ -19,7 +20,7 @@ from liberatai_core.link import mqtt
 from liberatai_core.link.link import Connected, Disconnected, Received, Will
 from liberatai_core.link.mqtt import MqttLink, MqttSettings
 
-CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, DISCONNECT = 1, 2, 3, 4, 8, 9, 14
+CONNECT, PUBLISH, PUBACK, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 4, 8, 12, 14
 WELCOME = b"\x20\x03\x00\x00\x00"  # CONNACK of MQTT 5: no session, success, no properties
 
 
@@ -384,7 +385,11 @@ async def test_an_old_token_acknowledges_nothing_of_the_new_connection(peer_of: 
 
 
 async def test_a_stalled_consumer_neither_loses_messages_nor_looks_dead(mqtt_world: Any) -> None:
-    """Pings go on while nothing is read: no will, and afterwards every message is there."""
+    """Pings go on while nothing is read: no will, and afterwards every message is there.
+
+    Amqtt sends any number of unacknowledged messages; Mosquitto only does so if none is wanted.
+    """
+    qos = 1 if mqtt_world.kind == "amqtt" else 0
     watcher = await mqtt_world.peer("coordinator", mqtt_world.up("state"))
     will = Will(topic=mqtt_world.up("state"), payload=b"lost")
     link = mqtt_world.link("dev-a", will, keepalive_s=2)
@@ -394,8 +399,8 @@ async def test_a_stalled_consumer_neither_loses_messages_nor_looks_dead(mqtt_wor
     assert isinstance(await anext(events), Connected)
     wanted = [str(number).encode() for number in range(200)]
     for payload in wanted:
-        await watcher.link.publish(mqtt_world.down("req"), payload)
-    time.sleep(7)  # the event loop stalls, too
+        await watcher.link.publish(mqtt_world.down("req"), payload, qos=qos)
+    time.sleep(7)  # the event loop stalls, too; Mosquitto looks for the dead every 5 s
     received: list[bytes] = []
     async with asyncio.timeout(15):
         while len(received) < len(wanted):
@@ -424,6 +429,66 @@ async def test_a_consumer_that_waits_for_its_own_message_is_not_starved(mqtt_wor
         await link.publish(mqtt_world.up("ev"), b"between")
     await link.close()
     await source.link.close()
+
+
+async def test_an_idle_link_pings_in_time_and_seldom(peer_of: Any) -> None:
+    """Before the keepalive has passed (amqtt waits no longer), and not again with every answer."""
+    times: list[float] = []
+
+    async def script(client: Client, _number: int) -> None:
+        await client.until(CONNECT)
+        client.write(WELCOME)
+        while True:
+            await client.until(PINGREQ)
+            times.append(time.monotonic())
+            client.write(b"\xd0\x00")
+
+    async with scripted(script) as port:
+        peer = await peer_of(MqttLink(settings(port, keepalive_s=1))).open()
+        await peer.next(Connected)
+        times.append(time.monotonic())
+        while len(times) < 4:
+            await asyncio.sleep(0.05)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert all(0.4 < gap < 1 for gap in gaps), gaps
+        await peer.link.close()
+
+
+async def test_a_goodbye_arrives_even_if_much_was_not_read() -> None:
+    """A socket closed with unread bytes throws away what it was to send, and the broker says the will."""
+    heard: list[int] = []
+    over = asyncio.Event()
+
+    async def script(client: Client, _number: int) -> None:
+        await client.until(CONNECT)
+        client.write(WELCOME)
+
+        async def flood() -> None:
+            while True:
+                client.write(b"\x30\x94\x4e\x00\x01t\x00" + bytes(10_000))
+                await client.writer.drain()
+
+        task = asyncio.create_task(flood())
+        try:
+            await asyncio.sleep(0.5)  # what the client sends stays with it meanwhile
+            while True:
+                kind, _body = await client.read()
+                heard.append(kind)
+        finally:
+            task.cancel()
+            over.set()
+
+    async with scripted(script) as port:
+        link = MqttLink(settings(port))
+        await link.open()
+        assert isinstance(await anext(link.events()), Connected)
+        while not link._counters.full:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(link.publish("t", bytes(200_000), qos=0) for _ in range(5)))
+        await link.close()
+        async with asyncio.timeout(5):
+            await over.wait()
+    assert heard == [*5 * [PUBLISH], DISCONNECT]
 
 
 CONSUMER = """
@@ -495,6 +560,7 @@ async def test_a_device_cannot_listen_to_another(mqtt_world: Any) -> None:
     await source.link.publish(mqtt_world.down("req", "dev-b"), b"secret", retain=True)
     await source.link.publish(mqtt_world.down("req", "dev-a"), b"own")
     assert (await device.next(Received)).payload == b"own"
+    await device.link.publish(mqtt_world.up("ev"), b"")  # answered after the acknowledgement has arrived
     mqtt_world.cut(device.link)
     await device.next(Connected)
     await source.link.publish(mqtt_world.down("req", "dev-a"), b"own 2")

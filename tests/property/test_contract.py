@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from typing import Any
 
 import msgpack
 import msgspec
@@ -27,10 +28,10 @@ from liberatai_core.contract.limits import MAX_CHUNKS
 from liberatai_core.contract.topics import BLOB, FLEET_OR_DEVICE, NAME, Topics, parse
 from liberatai_core.errors import ConfigError, LiberataiError, SchemaError
 from liberatai_core.settings import parse_mapping
-from liberatai_core.structure import Structure, Tensor
+from liberatai_core.structure import DataContract, Structure, Tensor
 
-settings.register_profile("quick", max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("usual", max_examples=100, deadline=None)
+settings.register_profile("quick", max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("usual", max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
 FLEET = "fleet"
@@ -62,15 +63,29 @@ structures = st.builds(
     tensors=tensors,
 )
 
+contracts = st.builds(
+    DataContract,
+    input_shape=st.lists(st.integers(1, 64), min_size=1, max_size=4).map(tuple),
+    classes=st.integers(2, 65_536),
+)
+WHOLE = {Structure: structures, DataContract: contracts}
+"""Types whose fields bound each other."""
 
-def values(kind):
+
+def _most(kind: Any, usual: int) -> int:
+    return min(int(kind.max_length), usual)
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for everything that an annotation allows (containers kept short)."""
     match kind:
         case i.IntType():
-            return st.integers(kind.ge if kind.ge is not None else kind.gt + 1, kind.le)
+            return st.integers(kind.ge, kind.le)
         case i.FloatType():
-            bounds = {"min_value": kind.ge if kind.ge is not None else kind.gt, "max_value": kind.le}
-            return st.floats(**bounds, exclude_min=kind.gt is not None, allow_nan=False, allow_infinity=False)
+            lowest = kind.ge if kind.gt is None else kind.gt
+            return st.floats(
+                lowest, kind.le, exclude_min=kind.gt is not None, allow_nan=False, allow_infinity=False
+            )
         case i.StrType():
             if kind.pattern:
                 return st.from_regex(
@@ -78,12 +93,12 @@ def values(kind):
                     fullmatch=True,
                     alphabet=st.characters(codec="ascii"),
                 )
-            return st.text(min_size=kind.min_length or 0, max_size=min(kind.max_length, 20))
+            return st.text(min_size=kind.min_length or 0, max_size=_most(kind, 20))
         case i.BytesType():
-            return st.binary(min_size=kind.min_length or 0, max_size=min(kind.max_length, 40))
+            return st.binary(min_size=kind.min_length or 0, max_size=_most(kind, 40))
         case i.VarTupleType():
             return st.lists(
-                values(kind.item_type), min_size=kind.min_length or 0, max_size=min(kind.max_length, 3)
+                values(kind.item_type), min_size=kind.min_length or 0, max_size=_most(kind, 3)
             ).map(tuple)
         case i.TupleType():
             return st.tuples(*map(values, kind.item_types))
@@ -97,8 +112,8 @@ def values(kind):
             return st.booleans()
         case i.NoneType():
             return st.none()
-        case i.StructType() if kind.cls is Structure:
-            return structures
+        case i.StructType() if kind.cls in WHOLE:
+            return WHOLE[kind.cls]
         case i.StructType():
             required = {f.name: values(f.type) for f in kind.fields if f.required}
             optional = {f.name: values(f.type) for f in kind.fields if not f.required}
@@ -111,7 +126,9 @@ MESSAGES = {kind: values(i.type_info(kind)) for kind in m.KIND_OF}
 
 @KINDS
 @given(data=st.data())
-def test_every_message_that_its_type_allows_survives_the_wire_and_has_one_encoding(kind, data):
+def test_every_message_that_its_type_allows_survives_the_wire_and_has_one_encoding_in_any_library(
+    kind: Any, data: st.DataObject
+) -> None:
     message = data.draw(MESSAGES[kind])
     frame = seal(message, SIGNER)
     opened = open_frame(frame, FLEET, KEYS.get)
@@ -120,28 +137,22 @@ def test_every_message_that_its_type_allows_survives_the_wire_and_has_one_encodi
     assert opened.public_key == SIGNER.public_key
     assert seal(opened.message, SIGNER) == frame
     assert expect(frame, kind, FLEET, KEYS.get) == message
+    plain = msgpack.unpackb(frame[HEADER_BYTES:])
+    assert plain == msgspec.msgpack.decode(frame[HEADER_BYTES:])
+    assert msgpack.packb(plain, use_bin_type=True) == frame[HEADER_BYTES:]
 
 
-@KINDS
-@settings(max_examples=30)
-@given(data=st.data())
-def test_the_msgpack_package_agrees_about_every_message(kind, data):
-    body = seal(data.draw(MESSAGES[kind]), SIGNER)[HEADER_BYTES:]
-    plain = msgpack.unpackb(body)
-    assert plain == msgspec.msgpack.decode(body)
-    assert msgpack.packb(plain, use_bin_type=True) == body
-
-
-def _only_known_errors(use):
+def _only_known_errors(use: Any) -> None:
+    refused = None
     try:
         use()
     except LiberataiError as error:
-        assert error.code != "E_INTERNAL"
-        assert str(error).isprintable()
+        refused = error
+    assert refused is None or (refused.code != "E_INTERNAL" and str(refused).isprintable())
 
 
 @given(st.binary(max_size=400))
-def test_random_bytes_raise_nothing_but_known_errors(noise):
+def test_random_bytes_raise_nothing_but_known_errors(noise: bytes) -> None:
     for data in (noise, MAGIC + noise, MAGIC + b"\x02" + noise):
         _only_known_errors(lambda data=data: open_frame(data, FLEET, KEYS.get))
         _only_known_errors(lambda data=data: expect(data, m.Update, FLEET, KEYS.get))
@@ -149,7 +160,7 @@ def test_random_bytes_raise_nothing_but_known_errors(noise):
 
 @KINDS
 @given(noise=st.binary(max_size=200))
-def test_random_bodies_raise_nothing_but_known_errors(kind, noise):
+def test_random_bodies_raise_nothing_but_known_errors(kind: Any, noise: bytes) -> None:
     with pytest.raises(SchemaError):
         _decode(m.KIND_OF[kind], memoryview(noise))
 
@@ -171,7 +182,7 @@ anything = st.recursive(
 
 @KINDS
 @given(data=st.data())
-def test_any_value_in_any_field_is_refused_or_gives_that_very_message(kind, data):
+def test_any_value_in_any_field_is_refused_or_gives_that_very_message(kind: Any, data: st.DataObject) -> None:
     plain = msgpack.unpackb(
         seal(make.cases().get(f"{kind.__name__}-full", make.MINIMAL[kind]), SIGNER)[HEADER_BYTES:]
     )
@@ -179,15 +190,13 @@ def test_any_value_in_any_field_is_refused_or_gives_that_very_message(kind, data
     body = msgpack.packb(plain | {field: data.draw(anything)})
     try:
         message = _decode(m.KIND_OF[kind], memoryview(body))
-    except SchemaError as error:
-        assert str(error).isprintable()
-    else:
-        assert seal(message, SIGNER)[HEADER_BYTES:] == body
+    except SchemaError:
+        return
+    assert seal(message, SIGNER)[HEADER_BYTES:] == body
 
 
-@settings(max_examples=30)
 @given(st.data())
-def test_bytes_changed_in_a_good_frame_are_never_accepted(data):
+def test_bytes_changed_in_a_good_frame_are_never_accepted(data: st.DataObject) -> None:
     frame = bytearray(seal(make.MINIMAL[m.Update], SIGNER))
     for place in data.draw(st.sets(st.integers(0, len(frame) - 1), min_size=1, max_size=4)):
         frame[place] ^= data.draw(st.integers(1, 255))
@@ -198,7 +207,7 @@ def test_bytes_changed_in_a_good_frame_are_never_accepted(data):
 # --- topics ---------------------------------------------------------------------------------------------------
 
 
-def _matching(pattern):
+def _matching(pattern: Any) -> Any:
     return st.from_regex(pattern.removeprefix("^").removesuffix(r"\Z"), fullmatch=True)
 
 
@@ -212,7 +221,9 @@ parts = st.none() | st.integers(0, MAX_CHUNKS - 1)
     blob=_matching(BLOB),
     part=parts,
 )
-def test_the_parser_is_the_inverse_of_every_builder(fleet, device, job, blob, part):
+def test_the_parser_is_the_inverse_of_every_builder(
+    fleet: str, device: str, job: str, blob: str, part: Any
+) -> None:
     t = Topics(fleet=fleet)
     found = parse(t.upload(device, blob, part), fleet)
     assert (found.side, found.owner, found.leaf, found.transfer, found.part) == (
@@ -234,7 +245,7 @@ def test_the_parser_is_the_inverse_of_every_builder(fleet, device, job, blob, pa
     assert parse(t.coordinator(device), fleet).owner == device
 
 
-def _rebuilt(place, fleet):
+def _rebuilt(place: Any, fleet: str) -> Any:
     t = Topics(fleet=fleet)
     match place.side, place.leaf:
         case "up", "x":
@@ -278,7 +289,7 @@ levels = st.sampled_from(
 
 
 @given(st.lists(levels, min_size=1, max_size=6).map("/".join))
-def test_a_topic_that_the_parser_takes_is_exactly_what_a_builder_makes(rest):
+def test_a_topic_that_the_parser_takes_is_exactly_what_a_builder_makes(rest: str) -> None:
     topic = f"lai/v1/home/{rest}"
     try:
         place = parse(topic, "home")
@@ -288,7 +299,7 @@ def test_a_topic_that_the_parser_takes_is_exactly_what_a_builder_makes(rest):
 
 
 @given(st.text(max_size=300))
-def test_random_topics_raise_nothing_but_known_errors(topic):
+def test_random_topics_raise_nothing_but_known_errors(topic: str) -> None:
     _only_known_errors(lambda: parse(topic, "home"))
 
 
@@ -296,7 +307,9 @@ def test_random_topics_raise_nothing_but_known_errors(topic):
 
 
 @given(content=st.binary(min_size=1, max_size=3000), chunk_bytes=st.integers(1, 700), data=st.data())
-def test_chunks_in_any_order_and_doubled_join_to_the_content(content, chunk_bytes, data):
+def test_chunks_in_any_order_and_doubled_join_to_the_content(
+    content: bytes, chunk_bytes: int, data: st.DataObject
+) -> None:
     total = count(len(content), chunk_bytes)
     order = data.draw(st.permutations(range(total)))
     order = order + data.draw(st.lists(st.integers(0, total - 1), max_size=5))
@@ -316,8 +329,10 @@ def test_chunks_in_any_order_and_doubled_join_to_the_content(content, chunk_byte
     chunk_bytes=st.integers(-5, 700),
     pieces=st.lists(st.tuples(st.integers(-3, 20), st.binary(max_size=700)), max_size=8),
 )
-def test_any_pieces_raise_nothing_but_known_errors_and_are_never_joined_wrongly(size, chunk_bytes, pieces):
-    def feed():
+def test_any_pieces_raise_nothing_but_known_errors_and_are_never_joined_wrongly(
+    size: int, chunk_bytes: int, pieces: Any
+) -> None:
+    def feed() -> None:
         assembly = Assembly(size, chunk_bytes, bytes(32))
         for number, piece in pieces:
             _only_known_errors(lambda number=number, piece=piece: assembly.add(number, piece))
@@ -332,10 +347,11 @@ def test_any_pieces_raise_nothing_but_known_errors_and_are_never_joined_wrongly(
 
 
 @given(st.text(max_size=200) | st.text(alphabet="ab:-[]{}!&*?|>'\"\n #,%~<=0.1e", max_size=60))
-def test_any_text_is_a_mapping_or_a_config_error_of_single_lines(text):
+def test_any_text_is_a_mapping_or_a_config_error_of_single_lines(text: str) -> None:
+    faults, found = [], {}
     try:
         found = parse_mapping(text, "s.yaml")
     except ConfigError as error:
-        assert all(fault.isprintable() for fault in error.faults)
-    else:
-        assert all(isinstance(key, str) for key in found)
+        faults = error.faults
+    assert all(fault.isprintable() for fault in faults)
+    assert all(isinstance(key, str) for key in found)

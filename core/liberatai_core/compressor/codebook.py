@@ -130,6 +130,9 @@ def compress(
 ) -> bytes:
     """Return a file of at most `budget_bytes` bytes with the least weighted relative error found.
 
+    It usually has over 98 % of the budget; less where more bytes would not lower the error, as between
+    the rates of 2 and 3 levels of uniform weights, or for weights that are exact already.
+
     Args:
         weights: float32, shape (parameters,).
         structure: the named tensors of the flat vector.
@@ -244,8 +247,9 @@ def _refine(tensors: list[_Tensor], found: list[_Choice], structure: Structure, 
             if power < _REFINED_BOOKS:
                 # Cells as they are: sweeps would lead back to the rates on both sides of the jump.
                 reach = round(top / step)
-                points = np.arange(-reach - 1, reach + 2, dtype=np.float64) * step
-                candidates += _as_codebook(tensor, points, 0.0, sweeps=0)
+                points = np.arange(-reach - 1, reach + 2, dtype=np.float64)
+                for shift in (0.0, 0.25, 0.5):
+                    candidates += _as_codebook(tensor, (points + shift) * step, 0.0, sweeps=0)
             for choice in candidates:
                 trial = [*found[:number], choice, *found[number + 1 :]]
                 if choice.error < found[number].error and _estimate(trial, structure) <= target:

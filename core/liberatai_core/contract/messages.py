@@ -260,14 +260,14 @@ class Training(Message, frozen=True, kw_only=True):
 
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 5
     max_steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
-    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 32
-    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.05
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    learning_rate: Annotated[float, Meta(gt=0, le=100)] = 0.05
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Annotated[float, Meta(ge=0, le=0.999)] = 0.9
-    weight_decay: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    clip: Annotated[float, Meta(ge=0, le=1e6)] = 5.0
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    clip_norm: Annotated[float, Meta(ge=0, le=1e6)] = 5.0
     proximal: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    balance: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    balance: Annotated[float, Meta(ge=0, le=4)] = 1.0
     label_smoothing: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     augment: Annotated[float, Meta(ge=0, le=4)] = 0.0
     mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0

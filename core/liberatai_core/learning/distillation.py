@@ -4,10 +4,16 @@ Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531:
 T^2 KL(teacher_T || student_T). For federated ensembles: Lin et al., "Ensemble Distillation for Robust
 Model Fusion in Federated Learning" (FedDF), NeurIPS 2020, arXiv:2006.07242. One engine for the
 aggregator (the ensemble teaches every structure) and the compressor (the original teaches the small model).
+
+Few unlabeled samples go further with augmented copies. The teacher is asked about every copy, and its mean
+answer about a sample and its copies is the target of them all: a better teacher (test-time augmentation) and
+a student that answers alike for what is alike (Xie et al., "Unsupervised Data Augmentation for Consistency
+Training", NeurIPS 2020, arXiv:1904.12848). Optional mixup: Zhang et al., ICLR 2018, arXiv:1710.09412.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -25,24 +31,30 @@ Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Inputs (n, *input_shape) -> log-probabilities (n, classes)."""
 
 
+MOMENTUM = 0.9
+
+
 class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a teacher teaches.
 
     Attributes:
         steps: batches, 1 … 1e6.
         batch_size: samples of one step, 1 … 65536.
-        learning_rate: of Adam at the start; falls to zero along a cosine. Above 0, at most 1.
+        learning_rate: at the start; falls to zero along a cosine. Above 0, at most 10.
+        optimizer: "adam", or "sgd" with momentum 0.9: its steps are large where gradients are, so that few
+            values carry most of the change, which suits a sparse difference.
         temperature: softens both distributions, 0.1 … 100.
         clip_norm: largest gradient norm, 0 for no limit.
         copies: augmented copies of every unlabeled sample beside the original, 0 … 100; needs a teacher
             that can be asked.
         augment: strength of their changes, 0 … 4.
-        mixup: parameter of the Beta distribution by which pairs of copies are mixed, 0 for none, at most 10.
+        mixup: parameter of the Beta distribution by which samples of a batch are mixed, 0 none, at most 10.
     """
 
     steps: int = 150
     batch_size: int = 64
     learning_rate: float = 2e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
     temperature: float = 2.0
     clip_norm: float = 0.0
     copies: int = 4
@@ -52,6 +64,8 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         """Refuse values outside the ranges given above, all faults at once."""
         require_ranges(self, "distillation", DISTILL_RANGES)
+        if self.optimizer not in ("adam", "sgd"):
+            raise ConfigError("distillation", [f"optimizer: {self.optimizer!r} is neither adam nor sgd"])
         if self.learning_rate == 0:
             raise ConfigError("distillation", ["learning_rate: must be above 0"])
 
@@ -59,7 +73,7 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 DISTILL_RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 1e6),
     "batch_size": (1, 65_536),
-    "learning_rate": (0, 1),
+    "learning_rate": (0, 10),
     "temperature": (0.1, 100),
     "clip_norm": (0, 1e6),
     "copies": (0, 100),
@@ -81,19 +95,29 @@ def pool(x: NDArray[np.float32], settings: DistillSettings, seed: int) -> NDArra
         return x
     with reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
-        mix = np.random.default_rng(seed)
         originals = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         parts = [originals]
-        for _ in range(settings.copies):
-            part = augment(originals, settings.augment, generator)
-            if settings.mixup:
-                other = torch.randperm(len(part), generator=generator)
-                shares = mix.beta(settings.mixup, settings.mixup, len(part)).astype(np.float32)
-                share = torch.from_numpy(shares).reshape((-1,) + (1,) * (part.dim() - 1))
-                part = share * part + (1 - share) * part[other]
-            parts.append(part)
+        parts += [augment(originals, settings.augment, generator) for _ in range(settings.copies)]
         extended: NDArray[np.float32] = torch.cat(parts).numpy()
     return extended
+
+
+def consensus(log_probs: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
+    """Return one answer for a sample and all its copies: the normalised mean of the log-probabilities.
+
+    Args:
+        log_probs: the teacher's answers about a `pool`, shape (samples * (1 + copies), classes).
+        samples: number of samples before copies were added.
+
+    Raises:
+        DataError: the length is no multiple of `samples`.
+    """
+    if samples < 1 or len(log_probs) % samples:
+        raise DataError(f"{len(log_probs)} answers are not those about {samples} samples and their copies")
+    copies = len(log_probs) // samples
+    mean = log_probs.reshape(copies, samples, -1).astype(np.float64).mean(axis=0)
+    mean -= np.log(np.exp(mean).sum(axis=1, keepdims=True))
+    return np.tile(mean.astype(np.float32), (copies, 1))
 
 
 def distill(
@@ -113,8 +137,8 @@ def distill(
         weights: of the student before, shape (parameters,).
         x_unlabeled: inputs, shape (n, *input_shape).
         teacher: log-probabilities for `x_unlabeled`, shape (n, classes): then no copies are made (call
-            `pool` before to share one pool and one evaluation between students). Or a function, asked
-            once about `pool(x_unlabeled, settings, seed)`.
+            `pool` and `consensus` before, to share one evaluation between students). Or a function, asked
+            once about `pool(x_unlabeled, settings, seed)`; the targets are the `consensus` of its answers.
         settings: see there.
         seed: fixes copies, order and dropout.
 
@@ -130,7 +154,7 @@ def distill(
     if len(x_unlabeled) == 0:
         raise DataError("no unlabeled samples to distil on")
     x = pool(x_unlabeled, settings, seed) if callable(teacher) else x_unlabeled
-    log_probs = teacher(x) if callable(teacher) else teacher
+    log_probs = consensus(teacher(x), len(x_unlabeled)) if callable(teacher) else teacher
     if log_probs.shape != (len(x), data.classes) or not np.isfinite(log_probs).all():
         raise DataError(
             f"teacher's outputs must be finite, shape {(len(x), data.classes)}, not {log_probs.shape}"
@@ -141,7 +165,10 @@ def distill(
         inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
         target = torch.softmax(softened, dim=1)
-        optimizer = torch.optim.Adam([model.flat], lr=settings.learning_rate)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam([model.flat], lr=settings.learning_rate)
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD([model.flat], lr=settings.learning_rate, momentum=MOMENTUM)
+        mix = np.random.default_rng(seed)
         model.module.train()
         order = torch.empty(0, dtype=torch.int64)
         for step in range(settings.steps):
@@ -150,8 +177,16 @@ def distill(
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
             optimizer.param_groups[0]["lr"] = settings.learning_rate * _cosine(step, settings.steps)
             model.gradient.zero_()
-            student = torch.log_softmax(model.module(inputs[chosen]) / settings.temperature, dim=1)
-            loss = torch.nn.functional.kl_div(student, target[chosen], reduction="batchmean")
+            batch, wanted = inputs[chosen], target[chosen]
+            if settings.mixup:
+                share = float(mix.beta(settings.mixup, settings.mixup))
+                other = torch.randperm(len(batch), generator=generator)
+                batch, wanted = (
+                    torch.lerp(batch[other], batch, share),
+                    torch.lerp(wanted[other], wanted, share),
+                )
+            student = torch.log_softmax(model.module(batch) / settings.temperature, dim=1)
+            loss = torch.nn.functional.kl_div(student, wanted, reduction="batchmean")
             torch.autograd.backward(loss * settings.temperature**2)
             if settings.clip_norm:
                 torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)

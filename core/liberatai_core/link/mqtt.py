@@ -253,8 +253,10 @@ class _Paho(Client):
         return data
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
+        """Count, and note the time: paho does that for its own pings only."""
         sent = super()._sock_send(buf)
         self.counters.moved(sent=sent)
+        self._last_msg_out = time.monotonic()
         return sent
 
     def _packet_handle(self) -> MQTTErrorCode:

@@ -19,7 +19,7 @@ from liberatai_core.errors import (
     TrainingError,
 )
 from liberatai_core.learning import families
-from liberatai_core.learning.distillation import DistillSettings, distill, pool
+from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
 from liberatai_core.learning.families import FAMILIES, cost, initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, log_shares, train
 from liberatai_core.structure import DataContract, Structure, Tensor, to_tensors
@@ -441,7 +441,17 @@ def test_a_shared_pool_is_the_same_as_asking_the_teacher() -> None:
     settings = DistillSettings(steps=10, copies=2)
     shared = pool(x, settings, 1)
     asked = distill(MLP, DIGITS, start, x, teacher, settings, 1)
-    assert to_bytes(distill(MLP, DIGITS, start, shared, teacher(shared), settings, 1)) == to_bytes(asked)
+    targets = consensus(teacher(shared), len(x))
+    assert to_bytes(distill(MLP, DIGITS, start, shared, targets, settings, 1)) == to_bytes(asked)
+
+
+def test_a_sample_and_its_copies_get_the_mean_answer() -> None:
+    """One sample, two answers: sqrt(0.8 * 0.5) : sqrt(0.2 * 0.5) = 2 : 1."""
+    answers = np.log(np.array([[0.8, 0.2], [0.3, 0.7], [0.5, 0.5], [0.3, 0.7]], dtype=np.float32))
+    merged = np.exp(consensus(answers, 2))
+    assert merged == pytest.approx(np.array([[2 / 3, 1 / 3], [0.3, 0.7]] * 2), rel=1e-5)
+    with pytest.raises(DataError):
+        consensus(answers, 3)
 
 
 def test_the_pool_begins_with_the_originals() -> None:

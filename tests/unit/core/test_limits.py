@@ -1,5 +1,8 @@
 """The limits fit together: what one of them allows, no other one forbids."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import msgspec
 import pytest
 from tests.golden import make
@@ -14,7 +17,7 @@ WIDE = "\U0001f642"
 """A character of four bytes: bounds of text count characters, packets count bytes."""
 
 
-def _longest():
+def _longest() -> Iterator[Any]:
     text = WIDE * limits.MAX_TEXT
     device, blob = "d" * 32, "a" * 26
     big = 2**53
@@ -54,33 +57,33 @@ def _longest():
 
 
 @pytest.mark.parametrize("message", list(_longest()), ids=lambda message: type(message).__name__)
-def test_the_longest_message_that_its_fields_allow_fits_its_kind(message):
+def test_the_longest_message_that_its_fields_allow_fits_its_kind(message: Any) -> None:
     frame = seal(message, make.SIGNER)
     assert open_frame(frame, make.FLEET, lambda _: make.SIGNER.public_key).message == message
 
 
 @pytest.mark.parametrize("kind", [k for k in m.KIND_OF if k is not m.Update], ids=lambda kind: kind.__name__)
-def test_every_message_but_an_update_fits_into_one_packet(kind):
+def test_every_message_but_an_update_fits_into_one_packet(kind: Any) -> None:
     assert m.MAX_BYTES[kind] + HEADER_BYTES + 256 + 16 <= limits.MAX_PACKET_BYTES
 
 
-def test_a_single_update_and_the_largest_chunk_fit_into_one_packet():
+def test_a_single_update_and_the_largest_chunk_fit_into_one_packet() -> None:
     topic = Topics(fleet="f" * 32).upload("d" * 32, "a" * 26, limits.MAX_CHUNKS - 1)
     assert 2 * limits.CHUNK_BYTES + len(topic) + 16 <= limits.MAX_PACKET_BYTES
     assert limits.MAX_SINGLE_BYTES + len(topic) + 16 <= limits.MAX_PACKET_BYTES
 
 
-def test_the_largest_object_can_be_cut_into_usual_chunks_and_its_bitmap_fits_a_credit():
+def test_the_largest_object_can_be_cut_into_usual_chunks_and_its_bitmap_fits_a_credit() -> None:
     assert count(limits.MAX_OBJECT_BYTES, limits.CHUNK_BYTES) <= limits.MAX_CHUNKS
     assert limits.MAX_CHUNKS % 8 == 0
 
 
-def test_the_longest_update_travels_with_its_header_as_one_object():
+def test_the_longest_update_travels_with_its_header_as_one_object() -> None:
     """What is cut into chunks is a whole frame: whatever can be sealed must be possible to offer."""
     assert m.MAX_BYTES[m.Update] + HEADER_BYTES <= limits.MAX_OBJECT_BYTES
 
 
-def test_the_version_in_topics_and_magic_is_the_protocol_version():
+def test_the_version_in_topics_and_magic_is_the_protocol_version() -> None:
     frame = seal(make.MINIMAL[m.State], make.SIGNER)
     assert frame[:3] == f"LA{limits.PROTOCOL_VERSION}".encode()
     assert Topics(fleet="f").head("j").split("/")[1] == f"v{limits.PROTOCOL_VERSION}"

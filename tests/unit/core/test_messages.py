@@ -5,6 +5,8 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,20 +31,20 @@ ENCODE = msgspec.msgpack.encode
         "errors",
     ],
 )
-def test_the_contract_loads_neither_numpy_nor_torch_nor_yaml_nor_pickle(module):
+def test_the_contract_loads_neither_numpy_nor_torch_nor_yaml_nor_pickle(module: str) -> None:
     """The agent's supervisor waits for months in 28 MB; and bytes from outside never meet pickle."""
     code = f"import sys, liberatai_core.{module}; print([n for n in ('numpy', 'torch', 'yaml', 'pickle', '_pickle') if n in sys.modules])"
     command = [*shlex.split(os.environ.get("LIBERATAI_EMULATOR", "")), sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_the_profile_and_its_settings_load_no_numpy():
+def test_the_profile_and_its_settings_load_no_numpy() -> None:
     code = "import sys, liberatai_core.profile; print([n for n in ('numpy', 'torch', 'pickle') if n in sys.modules])"
     command = [*shlex.split(os.environ.get("LIBERATAI_EMULATOR", "")), sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_kind_numbers_are_unique_and_fit_a_byte():
+def test_kind_numbers_are_unique_and_fit_a_byte() -> None:
     assert len(m.KIND_OF) == len(m.KINDS) == len(m.MAX_BYTES)
     assert all(0 < number < 256 for number in m.KINDS)
     assert set(m.MAX_BYTES) == set(m.KIND_OF)
@@ -54,7 +56,7 @@ UNBOUNDED_ON_PURPOSE = ("Update.loss",)
 """One float, finite: a loss may be anything."""
 
 
-def _unbounded(kind, where):
+def _unbounded(kind: Any, where: Any) -> Iterator[Any]:
     i = msgspec.inspect
     match kind:
         case i.IntType() | i.FloatType():
@@ -90,7 +92,7 @@ def _unbounded(kind, where):
 
 
 @KINDS
-def test_every_field_of_a_message_has_a_type_and_bounds(kind):
+def test_every_field_of_a_message_has_a_type_and_bounds(kind: Any) -> None:
     found = [
         w for w in _unbounded(msgspec.inspect.type_info(kind), kind.__name__) if w not in UNBOUNDED_ON_PURPOSE
     ]
@@ -98,18 +100,24 @@ def test_every_field_of_a_message_has_a_type_and_bounds(kind):
 
 
 @KINDS
-def test_a_message_is_frozen_and_takes_no_other_field(kind):
+def test_a_message_is_frozen_and_takes_no_other_field(kind: Any) -> None:
     message = make.MINIMAL[kind]
     with pytest.raises(AttributeError):
         setattr(message, message.__struct_fields__[0], "other")
     with pytest.raises(AttributeError):
-        message.extra = 1
+        message.extra = 1  # type: ignore[attr-defined]
     with pytest.raises(TypeError):
         kind(**msgspec.structs.asdict(message), extra=1)
 
 
-def _float_fields(kind):
-    for field in msgspec.inspect.type_info(kind).fields:
+def _fields(kind: Any) -> tuple[msgspec.inspect.Field, ...]:
+    info = msgspec.inspect.type_info(kind)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return info.fields
+
+
+def _float_fields(kind: Any) -> Iterator[Any]:
+    for field in _fields(kind):
         arms = getattr(field.type, "types", (field.type,))
         if any(isinstance(arm, msgspec.inspect.FloatType) for arm in arms):
             yield field.encode_name
@@ -120,14 +128,16 @@ FLOATS = [(kind, name) for kind in [*m.KIND_OF, m.Training] for name in _float_f
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize(("kind", "name"), FLOATS, ids=lambda x: getattr(x, "__name__", x))
-def test_no_message_can_even_be_built_with_a_float_that_is_not_finite(kind, name, value):
+def test_no_message_can_even_be_built_with_a_float_that_is_not_finite(
+    kind: Any, name: str, value: Any
+) -> None:
     base = make.MINIMAL.get(kind, m.Training())
     with pytest.raises(NonFiniteError, match=name):
         msgspec.structs.replace(base, **{name: value})
 
 
 @pytest.mark.parametrize("kind", [*m.KIND_OF, m.Training], ids=lambda kind: kind.__name__)
-def test_a_field_set_to_its_default_is_written_like_one_that_is_left_out(kind):
+def test_a_field_set_to_its_default_is_written_like_one_that_is_left_out(kind: Any) -> None:
     """Otherwise one message would have several encodings, and several signatures."""
     base = make.MINIMAL.get(kind, m.Training())
     optional = {}
@@ -140,14 +150,17 @@ def test_a_field_set_to_its_default_is_written_like_one_that_is_left_out(kind):
     assert ENCODE(explicit) == ENCODE(base)
 
 
-def test_false_is_not_the_default_zero():
+def test_false_is_not_the_default_zero() -> None:
     """Equal values of another type stay as they are: the receiver refuses them."""
     assert ENCODE(msgspec.structs.replace(make.MINIMAL[m.Task], seed=False)) != ENCODE(make.MINIMAL[m.Task])
 
 
-def test_the_base_of_a_task_is_the_end_of_its_chain():
-    assert make.MINIMAL[m.Task].base == make.KEYFRAME.digest
-    assert make.FULL[m.Task].base == make.DELTA.digest
+def test_the_base_of_a_task_is_the_end_of_its_chain() -> None:
+    short, long = make.MINIMAL[m.Task], make.FULL[m.Task]
+    assert isinstance(short, m.Task)
+    assert isinstance(long, m.Task)
+    assert short.base == make.KEYFRAME.digest
+    assert long.base == make.DELTA.digest
 
 
 @pytest.mark.parametrize(
@@ -155,19 +168,19 @@ def test_the_base_of_a_task_is_the_end_of_its_chain():
     [{"device": "d2"}, {"job": "k"}, {"number": 2}, {"base": bytes(32)}],
     ids=lambda c: next(iter(c)),
 )
-def test_another_device_job_round_or_base_gives_another_update_id(change):
-    work = {"device": "d1", "job": "j", "number": 1, "base": make.ID32}
+def test_another_device_job_round_or_base_gives_another_update_id(change: Any) -> None:
+    work: dict[str, Any] = {"device": "d1", "job": "j", "number": 1, "base": make.ID32}
     assert m.update_id(**work) == m.update_id(**work)
     assert len(m.update_id(**work)) == 16
     assert m.update_id(**(work | change)) != m.update_id(**work)
 
 
-def test_parts_of_an_update_id_cannot_be_shifted_into_each_other():
+def test_parts_of_an_update_id_cannot_be_shifted_into_each_other() -> None:
     assert m.update_id("ab", "c", 1, make.ID32) != m.update_id("a", "bc", 1, make.ID32)
     assert m.update_id("a", "b1", 1, make.ID32) != m.update_id("a", "b", 11, make.ID32)
 
 
-BAD_VALUES = [
+BAD_VALUES: list[tuple[Any, str, list[Any]]] = [
     (m.State, "device", ["", "Dev", "d1\n", "a/b", "x" * 33, "dé", 5, None, b"d1"]),
     (m.State, "state", ["", "ONLINE", "online\n", 1, None]),
     (m.State, "session", [-1, 2**53 + 1, 2**63, 2**64 - 1, -(2**63), 1.5, "1", True, None]),
@@ -218,7 +231,7 @@ BAD_VALUES = [
         for place, value in enumerate(values)
     ],
 )
-def test_a_value_out_of_bounds_does_not_decode(kind, field, value):
+def test_a_value_out_of_bounds_does_not_decode(kind: Any, field: str, value: Any) -> None:
     body = msgspec.msgpack.decode(ENCODE(make.MINIMAL[kind])) | {field: value}
     with pytest.raises(msgspec.ValidationError, match=field):
         msgspec.msgpack.decode(ENCODE(body), type=kind)

@@ -1,6 +1,7 @@
 """A profile states the limits of one class of hardware, with a unit in every name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,14 +22,14 @@ source: {cores: data sheet}
 """
 
 
-def test_a_profile_is_read_and_its_limits_are_bytes():
+def test_a_profile_is_read_and_its_limits_are_bytes() -> None:
     profile = parse_profile(TEXT, "p.yaml")
     assert profile.storage_bytes == 256 * 1024
     assert profile.memory_bytes == 512 * 1024 * 1024
     assert (profile.net.rtt_ms, profile.net.assumed) == (20.0, True)
 
 
-def test_a_fraction_of_a_kibibyte_is_rounded_down():
+def test_a_fraction_of_a_kibibyte_is_rounded_down() -> None:
     assert parse_profile(TEXT.replace("model_kb: 256", "model_kb: 0.9995"), "p.yaml").storage_bytes == 1023
 
 
@@ -50,7 +51,7 @@ def test_a_fraction_of_a_kibibyte_is_rounded_down():
         ("up_mbit: 5, ", "", "net.up_mbit: missing"),
     ],
 )
-def test_a_wrong_limit_is_refused_and_named(old, new, fault):
+def test_a_wrong_limit_is_refused_and_named(old: str, new: str, fault: str) -> None:
     assert old in TEXT
     with pytest.raises(ConfigError) as caught:
         parse_profile(TEXT.replace(old, new), "p.yaml")
@@ -61,5 +62,5 @@ SHIPPED = sorted((Path(__file__).parents[3] / "device_profiles").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_profile_is_valid_and_named_like_its_file(path):
+def test_a_shipped_profile_is_valid_and_named_like_its_file(path: Any) -> None:
     assert parse_profile(path.read_text(encoding="utf-8"), path.name).id == path.stem

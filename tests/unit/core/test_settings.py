@@ -3,7 +3,7 @@
 import tracemalloc
 import types
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -38,7 +38,7 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     table: dict[str, float] = {}
 
 
-def faults_of(text, wanted=Wanted):
+def faults_of(text: str, wanted: Any = Wanted) -> Any:
     with pytest.raises(ConfigError) as caught:
         parse(text, wanted, "s.yaml")
     assert all(fault and "\n" not in fault and fault.isprintable() for fault in caught.value.faults)
@@ -79,11 +79,11 @@ def faults_of(text, wanted=Wanted):
         ("inner: {speed: 1}", "inner.speed: unknown key (known: mode, rate)"),
     ],
 )
-def test_a_fault_is_one_line_that_says_where_what_and_what_was_there(text, fault):
+def test_a_fault_is_one_line_that_says_where_what_and_what_was_there(text: str, fault: str) -> None:
     assert faults_of(text) == [fault]
 
 
-def test_all_faults_are_told_at_once_and_the_file_stands_in_every_line():
+def test_all_faults_are_told_at_once_and_the_file_stands_in_every_line() -> None:
     with pytest.raises(ConfigError) as caught:
         parse("text: 5\nextra: 1\ninner: {rate: -1, mode: x}\nentries: [{share: x}, 3]", Wanted, "dir/s.yaml")
     lines = str(caught.value).splitlines()
@@ -101,7 +101,7 @@ def test_all_faults_are_told_at_once_and_the_file_stands_in_every_line():
     ]
 
 
-def test_a_long_or_dirty_value_is_shown_short_and_clean():
+def test_a_long_or_dirty_value_is_shown_short_and_clean() -> None:
     (fault,) = faults_of('number: "' + "x" * 500 + '"')
     assert len(fault) < 110
     assert faults_of('number: "\\e[31m\\nroot"') == [
@@ -123,7 +123,7 @@ def test_a_long_or_dirty_value_is_shown_short_and_clean():
         "entries: [{name: a, share: .nan}]",
     ],
 )
-def test_a_number_that_is_not_finite_is_refused(text):
+def test_a_number_that_is_not_finite_is_refused(text: str) -> None:
     """NaN passes every `>` and `<=`."""
     (fault,) = faults_of(text)
     assert "must be finite" in fault
@@ -132,7 +132,7 @@ def test_a_number_that_is_not_finite_is_refused(text):
 # --- a job whose every key has a wrong type -----------------------------------------------------------------
 
 
-def _wrong(kind):
+def _wrong(kind: Any) -> Any:
     """Return a YAML value that this type cannot take: null for what must not be null, else a list or a date."""
     kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
     arms = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
@@ -140,7 +140,7 @@ def _wrong(kind):
     return {"wrong": 1} if takes_list else [["wrong"]]
 
 
-def _all_wrong(struct, prefix=""):
+def _all_wrong(struct: Any, prefix: str = "") -> Any:
     """Return (mapping with every key wrong, names of the keys); structs inside are entered."""
     mapping, names = {}, []
     for field in msgspec.structs.fields(struct):
@@ -153,7 +153,7 @@ def _all_wrong(struct, prefix=""):
     return mapping, names
 
 
-def test_a_job_with_every_key_of_a_wrong_type_gets_one_line_per_key():
+def test_a_job_with_every_key_of_a_wrong_type_gets_one_line_per_key() -> None:
     from liberatai_coordinator import config
 
     mapping, names = _all_wrong(config.JobSpec)
@@ -165,7 +165,7 @@ def test_a_job_with_every_key_of_a_wrong_type_gets_one_line_per_key():
     assert {"name", "data.classes", "rounds.deadline_s", "training.epochs"} <= set(names)
 
 
-def test_a_coordinator_with_every_key_of_a_wrong_type_gets_one_line_per_key():
+def test_a_coordinator_with_every_key_of_a_wrong_type_gets_one_line_per_key() -> None:
     from liberatai_coordinator import config
 
     mapping, names = _all_wrong(config.CoordinatorConfig)
@@ -174,7 +174,7 @@ def test_a_coordinator_with_every_key_of_a_wrong_type_gets_one_line_per_key():
     assert [fault.partition(": ")[0] for fault in caught.value.faults] == names
 
 
-def test_the_example_of_the_documentation_reads_as_documented():
+def test_the_example_of_the_documentation_reads_as_documented() -> None:
     from liberatai_coordinator import config
 
     text = "name: j\ndata: {input_shape: [8], classes: 2}\nstructures: [{family: mlp}]\nrounds: {deadline_s: soon}"
@@ -183,7 +183,7 @@ def test_the_example_of_the_documentation_reads_as_documented():
     assert str(caught.value) == 'job.yaml: rounds.deadline_s: must be > 0 and <= 2592000 (got "soon")'
 
 
-def test_a_job_with_nothing_wrong_is_read():
+def test_a_job_with_nothing_wrong_is_read() -> None:
     from liberatai_coordinator import config
 
     job = config.parse_job(
@@ -235,18 +235,18 @@ def test_a_job_with_nothing_wrong_is_read():
         ("'true'", "true"),
     ],
 )
-def test_scalars_follow_yaml_1_2(text, value):
+def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     found = parse_mapping(f"a: {text}", "s.yaml")["a"]
     assert found == value
     assert type(found) is type(value)
 
 
-def test_norway_is_a_country():
+def test_norway_is_a_country() -> None:
     assert parse("text: no", Wanted, "s.yaml").text == "no"
     assert faults_of("flag: no") == ['flag: must be true or false (got "no")']
 
 
-def test_settings_need_no_key_at_all():
+def test_settings_need_no_key_at_all() -> None:
     for text in ("", "# nothing\n", "---\n", "{}"):
         assert parse(text, Wanted, "s.yaml") == Wanted()
 
@@ -297,14 +297,14 @@ NOT_SETTINGS = {
 
 
 @pytest.mark.parametrize("name", NOT_SETTINGS)
-def test_what_is_no_settings_file_is_refused_in_one_line(name):
+def test_what_is_no_settings_file_is_refused_in_one_line(name: str) -> None:
     text, reason = NOT_SETTINGS[name]
     (fault,) = faults_of(text)
     assert reason in fault
     assert len(fault) < 250
 
 
-def test_a_bomb_of_aliases_costs_no_memory():
+def test_a_bomb_of_aliases_costs_no_memory() -> None:
     tracemalloc.start()
     faults_of(BOMB)
     peak = tracemalloc.get_traced_memory()[1]

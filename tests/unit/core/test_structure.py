@@ -1,6 +1,7 @@
 """A structure that arrives in a message can be trusted once it is built."""
 
 import math
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,12 +23,12 @@ from liberatai_core.structure import (
 )
 
 
-def make(*shapes, family="mlp", **params):
+def make(*shapes: Any, **params: Any) -> Structure:
     tensors = tuple(Tensor(name=f"t{i}", shape=shape) for i, shape in enumerate(shapes))
-    return Structure(family=family, params=params, tensors=tensors)
+    return Structure(family="mlp", params=params, tensors=tensors)
 
 
-def test_slices_lie_side_by_side_and_cover_the_vector():
+def test_slices_lie_side_by_side_and_cover_the_vector() -> None:
     structure = make((3, 2), (), (4,))
     assert [(t.name, s.start, s.stop) for t, s in structure.slices()] == [
         ("t0", 0, 6),
@@ -37,7 +38,7 @@ def test_slices_lie_side_by_side_and_cover_the_vector():
     assert structure.parameters == 11
 
 
-def test_named_tensors_and_flat_vector_are_inverse():
+def test_named_tensors_and_flat_vector_are_inverse() -> None:
     structure = make((3, 2), (), (4,))
     flat = np.arange(11, dtype=np.float32)
     tensors = to_tensors(flat, structure)
@@ -45,7 +46,7 @@ def test_named_tensors_and_flat_vector_are_inverse():
     assert from_tensors(tensors, structure).tolist() == flat.tolist()
 
 
-def test_named_tensors_are_views_so_that_nothing_is_copied():
+def test_named_tensors_are_views_so_that_nothing_is_copied() -> None:
     flat = np.zeros(6, dtype=np.float32)
     to_tensors(flat, make((3, 2)))["t0"][2, 1] = 5
     assert flat[5] == 5
@@ -54,7 +55,7 @@ def test_named_tensors_are_views_so_that_nothing_is_copied():
 @pytest.mark.parametrize(
     "wrong", [np.zeros(5), np.zeros(7), np.zeros((3, 2)), np.zeros(0)], ids=lambda w: str(w.shape)
 )
-def test_a_vector_of_another_length_is_refused(wrong):
+def test_a_vector_of_another_length_is_refused(wrong: Any) -> None:
     for use in (to_tensors, require_length):
         with pytest.raises(StructureError, match="wanted"):
             use(wrong.astype(np.float32), make((3, 2)))
@@ -63,7 +64,7 @@ def test_a_vector_of_another_length_is_refused(wrong):
 @pytest.mark.parametrize(
     "tensors", [{}, {"t0": np.zeros((2, 3))}, {"t1": np.zeros((3, 2))}], ids=["missing", "turned", "misnamed"]
 )
-def test_a_missing_or_wrongly_shaped_tensor_is_refused(tensors):
+def test_a_missing_or_wrongly_shaped_tensor_is_refused(tensors: Any) -> None:
     with pytest.raises(StructureError, match="t0"):
         from_tensors(tensors, make((3, 2)))
 
@@ -71,7 +72,7 @@ def test_a_missing_or_wrongly_shaped_tensor_is_refused(tensors):
 @pytest.mark.parametrize(
     "shape", [(0,), (-1,), (3, 0), (-3, -2), (MAX_PARAMETERS + 1,), (1,) * (MAX_RANK + 1)], ids=str
 )
-def test_an_impossible_shape_is_refused(shape):
+def test_an_impossible_shape_is_refused(shape: Any) -> None:
     with pytest.raises(StructureError, match="impossible shape"):
         make(shape)
 
@@ -81,12 +82,12 @@ def test_an_impossible_shape_is_refused(shape):
     [[(1 << 28,), (1,)], [(1 << 28, 1 << 28)], [(1 << 28,) * MAX_RANK]],
     ids=["sum", "product", "astronomic"],
 )
-def test_more_parameters_than_the_limit_are_refused_without_allocating(shapes):
+def test_more_parameters_than_the_limit_are_refused_without_allocating(shapes: Any) -> None:
     with pytest.raises(StructureError, match="at most"):
         make(*shapes)
 
 
-def test_two_tensors_of_one_name_are_refused():
+def test_two_tensors_of_one_name_are_refused() -> None:
     with pytest.raises(StructureError, match="one name"):
         Structure(
             family="mlp", params={}, tensors=(Tensor(name="a", shape=(1,)), Tensor(name="a", shape=(2,)))
@@ -94,20 +95,20 @@ def test_two_tensors_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("name", ["", "Width", "../x", "a-b", "wïdth", "a\n", "a" * 33, "0"])
-def test_a_parameter_that_could_not_stand_in_a_file_name_is_refused(name):
+def test_a_parameter_that_could_not_stand_in_a_file_name_is_refused(name: str) -> None:
     with pytest.raises(StructureError, match="impossible parameter"):
         Structure(family="mlp", params={name: 1}, tensors=(Tensor(name="a", shape=(1,)),))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_parameter_that_is_not_finite_is_refused(value):
+def test_a_parameter_that_is_not_finite_is_refused(value: Any) -> None:
     with pytest.raises(StructureError, match="finite"):
         make((1,), width=value)
 
 
-def test_too_many_parameters_and_too_long_names_are_refused():
+def test_too_many_parameters_and_too_long_names_are_refused() -> None:
     with pytest.raises(StructureError, match=f"at most {MAX_PARAMS}"):
-        make((1,), **{f"p{i}": 1 for i in range(MAX_PARAMS + 1)})
+        make((1,), **{f"p{i}": True for i in range(MAX_PARAMS + 1)})
     with pytest.raises(StructureError, match="characters"):
         make((1,), name="x" * 200)
 
@@ -122,13 +123,13 @@ def test_too_many_parameters_and_too_long_names_are_refused():
         ({"act": "../ReLU ü²"}, "mlp-act___relu___"),
     ],
 )
-def test_the_id_is_sorted_readable_and_safe_in_a_path(params, expected):
+def test_the_id_is_sorted_readable_and_safe_in_a_path(params: Any, expected: Any) -> None:
     assert structure_id("mlp", params) == expected
     assert make((1,), **params).id == expected
 
 
 @pytest.mark.parametrize("family", ["", "CNN", "cnn\n", "cnn ", "../cnn", "os.system", "c" * 33])
-def test_a_family_that_could_not_be_registered_does_not_decode(family):
+def test_a_family_that_could_not_be_registered_does_not_decode(family: str) -> None:
     body = {"family": family, "params": {}, "tensors": [{"name": "a", "shape": [1]}]}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(body, Structure)
@@ -163,7 +164,7 @@ def test_a_family_that_could_not_be_registered_does_not_decode(family):
         "code",
     ],
 )
-def test_what_is_no_structure_does_not_decode(change):
+def test_what_is_no_structure_does_not_decode(change: Any) -> None:
     good = {"family": "mlp", "params": {"width": 1}, "tensors": [{"name": "a", "shape": [1]}]}
     msgspec.convert(good, Structure)
     with pytest.raises(msgspec.ValidationError):
@@ -183,6 +184,6 @@ def test_what_is_no_structure_does_not_decode(change):
     ],
     ids=["no axis", "five axes", "one class", "too many classes", "empty", "negative", "huge"],
 )
-def test_an_impossible_data_contract_does_not_decode(contract):
+def test_an_impossible_data_contract_does_not_decode(contract: Any) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(contract, DataContract)

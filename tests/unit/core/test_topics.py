@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ T = Topics(fleet="home")
 BLOB = blob_id(b"content")
 
 
-def place(side, owner, leaf, transfer=None, part=None):
+def place(side: Any, owner: Any, leaf: Any, transfer: Any = None, part: Any = None) -> Any:
     return Place(side=side, owner=owner, leaf=leaf, transfer=transfer, part=part)
 
 
@@ -37,7 +38,7 @@ def place(side, owner, leaf, transfer=None, part=None):
         (T.coordinator("co1"), "co/co1/state", place("co", "co1", "state")),
     ],
 )
-def test_a_topic_has_one_text_and_one_meaning(topic, text, meaning):
+def test_a_topic_has_one_text_and_one_meaning(topic: str, text: str, meaning: Any) -> None:
     assert topic == f"lai/v1/home/{text}"
     assert parse(topic, "home") == meaning
 
@@ -62,12 +63,12 @@ BAD_IDS = [
     "d_1",
     "a" * 33,
     "x" * 10_000,
-    "١",
+    "\u0661",
 ]
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda b: ascii(b)[:20])
-def test_a_bad_device_or_coordinator_name_is_refused_by_every_builder_and_by_the_parser(bad):
+def test_a_bad_device_or_coordinator_name_is_refused_by_every_builder_and_by_the_parser(bad: str) -> None:
     for build in (
         lambda: T.up(bad, "state"),
         lambda: T.down(bad, "task"),
@@ -85,9 +86,9 @@ def test_a_bad_device_or_coordinator_name_is_refused_by_every_builder_and_by_the
 
 
 @pytest.mark.parametrize(
-    "bad", [b for b in BAD_IDS if b != "d_1" and b != "a" * 33] + ["a" * 65], ids=lambda b: ascii(b)[:20]
+    "bad", [b for b in BAD_IDS if b not in {"d_1", "a" * 33}] + ["a" * 65], ids=lambda b: ascii(b)[:20]
 )
-def test_a_bad_job_name_is_refused_by_builder_and_parser(bad):
+def test_a_bad_job_name_is_refused_by_builder_and_parser(bad: str) -> None:
     for build in (
         lambda: T.head(bad),
         lambda: require_name(bad),
@@ -114,7 +115,7 @@ def test_a_bad_job_name_is_refused_by_builder_and_parser(bad):
     ],
     ids=ascii,
 )
-def test_a_bad_blob_or_transfer_id_is_refused_by_builder_and_parser(bad):
+def test_a_bad_blob_or_transfer_id_is_refused_by_builder_and_parser(bad: str) -> None:
     for build in (
         lambda: T.blob(bad),
         lambda: T.upload("d1", bad),
@@ -127,20 +128,38 @@ def test_a_bad_blob_or_transfer_id_is_refused_by_builder_and_parser(bad):
 
 @pytest.mark.parametrize(
     "part",
-    ["", "-1", "+1", "01", "1.0", "1e3", " 1", "1\n", "4096", "9999", "99999", "M", "٣", "0x1", "1_0", "m\n"],
+    [
+        "",
+        "-1",
+        "+1",
+        "01",
+        "1.0",
+        "1e3",
+        " 1",
+        "1\n",
+        "4096",
+        "9999",
+        "99999",
+        "M",
+        "\u0663",
+        "0x1",
+        "1_0",
+        "m\n",
+    ],
     ids=ascii,
 )
-def test_a_chunk_number_has_one_spelling_and_a_bound(part):
+def test_a_chunk_number_has_one_spelling_and_a_bound(part: Any) -> None:
     for topic in (f"lai/v1/home/pub/b/{BLOB}/{part}", f"lai/v1/home/up/d1/x/{BLOB}/{part}"):
         with pytest.raises(TopicError):
             parse(topic, "home")
 
 
 @pytest.mark.parametrize("part", [-1, MAX_CHUNKS, 10**9])
-def test_no_builder_makes_a_chunk_number_that_the_parser_refuses(part):
-    for build in (lambda: T.blob(BLOB, part), lambda: T.upload("d1", BLOB, part)):
-        with pytest.raises(TopicError, match="chunk number"):
-            build()
+def test_no_builder_makes_a_chunk_number_that_the_parser_refuses(part: Any) -> None:
+    with pytest.raises(TopicError, match="chunk number"):
+        T.blob(BLOB, part)
+    with pytest.raises(TopicError, match="chunk number"):
+        T.upload("d1", BLOB, part)
 
 
 @pytest.mark.parametrize(
@@ -181,45 +200,43 @@ def test_no_builder_makes_a_chunk_number_that_the_parser_refuses(part):
     ],
     ids=lambda t: ascii(t)[:40],
 )
-def test_what_no_builder_makes_is_refused(topic):
+def test_what_no_builder_makes_is_refused(topic: str) -> None:
     with pytest.raises(TopicError):
         parse(topic, "home")
 
 
-def test_an_unknown_leaf_is_refused_by_the_builders():
-    for build in (
-        lambda: T.up("d1", "task"),
-        lambda: T.down("d1", "state"),
-        lambda: T.up("d1", "x/../state"),
-    ):
+def test_an_unknown_leaf_is_refused_by_the_builders() -> None:
+    for leaf in ("task", "x/../state", "", "+"):
         with pytest.raises(TopicError, match="no such topic"):
-            build()
+            T.up("d1", leaf)
+    with pytest.raises(TopicError, match="no such topic"):
+        T.down("d1", "state")
 
 
-def test_a_refusal_says_what_without_repeating_everything_or_control_characters():
+def test_a_refusal_says_what_without_repeating_everything_or_control_characters() -> None:
     with pytest.raises(TopicError) as caught:
         parse("lai/v1/home/up/\x1b[31m\n" + "x" * 200 + "/state", "home")
     assert len(str(caught.value)) < 200
     assert str(caught.value).isprintable()
 
 
-def test_a_fleet_that_is_a_prefix_of_another_one_does_not_hear_it():
+def test_a_fleet_that_is_a_prefix_of_another_one_does_not_hear_it() -> None:
     with pytest.raises(TopicError):
         parse(Topics(fleet="home-2").up("d1", "state"), "home")
 
 
-def test_a_blob_id_is_130_bits_of_its_sha256():
+def test_a_blob_id_is_130_bits_of_its_sha256() -> None:
     expected = base64.b32encode(hashlib.sha256(b"content").digest()).decode().lower()[:26]
     assert blob_id(b"content") == expected
     assert blob_id(b"content") != blob_id(b"Content")
 
 
-def _matches(pattern, topic):
+def _matches(pattern: Any, topic: str) -> Any:
     levels, parts = pattern.split("/"), topic.split("/")
     return len(levels) == len(parts) and all(a in ("+", b) for a, b in zip(levels, parts, strict=True))
 
 
-def test_the_coordinators_filters_hear_every_device_topic_and_nothing_else():
+def test_the_coordinators_filters_hear_every_device_topic_and_nothing_else() -> None:
     heard = [T.up("d1", leaf) for leaf in ("state", "caps", "rep", "tele", "ev", "rsp")] + [
         T.upload("d1", BLOB),
         T.upload("d1", BLOB, 3),
@@ -235,7 +252,7 @@ def test_the_coordinators_filters_hear_every_device_topic_and_nothing_else():
     assert not any(_matches(f, t) for f in T.from_devices for t in silent)
 
 
-def test_a_devices_filters_hear_its_own_topics_and_coordinators_only():
+def test_a_devices_filters_hear_its_own_topics_and_coordinators_only() -> None:
     heard = [T.down("d1", leaf) for leaf in ("want", "task", "req", "xa")] + [T.coordinator("c1")]
     silent = [T.down("d2", "task"), T.up("d1", "state"), T.up("d2", "caps"), T.blob(BLOB)]
     assert all(any(_matches(f, t) for f in T.to_device("d1")) for t in heard)

@@ -1,0 +1,207 @@
+"""The agent as a process, over a real broker: start without one, status, will, SIGTERM, kill -9, memory."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from liberatai_core.contract.frame import Signer, open_frame
+from liberatai_core.contract.messages import State
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+KEY = Signer.from_seed(b"c" * 32, "test").public_key.hex()
+needs_broker = pytest.mark.skipif(
+    MOSQUITTO is None, reason="mosquitto is not installed: apt install mosquitto"
+)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def until(condition, what, timeout=30.0):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"never happened: {what}")
+
+
+@contextlib.contextmanager
+def process(*command, log=None, **more):
+    with open(log or os.devnull, "ab") as sink:
+        started = subprocess.Popen(command, stdout=sink, stderr=sink, **more)
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait()
+
+
+@contextlib.contextmanager
+def mosquitto(folder, port):
+    config = folder / "mosquitto.conf"
+    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+    with process(MOSQUITTO, "-c", str(config)) as broker:
+
+        def answers():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return True
+            return False
+
+        until(answers, "the broker listens")
+        yield broker
+
+
+@pytest.fixture
+def home(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.ones((8, 4), np.float32), y=[0, 1] * 4)
+    port = free_port()
+    (tmp_path / "agent.yaml").write_text(
+        f"fleet: test\ndevice: dev-a\ncoordinator_key: {KEY}\nbroker: mqtt://127.0.0.1:{port}\n"
+        "state_dir: state\ndata: data.npz\nkeepalive_s: 5\n"
+    )
+    return tmp_path, port
+
+
+def agent(folder):
+    return process(
+        sys.executable,
+        "-m",
+        "liberatai_agent",
+        "run",
+        "--config",
+        str(folder / "agent.yaml"),
+        log=folder / "agent.log",
+    )
+
+
+def status(folder):
+    try:
+        return json.loads((folder / "state" / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def retained_state(folder, port):
+    """Read the agent's retained presence with a client of our own."""
+    import paho.mqtt.client as mqtt
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    heard = []
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"reader-{time.monotonic_ns()}")
+    client.on_message = lambda _client, _data, message: heard.append(message.payload)
+    client.connect("127.0.0.1", port)
+    client.subscribe("lai/v1/test/up/dev-a/state", 1)
+    client.loop_start()
+    try:
+        payload = until(lambda: heard, "a retained presence")[-1]
+    finally:
+        client.disconnect()
+        client.loop_stop()
+    seed = (folder / "state" / "device.key").read_bytes()
+    key = Signer.from_seed(seed, "test").public_key
+    message = open_frame(payload, "test", lambda _: key).message
+    assert isinstance(message, State)
+    return message
+
+
+@needs_broker
+def test_an_agent_starts_without_a_broker_finds_it_and_stops_cleanly(home):
+    folder, port = home
+    with agent(folder) as running:
+        until(lambda: status(folder).get("last_error", "").startswith("E_LINK"), "the missing broker is told")
+        with mosquitto(folder, port):
+            until(lambda: status(folder).get("connected"), "the agent is connected")
+            found = status(folder)
+            assert (found["protocol"], found["tier"], found["samples"]) == ("MQTT 5", "full", 8)
+            assert retained_state(folder, port).state == "online"
+            # Idle and connected: no numpy, no torch. The promise is 40 MiB, the aim 28.
+            assert psutil.Process(running.pid).memory_info().rss < 40 << 20
+            shown = subprocess.run(
+                [sys.executable, "-m", "liberatai_agent", "status", "--state-dir", str(folder / "state")],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert "connected" in shown.stdout
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(timeout=10) == 0
+            assert retained_state(folder, port).state == "offline"
+    assert status(folder)["phase"] == "stopped"
+    log = (folder / "agent.log").read_text()
+    assert "Traceback" not in log
+    assert log.count("no connection to") <= 3, log
+    assert log.count("connected to") == 1
+
+
+@needs_broker
+def test_a_killed_agent_is_lost_and_comes_back_with_a_higher_session(home):
+    folder, port = home
+    with mosquitto(folder, port):
+        with agent(folder) as running:
+            until(lambda: status(folder).get("connected"), "the agent is connected")
+            running.kill()
+            running.wait()
+        until(lambda: retained_state(folder, port).state == "lost", "the broker publishes the will")
+        with agent(folder) as running:
+            until(lambda: status(folder).get("pid") == running.pid, "the new agent reports")
+            until(lambda: status(folder).get("connected"), "the agent is connected")
+            found = retained_state(folder, port)
+            assert (found.state, found.session) == ("online", 2)
+
+
+def test_a_second_agent_on_the_same_folder_says_so_and_fails(home):
+    folder, _ = home
+    with agent(folder) as running:
+        until(lambda: status(folder).get("pid") == running.pid, "the agent runs")
+        second = subprocess.run(
+            [sys.executable, "-m", "liberatai_agent", "run", "--config", str(folder / "agent.yaml")],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert second.returncode == 1
+    assert second.stderr.strip().splitlines()[-1].startswith("E_LOCKED: ")
+
+
+def test_systemd_is_told_that_the_agent_is_ready_and_alive(home):
+    folder, _ = home
+    address = str(folder / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(address)
+        supervisor.settimeout(30)
+        with process(
+            sys.executable,
+            "-m",
+            "liberatai_agent",
+            "run",
+            "--config",
+            str(folder / "agent.yaml"),
+            env={**os.environ, "NOTIFY_SOCKET": address},
+        ) as running:
+            assert supervisor.recv(100) == b"READY=1"
+            assert supervisor.recv(100) == b"WATCHDOG=1"
+            assert supervisor.recv(100) == b"WATCHDOG=1"
+            running.terminate()
+            heard = b""
+            while heard != b"STOPPING=1":
+                heard = supervisor.recv(100)
+            assert running.wait(timeout=10) == 0
+    assert Path(folder / "state" / "status.json").exists()

@@ -1,0 +1,109 @@
+"""Blobs on disk: only right content gets its name, unfinished ones are resumed."""
+
+import pytest
+
+from liberatai_agent.blobs import BlobStore
+from liberatai_core.contract.messages import BlobRef
+from liberatai_core.contract.topics import blob_id
+from liberatai_core.errors import DigestError, DiskError, SchemaError
+
+CONTENT = bytes(range(256)) * 40
+REF = BlobRef(blob=blob_id(CONTENT), size_bytes=len(CONTENT))
+CHUNK = 1024
+
+
+def part(number):
+    return CONTENT[number * CHUNK : (number + 1) * CHUNK]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return BlobStore(tmp_path / "blobs")
+
+
+def test_content_gets_its_name_only_if_it_is_right(store):
+    with pytest.raises(DigestError):
+        store.put(REF, CONTENT[:-1])
+    with pytest.raises(DigestError):
+        store.put(REF, CONTENT[:-1] + b"x")
+    assert not store.has(REF)
+    store.put(REF, CONTENT)
+    assert store.has(REF)
+    assert store.path(REF.blob).read_bytes() == CONTENT
+
+
+def test_a_blob_cut_short_on_disk_is_not_there(store):
+    store.put(REF, CONTENT)
+    store.path(REF.blob).write_bytes(CONTENT[:100])
+    assert not store.has(REF)
+
+
+def test_chunks_in_any_order_some_twice_give_the_content(store):
+    partial = store.partial(REF, CHUNK)
+    for number in (9, 3, 3, 0, 1, 2, 4, 5, 6, 7, 8):
+        partial.add(number, part(number))
+    assert partial.missing() == []
+    partial.finish()
+    assert store.path(REF.blob).read_bytes() == CONTENT
+
+
+def test_synced_chunks_survive_and_others_are_asked_for_again(store):
+    partial = store.partial(REF, CHUNK)
+    for number in range(9):
+        partial.add(number, part(number))
+    again = store.partial(REF, CHUNK)
+    assert again.missing() == [8, 9], "eight chunks are one sync"
+    for number in again.missing():
+        again.add(number, part(number))
+    again.finish()
+    assert store.has(REF)
+
+
+def test_another_cut_of_the_same_blob_starts_over(store):
+    partial = store.partial(REF, CHUNK)
+    for number in range(8):
+        partial.add(number, part(number))
+    assert len(store.partial(REF, 2 * CHUNK).missing()) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 3, b"\0" * 400])
+def test_a_damaged_bitmap_starts_over_or_is_caught_by_the_digest(store, damage):
+    partial = store.partial(REF, CHUNK)
+    for number in range(8):
+        partial.add(number, part(number))
+    store.path(REF.blob + ".map").write_bytes(damage)
+    assert len(store.partial(REF, CHUNK).missing()) == 10
+
+
+def test_a_wrong_chunk_drops_everything_that_was_joined(store):
+    partial = store.partial(REF, CHUNK)
+    for number in range(10):
+        partial.add(number, part(number) if number != 4 else bytes(CHUNK))
+    with pytest.raises(DigestError):
+        partial.finish()
+    assert len(partial.missing()) == 10
+    assert not store.has(REF)
+
+
+@pytest.mark.parametrize("length", [0, CHUNK - 1, CHUNK + 1])
+def test_a_chunk_of_another_length_is_refused(store, length):
+    with pytest.raises(SchemaError):
+        store.partial(REF, CHUNK).add(0, bytes(length))
+
+
+def test_only_what_is_wanted_is_kept(store):
+    other = BlobRef(blob=blob_id(b"other"), size_bytes=5)
+    store.put(REF, CONTENT)
+    store.put(other, b"other")
+    store.partial(BlobRef(blob=blob_id(b"third"), size_bytes=2000), CHUNK).add(0, bytes(CHUNK))
+    store.keep_only({other.blob})
+    assert store.has(other)
+    assert [path.name for path in store.path("x").parent.iterdir()] == [other.blob]
+
+
+def test_a_disk_that_refuses_is_a_disk_error(store):
+    store.path("x").parent.rmdir()
+    with pytest.raises(DiskError):
+        store.put(REF, CONTENT)
+    with pytest.raises(DiskError):
+        store.partial(REF, CHUNK).add(0, part(0))

@@ -1,0 +1,139 @@
+"""The command line: light, helpful, with the promised exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from liberatai_agent.cli import main
+
+GOOD = f"fleet: home\ndevice: dev-a\ncoordinator_key: {'ab' * 32}\nstate_dir: state\n"
+HEAVY = ("numpy", "torch", "typer", "rich", "onnxruntime")
+
+
+def imported(code, names):
+    script = f"import sys\n{code}\nprint([name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cli",
+        "config",
+        "session",
+        "gate",
+        "outbox",
+        "blobs",
+        "probe",
+        "trainer",
+        "trainer_messages",
+        "service",
+    ],
+)
+def test_the_supervisor_never_loads_heavy_modules(module):
+    assert imported(f"import liberatai_agent.{module}", HEAVY) == "[]"
+
+
+def test_help_loads_next_to_nothing():
+    light = ("asyncio", "psutil", "yaml", "msgspec", "cryptography", "paho", "sqlite3")
+    assert imported("import liberatai_agent.cli", light) == "[]"
+
+
+def test_the_session_is_pure():
+    loaded = imported("import liberatai_agent.session", ("asyncio", "socket", "threading", "sqlite3", "paho"))
+    assert "asyncio" not in loaded
+    assert "sqlite3" not in loaded
+
+
+@pytest.mark.parametrize("command", ["run", "probe", "status", "doctor", "enrol", "version"])
+def test_every_command_has_help_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert "example: liberatai-agent" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fly"])
+    assert caught.value.code == 2
+
+
+def test_wrong_settings_are_2_with_one_line_per_fault(tmp_path, capsys):
+    path = tmp_path / "agent.yaml"
+    path.write_text("fleet: Home\ndevice: dev-a\n")
+    assert main(["run", "--config", str(path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("E_CONFIG: ") for line in lines)
+
+
+def test_missing_settings_and_status_are_4(tmp_path, capsys):
+    assert main(["run", "--config", str(tmp_path / "absent.yaml")]) == 4
+    assert main(["status", "--state-dir", str(tmp_path)]) == 4
+    assert capsys.readouterr().err.count("E_NOT_FOUND") == 2
+
+
+def test_missing_certificate_files_are_named_before_anything_starts(tmp_path, capsys):
+    path = tmp_path / "agent.yaml"
+    path.write_text(GOOD + "broker: mqtts://host\nca_file: ca.pem\ncert_file: c.pem\nkey_file: k.pem\n")
+    assert main(["run", "--config", str(path)]) == 2
+    assert capsys.readouterr().err.count("no such file") == 3
+
+
+def test_probe_prints_json_and_a_table(tmp_path, capsys):
+    data = tmp_path / "d.npz"
+    np.savez(data, x=np.zeros((5, 3, 8, 8), np.uint8), y=[0, 1, 2, 1, 0])
+    path = tmp_path / "agent.yaml"
+    path.write_text(GOOD + "data: d.npz\nprofile: pi4-4g\n")
+    assert main(["probe", "--config", str(path), "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["input_shape"], found["classes"]) == (5, [3, 8, 8], 3)
+    assert found["storage_bytes"] == 16384 * 1024
+    assert main(["probe"]) == 0
+    assert "tier" in capsys.readouterr().out
+
+
+def test_status_of_a_dead_agent_says_so(tmp_path, capsys):
+    status = {"running": True, "pid": 2**22 + 1, "connected": True, "phase": "training", "updated_at": 0}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert main(["status", "--state-dir", str(tmp_path), "-o", "json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["phase"], found["connected"]) == ("dead", False)
+
+
+def test_enrol_prints_the_same_key_every_time(tmp_path, capsys):
+    path = tmp_path / "agent.yaml"
+    path.write_text(GOOD)
+    lines = []
+    for _ in range(2):
+        assert main(["enrol", "--config", str(path)]) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert len(lines[0].split(": ")[1].strip()) == 64
+
+
+def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path, capsys, monkeypatch):
+    import socket
+
+    monkeypatch.setattr("liberatai_agent.cli.REACH_TIMEOUT_S", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: refused for certain
+        path = tmp_path / "agent.yaml"
+        path.write_text(GOOD + f"data: absent.npz\nbroker: mqtt://127.0.0.1:{taken.getsockname()[1]}\n")
+        assert main(["doctor", "--config", str(path)]) == 1
+    out = capsys.readouterr().out
+    failed = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2
+    assert "E_DATA" in failed[0]
+    assert "broker" in failed[1]
+    assert sum(line.startswith("ok") for line in out.splitlines()) >= 4
+
+
+def test_version(capsys):
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("liberatai-agent 0.")

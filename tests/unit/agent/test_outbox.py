@@ -1,0 +1,276 @@
+"""The outbox: nothing is lost or doubled, whatever dies and whenever."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from liberatai_agent.outbox import Outbox, StateLock, device_seed
+from liberatai_core.contract.frame import Signer, open_frame, seal
+from liberatai_core.contract.messages import Update, update_id
+from liberatai_core.contract.topics import blob_id
+from liberatai_core.errors import ConfigError, DiskError, LockedError, NotFoundError, QuotaError
+
+SIGNER = Signer.from_seed(b"d" * 32, "test")
+
+
+def an_update(number=1, body=b"body", structure="mlp"):
+    return Update(
+        update_id=update_id("dev", "job", number, b"b" * 32),
+        device="dev",
+        job="job",
+        round=number,
+        epoch=1,
+        structure=structure,
+        base=b"b" * 32,
+        samples=3,
+        codec="topk1",
+        body=body,
+    )
+
+
+def task_id(number):
+    return number.to_bytes(16, "big")
+
+
+def commit(box, number=1, residual=b"rest", **changes):
+    update = an_update(number, **changes)
+    box.commit_training(update, task_id=task_id(number), residual=residual)
+    return update
+
+
+@pytest.fixture
+def box(tmp_path):
+    found = Outbox(tmp_path / "outbox.db", 1 << 20)
+    yield found
+    found.close()
+
+
+def test_what_was_committed_is_there_after_reopening(box, tmp_path):
+    update = commit(box)
+    box.close()
+    again = Outbox(tmp_path / "outbox.db", 1 << 20)
+    assert [(u.update_id, u.job, u.round) for u in again.unsent()] == [(update.update_id, "job", 1)]
+    assert again.leftover("job", "mlp").residual == b"rest"
+    assert again.finished() == (task_id(1),)
+    assert again.unsent()
+    again.close()
+
+
+def test_session_numbers_grow_over_restarts(box, tmp_path):
+    first = [box.next_session(), box.next_session()]
+    box.close()
+    again = Outbox(tmp_path / "outbox.db", 1 << 20)
+    assert [*first, again.next_session()] == [1, 2, 3]
+    again.close()
+
+
+def test_the_epoch_never_falls(box):
+    assert box.epoch == 0
+    for epoch in (3, 2, 5, 4):
+        box.remember_epoch(epoch)
+    assert box.epoch == 5
+
+
+def test_counters_of_refusals_add_up(box):
+    box.add_refusals({"E_SIG": 2})
+    box.add_refusals({"E_SIG": 1, "E_FRAME": 1})
+    assert box.refusals() == {"E_FRAME": 1, "E_SIG": 3}
+
+
+def test_the_first_update_of_a_round_wins(box):
+    commit(box, body=b"first", residual=b"first rest")
+    commit(box, body=b"second", residual=b"second rest")
+    assert len(box.unsent()) == 1
+    assert box.leftover("job", "mlp").residual == b"first rest"
+    frame = box.seal(an_update().update_id, lambda update: seal(update, SIGNER))
+    assert open_frame(frame, "test", lambda _: SIGNER.public_key).message.body == b"first"
+
+
+def test_a_frame_is_sealed_once_and_its_bytes_stay(box):
+    update = commit(box)
+    calls = []
+
+    def sealing(found):
+        calls.append(found)
+        return seal(found, SIGNER)
+
+    frame = box.seal(update.update_id, sealing)
+    assert box.seal(update.update_id, sealing) == frame
+    assert calls == [update]
+    assert box.of_transfer(blob_id(frame)) == update.update_id
+    assert box.of_transfer("a" * 26) is None
+
+
+def test_only_forgetting_deletes(box):
+    update = commit(box)
+    box.forget(b"x" * 16)
+    assert box.unsent()
+    box.forget(update.update_id)
+    assert not box.unsent()
+    with pytest.raises(NotFoundError):
+        box.seal(update.update_id, lambda found: seal(found, SIGNER))
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box, sealed):
+    update = commit(box, body=b"refused")
+    if sealed:
+        box.seal(update.update_id, lambda found: seal(found, SIGNER))
+    box.give_back(update.update_id)
+    box.give_back(update.update_id)
+    assert not box.unsent()
+    assert box.leftover("job", "mlp").returned == ((update.update_id, b"refused"),)
+    assert box.leftover("job", "cnn").returned == ()
+    box.commit_training(an_update(2), task_id=task_id(2), residual=b"new", returned=(update.update_id,))
+    left = box.leftover("job", "mlp")
+    assert (left.residual, left.returned) == (b"new", ())
+
+
+def test_the_quota_drops_superseded_updates_first(tmp_path):
+    box = Outbox(tmp_path / "o.db", 3300)
+    other = commit(box, 1, body=bytes(1000), structure="cnn")
+    old = commit(box, 2, body=bytes(1000))
+    dropped = box.commit_training(an_update(3, body=bytes(1000)), task_id=task_id(3), residual=b"")
+    assert dropped == (old.update_id,)
+    dropped = box.commit_training(
+        an_update(4, body=bytes(1000), structure="ds_cnn"), task_id=task_id(4), residual=b""
+    )
+    assert dropped == (other.update_id,)
+    with pytest.raises(QuotaError):
+        commit(box, 5, body=bytes(4000))
+    assert [u.round for u in box.unsent()] == [3, 4]
+    box.close()
+
+
+def test_residuals_of_old_structures_are_let_go(box):
+    for number in range(1, 8):
+        commit(box, number, structure=f"s{number}", residual=bytes([number]))
+    kept = [n for n in range(1, 8) if box.leftover("job", f"s{n}").residual is not None]
+    assert kept == [4, 5, 6, 7]
+
+
+def test_finished_tasks_are_remembered_within_bounds(box):
+    for number in range(1, 300):
+        box.commit_training(an_update(number), task_id=task_id(number), residual=b"")
+    assert len(box.finished()) == 256
+    assert box.finished()[-1] == task_id(299)
+
+
+def test_a_full_disk_is_refused_whole_and_heals(tmp_path):
+    box = Outbox(tmp_path / "o.db", 1 << 24)
+    commit(box, 1)
+    pages = box._db.execute("PRAGMA page_count").fetchone()[0]
+    box._db.execute(f"PRAGMA max_page_count={pages + 4}")  # what SQLite sees of a full disk
+    with pytest.raises(DiskError, match="full"):
+        commit(box, 2, body=bytes(100_000), residual=b"new")
+    assert [u.round for u in box.unsent()] == [1]
+    assert box.finished() == (task_id(1),)
+    assert box.leftover("job", "mlp").residual == b"rest"
+    box._db.execute("PRAGMA max_page_count=1000000")
+    commit(box, 2, body=bytes(100_000), residual=b"new")
+    assert box.leftover("job", "mlp").residual == b"new"
+    box.close()
+
+
+def test_a_foreign_or_newer_file_is_refused(tmp_path):
+    for name, pragma in (("foreign", "application_id=7"), ("newer", "user_version=99")):
+        db = sqlite3.connect(tmp_path / name)
+        db.execute("CREATE TABLE t (x)")
+        db.execute(f"PRAGMA {pragma}")
+        db.close()
+        with pytest.raises(ConfigError):
+            Outbox(tmp_path / name, 1)
+    (tmp_path / "garbage").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(DiskError):
+        Outbox(tmp_path / "garbage", 1)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from liberatai_agent.outbox import Outbox
+from liberatai_core.contract.messages import Update, update_id
+box = Outbox(Path(sys.argv[1]), 1 << 30)
+number = len(box.finished())
+for waiting in box.unsent():
+    if waiting.round % 2:
+        box.give_back(waiting.update_id)
+while True:
+    number += 1
+    update = Update(update_id=update_id("dev", "job", number, b"b" * 32), device="dev", job="job", round=number,
+        epoch=1, structure="mlp", base=b"b" * 32, samples=3, codec="topk1", body=bytes(20_000))
+    left = box.leftover("job", "mlp").returned
+    box.commit_training(update, task_id=number.to_bytes(16, "big"), residual=b"%d" % number,
+        returned=tuple(uid for uid, _ in left))
+    if number % 2:
+        box.give_back(update.update_id)
+    sys.stdout.write(f"{number}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_path):
+    """Acknowledged commits survive; the residual is always that of the last stored round."""
+    path, chance = tmp_path / "outbox.db", random.Random(1)
+    acknowledged = 0
+    for _ in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(chance.randrange(1, 12)):
+            acknowledged = int(writer.stdout.readline())
+        os.kill(writer.pid, signal.SIGKILL)
+        rest = writer.stdout.read().split()
+        writer.wait()
+        writer.stdout.close()
+        # A line may have been written and not read before the kill.
+        acknowledged = int(rest[-1]) if rest else acknowledged
+        box = Outbox(path, 1 << 30)
+        done = len(box.finished())
+        left = box.leftover("job", "mlp")
+        assert done in (acknowledged, acknowledged + 1)
+        assert left.residual == b"%d" % done
+        rounds = {u.round for u in box.unsent()}
+        given_back = {n for n in range(1, done + 1) if n % 2}
+        # The last one may have been killed before it was given back, but is never in both places.
+        assert rounds - {done} == set(range(1, done)) - given_back
+        returned = {uid for uid, _ in left.returned}
+        last = update_id("dev", "job", done, b"b" * 32)
+        assert returned == ({last} if done % 2 and done not in rounds else set())
+        assert box._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        box.close()
+
+
+def test_a_state_folder_has_one_agent(tmp_path):
+    lock = StateLock(tmp_path / "state")
+    with pytest.raises(LockedError):
+        StateLock(tmp_path / "state")
+    lock.close()
+    lock.close()
+    StateLock(tmp_path / "state").close()
+
+
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError):
+        StateLock(tmp_path / "file" / "state")
+
+
+def test_the_device_key_is_made_once_and_private(tmp_path):
+    seed = device_seed(tmp_path / "state")
+    assert len(seed) == 32
+    assert device_seed(tmp_path / "state") == seed
+    path = tmp_path / "state" / "device.key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        device_seed(tmp_path / "state")
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="32"):
+        device_seed(tmp_path / "state")

@@ -1,0 +1,309 @@
+"""The training process: the same bytes every time, every fault with its code, killable at any moment."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from liberatai_agent.trainer import Trainer, TrainerDiedError
+from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
+from liberatai_agent.trainer_messages import Done, File, Work
+from liberatai_core.compressor.artifact import restore
+from liberatai_core.compressor.codebook import compress
+from liberatai_core.contract.messages import Training
+from liberatai_core.errors import DataError
+from liberatai_core.learning.families import initial_weights, structure_of
+from liberatai_core.sparsifier import top_k
+from liberatai_core.structure import DataContract
+from liberatai_core.weights import digest
+
+DATA = DataContract(input_shape=(6,), classes=3)
+STRUCTURE = structure_of("mlp", {"hidden": 8}, DATA)
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """A keyframe and two deltas on disk, with the weights after each step."""
+    artifact = compress(initial_weights(STRUCTURE, DATA, 1), STRUCTURE, 4096)
+    weights = [restore(artifact, STRUCTURE)]
+    files = [tmp_path / "keyframe"]
+    files[0].write_bytes(artifact)
+    random = np.random.default_rng(5)
+    for number in (1, 2):
+        difference = random.normal(0, 0.1, STRUCTURE.parameters).astype(np.float32)
+        _, body = top_k.sparsify(top_k.init(STRUCTURE.parameters), difference, STRUCTURE, 0.3)
+        files.append(tmp_path / f"delta{number}")
+        files[-1].write_bytes(body)
+        weights.append(weights[-1] + top_k.densify(body, STRUCTURE))
+    steps = [File(path=str(f), digest=digest(w)) for f, w in zip(files, weights, strict=True)]
+    return steps, weights
+
+
+@pytest.fixture
+def data(tmp_path):
+    random = np.random.default_rng(7)
+    y = np.arange(100) % 3
+    x = random.normal(0, 1, (100, 6)).astype(np.float32) + y[:, None]
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    return tmp_path / "data.npz"
+
+
+def a_work(chain, data, **changes):
+    steps, _ = chain
+    fields = {
+        "device": "dev",
+        "job": "job",
+        "round": 3,
+        "structure": STRUCTURE,
+        "data": DATA,
+        "training": Training(epochs=2),
+        "seed": 11,
+        "density": 0.3,
+        "keyframe": steps[0],
+        "deltas": tuple(steps[1:]),
+        "data_path": str(data),
+    }
+    return Work(**(fields | changes))
+
+
+def done(answer):
+    assert isinstance(answer, Done), answer
+    return answer.result
+
+
+def test_the_chain_leads_to_the_base_and_the_next_delta_needs_no_keyframe(chain, data):
+    steps, weights = chain
+    memory = Memory()
+    first = a_work(chain, data, deltas=(steps[1],))
+    assert np.array_equal(base_weights(first, memory), weights[1])
+    Path(steps[0].path).unlink()
+    Path(steps[1].path).unlink()
+    assert np.array_equal(base_weights(a_work(chain, data), memory), weights[2])
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_step_with_a_wrong_digest_is_refused(chain, data, broken):
+    steps, _ = chain
+    steps[broken] = File(path=steps[broken].path, digest=b"0" * 32)
+    answer = work(a_work((steps, None), data), Memory())
+    assert answer.code == "E_DIGEST"
+    assert ("keyframe" if broken == 0 else f"delta {broken}") in answer.text
+
+
+def test_a_file_that_is_missing_or_damaged_is_refused_with_a_code(chain, data):
+    steps, _ = chain
+    Path(steps[2].path).unlink()
+    assert work(a_work(chain, data), Memory()).code == "E_DIGEST"
+    with Path(steps[0].path).open("r+b") as file:
+        file.truncate(20)
+    assert work(a_work(chain, data), Memory()).code in ("E_CODEC", "E_DIGEST", "E_BOMB")
+
+
+def test_equal_work_gives_equal_bytes_and_other_devices_others(chain, data):
+    first = done(work(a_work(chain, data), Memory()))
+    again = done(work(a_work(chain, data), Memory()))
+    assert (first.body, first.residual, first.loss) == (again.body, again.residual, again.loss)
+    other = done(work(a_work(chain, data, device="other"), Memory()))
+    assert other.body != first.body
+
+
+def test_what_is_sent_and_what_is_left_over_are_the_whole_difference(chain, data):
+    whole = done(work(a_work(chain, data, density=1.0), Memory()))
+    part = done(work(a_work(chain, data, density=0.1), Memory()))
+    state = top_k.state_from_bytes(part.residual, STRUCTURE.parameters)
+    total = top_k.densify(part.body, STRUCTURE) + state.residual
+    full = (
+        top_k.densify(whole.body, STRUCTURE)
+        + top_k.state_from_bytes(whole.residual, STRUCTURE.parameters).residual
+    )
+    assert np.array_equal(total, full)
+
+
+def test_a_refused_update_is_added_to_the_next_difference(chain, data):
+    plain = done(work(a_work(chain, data, density=1.0), Memory()))
+    refused = done(work(a_work(chain, data, round=2), Memory()))
+    both = done(work(a_work(chain, data, density=1.0, returned=((b"u" * 16, refused.body),)), Memory()))
+
+    def total(result):
+        rest = top_k.state_from_bytes(result.residual, STRUCTURE.parameters).residual
+        return top_k.densify(result.body, STRUCTURE) + rest
+
+    np.testing.assert_allclose(
+        total(both), total(plain) + top_k.densify(refused.body, STRUCTURE), rtol=0, atol=1e-6
+    )
+    assert both.returned == (b"u" * 16,)
+
+
+def test_the_residual_of_the_last_round_goes_into_this_one(chain, data):
+    first = done(work(a_work(chain, data, density=0.01), Memory()))
+    fresh = done(work(a_work(chain, data, round=4, density=0.01), Memory()))
+    carried = done(work(a_work(chain, data, round=4, density=0.01, residual=first.residual), Memory()))
+    assert carried.residual != fresh.residual
+
+
+def test_the_holdout_is_the_same_in_every_round_and_never_trained_on(chain, data):
+    result = done(work(a_work(chain, data, share_class_counts=True), Memory()))
+    assert result.evaluation[1] == 15
+    assert result.samples == sum(result.class_counts) == 85
+    held = [holdout(a_work(chain, data, round=n, seed=n), 100, None) for n in (1, 2)]
+    assert np.array_equal(*held)
+    assert not np.array_equal(held[0], holdout(a_work(chain, data, device="other"), 100, None))
+
+
+def test_few_samples_are_all_trained_on_and_counts_are_not_told_unasked(chain, tmp_path):
+    path = tmp_path / "few.npz"
+    np.savez(path, x=np.ones((39, 6), np.float32), y=np.arange(39) % 3)
+    result = done(work(a_work(chain, path), Memory()))
+    assert (result.samples, result.evaluation, result.class_counts) == (39, None, None)
+
+
+def test_rows_marked_as_test_are_the_holdout(chain, tmp_path):
+    path = tmp_path / "marked.npz"
+    np.savez(path, x=np.ones((10, 6), np.float32), y=np.arange(10) % 3, test=[0] * 7 + [1] * 3)
+    result = done(work(a_work(chain, path), Memory()))
+    assert (result.samples, result.evaluation[1]) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "complaint"),
+    [
+        (None, "No such file"),
+        ({"x": np.zeros((0, 6)), "y": np.zeros(0, int)}, "no samples"),
+        ({"x": np.zeros((5, 7)), "y": np.zeros(5, int)}, "shape"),
+        ({"x": np.full((5, 6), np.inf), "y": np.zeros(5, int)}, "NaN or infinity"),
+        ({"x": np.zeros((5, 6)), "y": np.full(5, 3)}, "label 3"),
+        ({"x": np.zeros((5, 6))}, "no labels"),
+    ],
+    ids=["missing", "empty", "shape", "nan", "label", "unlabelled"],
+)
+def test_faulty_data_fail_the_task_with_e_data(chain, tmp_path, arrays, complaint):
+    path = tmp_path / "faulty.npz"
+    if arrays is not None:
+        np.savez(path, **arrays)
+    answer = work(a_work(chain, path), Memory())
+    assert answer.code == "E_DATA"
+    assert complaint in answer.text
+
+
+def test_new_data_are_read_again(chain, data):
+    memory = Memory()
+    first = done(work(a_work(chain, data), memory))
+    np.savez(data, x=np.ones((50, 6), np.float32), y=np.arange(50) % 3)
+    os.utime(data, ns=(1, 1))
+    assert done(work(a_work(chain, data), memory)).samples != first.samples
+
+
+def test_a_training_that_diverges_fails_with_e_train(chain, data):
+    wild = Training(epochs=50, learning_rate=10.0, clip_norm=0.0, momentum=0.99)
+    x = np.load(data)["x"]
+    np.savez(data, x=x / np.abs(x).max() * np.float32(3e38), y=np.arange(100) % 3)
+    assert work(a_work(chain, data, training=wild), Memory()).code == "E_TRAIN"
+
+
+# --- as a process ------------------------------------------------------------------------------
+
+
+def test_the_process_answers_like_the_function_survives_faults_and_is_confined(chain, data, tmp_path):
+    async def scenario():
+        trainer = Trainer(60.0)
+        try:
+            await trainer.warm()
+            pid = trainer.pid
+            with pytest.raises(DataError, match="No such file"):
+                await trainer.train(a_work(chain, tmp_path / "absent.npz"))
+            result = await trainer.train(a_work(chain, data))
+            assert trainer.pid == pid
+            process = psutil.Process(pid)
+            assert os.getpgid(pid) == pid
+            assert process.nice() == min(19, psutil.Process().nice() + 10)
+            assert process.rlimit(psutil.RLIMIT_CORE)[0] == 0
+            assert process.rlimit(psutil.RLIMIT_NOFILE)[0] == 256
+            assert process.environ()["OMP_NUM_THREADS"] == "1"
+            # Killed in the middle: the next training is whole and gives the same bytes.
+            long = asyncio.create_task(
+                trainer.train(a_work(chain, data, training=Training(epochs=1000, batch_size=1)))
+            )
+            await asyncio.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(TrainerDiedError, match="signal 9"):
+                await long
+            return result, await trainer.train(a_work(chain, data))
+        finally:
+            await trainer.close()
+            assert trainer.pid is None
+
+    first, second = asyncio.run(scenario())
+    direct = done(work(a_work(chain, data), Memory()))
+    assert first.body == second.body == direct.body
+    assert first.residual == direct.residual
+
+
+def test_a_cancelled_training_leaves_no_process(chain, data):
+    async def scenario():
+        trainer = Trainer(60.0, [sys.executable, "-c", "import sys, time; time.sleep(600)"])
+        training = asyncio.create_task(trainer.train(a_work(chain, data)))
+        while trainer.pid is None:
+            await asyncio.sleep(0.01)
+        pid = trainer.pid
+        training.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+        return pid
+
+    assert not psutil.pid_exists(asyncio.run(scenario()))
+
+
+PARENT = """
+import asyncio, sys, time
+from liberatai_agent.trainer import Trainer
+async def main():
+    trainer = Trainer(600.0)
+    await trainer.warm()
+    print(trainer.pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+def test_the_process_dies_with_its_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    child.wait(timeout=10)
+    assert not child.is_running()
+
+
+def test_an_idle_process_ends_by_itself():
+    async def scenario():
+        trainer = Trainer(0.2, [sys.executable, "-c", "import sys; sys.stdin.read()"])
+        await trainer.warm()
+        process = psutil.Process(trainer.pid)
+        until = time.monotonic() + 10
+        while trainer.pid is not None and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await trainer.close()
+        return process.is_running()
+
+    assert not asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("program", ["pass", "import sys; sys.stdout.write('Hi'); sys.stdin.read(1)"])
+def test_a_process_that_talks_nonsense_is_killed_and_reported(chain, data, program):
+    async def scenario():
+        trainer = Trainer(60.0, [sys.executable, "-c", program])
+        try:
+            await asyncio.wait_for(trainer.train(a_work(chain, data)), 10)
+        finally:
+            await trainer.close()
+
+    with pytest.raises(TrainerDiedError):
+        asyncio.run(scenario())

@@ -1,0 +1,228 @@
+"""A small coordinator in memory behind the real API on a real Unix socket, for the tests of both ends."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from liberatai_coordinator.api import make_app, serve_uds
+from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.views import (
+    AssignmentView,
+    DeviceView,
+    EnsembleView,
+    JobState,
+    JobView,
+    PlanView,
+    RoundView,
+    StructureView,
+    VersionView,
+)
+from liberatai_core.errors import ConfigError, DiskError, NotFoundError, StateError
+from liberatai_core.structure import DataContract, Structure, Tensor
+from liberatai_core.weights import digest, to_bytes
+
+STRUCTURE = Structure(
+    family="mlp",
+    params={"hidden": 4},
+    tensors=(Tensor(name="0.weight", shape=(4, 2)), Tensor(name="0.bias", shape=(4,))),
+)
+DATA = DataContract(input_shape=(2,), classes=4)
+WEIGHTS = np.linspace(-1, 1, STRUCTURE.parameters, dtype=np.float32)
+
+JOB = """
+name: digits
+data: {input_shape: [2], classes: 4}
+structures: [{family: mlp, params: {hidden: 4}}]
+rounds: {count: 3}
+"""
+
+Found = TypeVar("Found")
+
+
+class MemoryOperations:
+    """What the service promises, without devices: `look` runs before every look at a job."""
+
+    def __init__(self) -> None:
+        gateway = DeviceView(
+            id="gateway", status="approved", last_seen_s=1.7e9, storage_bytes=65_536, reason="\x1b[31mx"
+        )
+        camera = msgspec.structs.replace(gateway, id="camera", status="pending")
+        self.fleet = {device.id: device for device in (gateway, camera)}
+        self.trainings: dict[str, JobView] = {}
+        self.base_dirs: dict[str, str] = {}
+        self.look: Callable[[JobView], JobView] = lambda job: job
+        self.disk_full = False
+
+    async def health(self) -> dict[str, Any]:
+        return {"ok": True, "epoch": 3}
+
+    async def devices(self) -> list[DeviceView]:
+        return sorted(self.fleet.values(), key=lambda device: device.id)
+
+    async def device(self, device: str) -> DeviceView:
+        return find(self.fleet, device, "device")
+
+    async def approve(self, device: str) -> DeviceView:
+        return await self._change(device, status="approved")
+
+    async def quarantine(self, device: str, reason: str) -> DeviceView:
+        return await self._change(device, status="quarantined", reason=reason)
+
+    async def release(self, device: str) -> DeviceView:
+        return await self._change(device, status="approved", reason="")
+
+    async def _change(self, device: str, **changes: str) -> DeviceView:
+        self.fleet[device] = msgspec.structs.replace(find(self.fleet, device, "device"), **changes)
+        return self.fleet[device]
+
+    async def create_job(self, yaml_text: str, base_dir: str) -> JobView:
+        if self.disk_full:
+            raise DiskError("disk full")
+        spec = parse_job(yaml_text, "job")
+        structures = (StructureView(id="mlp-hidden4", family="mlp", parameters=12, devices=2),)
+        job = JobView(
+            name=spec.name,
+            state="running",
+            rounds_done=0,
+            rounds_total=spec.rounds.count,
+            created_s=1.7e9,
+            structures=structures,
+        )
+        self.trainings[spec.name] = job
+        self.base_dirs[spec.name] = base_dir
+        return job
+
+    async def jobs(self) -> list[JobView]:
+        return list(self.trainings.values())
+
+    async def job(self, name: str) -> JobView:
+        self.trainings[name] = self.look(find(self.trainings, name, "job"))
+        return self.trainings[name]
+
+    async def pause(self, name: str) -> JobView:
+        return self._state(name, "running", "paused")
+
+    async def resume(self, name: str) -> JobView:
+        return self._state(name, "paused", "running")
+
+    async def abort(self, name: str) -> JobView:
+        return self._state(name, find(self.trainings, name, "job").state, "aborted")
+
+    def _state(self, name: str, before: str, after: JobState) -> JobView:
+        job = find(self.trainings, name, "job")
+        if job.state != before:
+            raise StateError(f"job {name} is {job.state}")
+        self.trainings[name] = msgspec.structs.replace(job, state=after)
+        return self.trainings[name]
+
+    async def plan(self, job_name: str | None, yaml_text: str | None) -> PlanView:
+        if yaml_text is not None:
+            name = parse_job(yaml_text, "job").name
+        else:
+            name = find(self.trainings, job_name or next(iter(self.trainings), ""), "job").name
+        assignment = AssignmentView(
+            device="gateway",
+            profile="gateway",
+            tier="full",
+            structure="mlp-hidden4",
+            variant_bytes=900,
+            budget_bytes=65_536,
+            density=0.05,
+            why="the largest that fits",
+        )
+        structures = (StructureView(id="mlp-hidden4", family="mlp", parameters=12, devices=1),)
+        return PlanView(
+            job=name, assignments=(assignment,), structures=structures, dry_run=yaml_text is not None
+        )
+
+    async def models(self) -> list[VersionView]:
+        return [VERSIONS[0]]
+
+    async def log(self, model: str) -> list[VersionView]:
+        return find({"digits": VERSIONS}, model, "model")
+
+    async def version(self, model: str, ref: str) -> VersionView:
+        rows = await self.log(model)
+        known = {str(row.version): row for row in rows} | {"latest": rows[0], "stable": rows[1]}
+        return find(known, ref, "version")
+
+    async def ensemble(self, model: str, ref: str) -> EnsembleView:
+        await self.version(model, ref)
+        return EnsembleView(method="uniform", members=("mlp-hidden4",), weights=((1.0, 1.0, 1.0, 1.0),))
+
+    async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
+        row = await self.version(model, ref)
+        find(row.digests, structure, "structure")
+        if row.version == 1:  # a version whose weights are not what its digest says
+            return STRUCTURE, DATA, to_bytes(-WEIGHTS)
+        return STRUCTURE, DATA, to_bytes(WEIGHTS)
+
+
+def a_version(number: int, tags: tuple[str, ...] = ()) -> VersionView:
+    return VersionView(
+        model="digits",
+        version=number,
+        id=f"{number:064x}",
+        parent=f"{number - 1:064x}",
+        created_s=1.7e9,
+        round=number,
+        updates=2,
+        digests={"mlp-hidden4": digest(WEIGHTS).hex()},
+        bytes={"mlp-hidden4": 900},
+        ensemble="uniform",
+        guard="",
+        tags=tags,
+    )
+
+
+VERSIONS = [a_version(2), a_version(1, ("stable",))]
+
+
+def find(known: dict[str, Found], name: str, what: str) -> Found:
+    if name == "boom":
+        raise RuntimeError("a fault that nobody foresaw")
+    if name == "faulty":
+        raise ConfigError("job.yaml", ["name: must match ^[a-z]", "rounds.count: must be >= 1 (got 0)"])
+    if name not in known:
+        raise NotFoundError(f"{what} {name}: not known")
+    return known[name]
+
+
+def next_round(job: JobView) -> JobView:
+    """Publish one round more at every look, until the job is finished."""
+    done = job.rounds_done + 1
+    view = RoundView(round=done, state="published", invited=2, updates=2, seconds=1.5, up_bytes=1000)
+    state: JobState = "finished" if done == job.rounds_total else "running"
+    return msgspec.structs.replace(job, rounds=(*job.rounds, view), rounds_done=done, state=state)
+
+
+@contextmanager
+def served(operations: MemoryOperations, path: Path) -> Iterator[None]:
+    """Serve in a thread of its own; the socket is bound when the block begins and gone when it has ended."""
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    holder: list[asyncio.Task[None]] = []
+
+    async def program() -> None:
+        task = asyncio.create_task(serve_uds(make_app(operations), path))
+        holder.append(task)
+        # `serve_uds` binds before it first waits: one turn of the loop and clients can connect
+        await asyncio.sleep(0)
+        started.set()
+        await asyncio.gather(task, return_exceptions=True)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(program(),))
+    thread.start()
+    started.wait(10)
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(holder[0].cancel)
+        thread.join(10)
+        loop.close()

@@ -1,0 +1,291 @@
+"""The API says what the operations say, with stable codes, on a socket that only its owner can open."""
+
+import asyncio
+import json
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGHTS, MemoryOperations, served
+
+from liberatai_coordinator import client as client_module
+from liberatai_coordinator.api import MAX_BODY_BYTES, STATUS, Operations, make_app, problem, serve_uds
+from liberatai_coordinator.client import Client, CoordinatorError
+from liberatai_core.errors import (
+    BY_CODE,
+    ConfigError,
+    DigestError,
+    DiskError,
+    LiberataiError,
+    LinkError,
+    LockedError,
+    NotFoundError,
+    SchemaError,
+    StateError,
+)
+
+
+@pytest.fixture
+def operations() -> MemoryOperations:
+    return MemoryOperations()
+
+
+@pytest.fixture
+def path(tmp_path: Path, operations: MemoryOperations) -> Iterator[Path]:
+    with served(operations, tmp_path / "api.sock"):
+        yield tmp_path / "api.sock"
+
+
+@pytest.fixture
+def client(path: Path) -> Iterator[Client]:
+    with Client(path, timeout_s=10) as made:
+        yield made
+
+
+@pytest.fixture
+def http(path: Path) -> Iterator[httpx.Client]:
+    with httpx.Client(
+        transport=httpx.HTTPTransport(uds=str(path), verify=False), base_url="http://x"
+    ) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One server for all requests that change nothing."""
+    path = tmp_path_factory.mktemp("api") / "api.sock"
+    transport = httpx.HTTPTransport(uds=str(path), verify=False)
+    with served(MemoryOperations(), path), httpx.Client(transport=transport, base_url="http://x") as made:
+        yield made
+
+
+def test_the_memory_operations_are_operations(operations: MemoryOperations) -> None:
+    checked: Operations = operations
+    assert checked is operations
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+def test_devices_are_shown_and_let_in_and_shut_out(client: Client) -> None:
+    assert [device.id for device in client.devices()] == ["camera", "gateway"]
+    assert client.device("camera").status == "pending"
+    assert client.approve("camera").status == "approved"
+    shut_out = client.quarantine("camera", "sends nonsense")
+    assert (shut_out.status, shut_out.reason) == ("quarantined", "sends nonsense")
+    assert client.device("camera") == shut_out
+    assert client.release("camera").status == "approved"
+
+
+def test_a_job_is_created_paused_resumed_and_aborted(
+    client: Client, operations: MemoryOperations, tmp_path: Path
+) -> None:
+    job = client.create_job(JOB, tmp_path)
+    assert (job.name, job.state, job.rounds_total) == ("digits", "running", 3)
+    assert operations.base_dirs == {"digits": str(tmp_path)}
+    assert client.pause("digits").state == "paused"
+    assert client.resume("digits").state == "running"
+    assert client.abort("digits").state == "aborted"
+    assert client.jobs() == [client.job("digits")]
+
+
+def test_a_plan_is_of_a_job_of_the_newest_or_of_a_description(client: Client) -> None:
+    assert client.plan(yaml_text=JOB).dry_run
+    client.create_job(JOB, "/")
+    assert not client.plan("digits").dry_run
+    assert client.plan().job == "digits"
+    with pytest.raises(SchemaError, match="not both"):
+        client.plan("digits", JOB)
+
+
+def test_models_versions_and_ensembles_come_back_whole(client: Client) -> None:
+    assert client.models() == VERSIONS[:1]
+    assert client.log("digits") == VERSIONS
+    assert client.version("digits") == VERSIONS[0]
+    assert client.version("digits", "stable") == client.version("digits", "1") == VERSIONS[1]
+    assert client.ensemble("digits").members == ("mlp-hidden4",)
+    assert client.health() == {"ok": True, "epoch": 3}
+
+
+def test_weights_come_back_bit_for_bit_with_their_structure(client: Client) -> None:
+    assert client.weights("digits", "latest", "mlp-hidden4") == (STRUCTURE, DATA, WEIGHTS.tobytes())
+
+
+def test_weights_that_were_damaged_on_the_way_are_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = client._send
+    monkeypatch.setattr(client, "_send", lambda *arguments: real(*arguments)[:-1] + b"\x00")
+    with pytest.raises(DigestError, match="damaged on the way"):
+        client.weights("digits", "latest", "mlp-hidden4")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_an_error_is_the_same_on_both_sides(client: Client, operations: MemoryOperations) -> None:
+    with pytest.raises(NotFoundError, match="device nobody: not known"):
+        client.device("nobody")
+    with pytest.raises(ConfigError) as caught:
+        client.job("faulty")
+    assert caught.value.where == "job.yaml"
+    assert caught.value.faults == ["name: must match ^[a-z]", "rounds.count: must be >= 1 (got 0)"]
+    client.create_job(JOB, "/")
+    with pytest.raises(StateError, match="job digits is running"):
+        client.resume("digits")
+    operations.disk_full = True
+    with pytest.raises(DiskError):
+        client.create_job(JOB, "/")
+
+
+def test_a_fault_that_nobody_foresaw_says_so_without_its_details(client: Client) -> None:
+    with pytest.raises(CoordinatorError, match=r"failed \(RuntimeError\); its log") as caught:
+        client.job("boom")
+    assert caught.value.code == "E_INTERNAL"
+    assert "foresaw" not in str(caught.value)
+    assert client.health()["ok"]
+
+
+def test_every_code_survives_the_way_from_error_to_error() -> None:
+    for code, kind in BY_CODE.items():
+        if kind is LiberataiError:
+            continue
+        error = kind("where", ["fault"]) if issubclass(kind, ConfigError) else kind("what, where, what to do")
+        content = msgspec.json.encode(problem(error))
+        back = client_module._error(httpx.Response(STATUS.get(code, 500), content=content))
+        assert type(back) is kind
+        assert str(back) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "body", "status", "code"),
+    [
+        ("GET", "/v1/devices/nobody", None, 404, "E_NOT_FOUND"),
+        ("GET", "/v1/nothing", None, 404, "E_NOT_FOUND"),
+        ("DELETE", "/v1/devices/camera", None, 405, "E_SCHEMA"),
+        ("GET", "/v1/jobs/faulty", None, 422, "E_CONFIG"),
+        ("POST", "/v1/jobs", b"{", 422, "E_SCHEMA"),
+        ("POST", "/v1/jobs", b'{"yaml": "x"}', 422, "E_SCHEMA"),
+        ("POST", "/v1/jobs", b'{"yaml": "x", "base_dir": "/", "more": 1}', 422, "E_SCHEMA"),
+        ("POST", "/v1/jobs", b'{"yaml": "name: x", "base_dir": "/"}', 422, "E_CONFIG"),
+        ("POST", "/v1/devices/camera/quarantine", b'{"reason": 5}', 422, "E_SCHEMA"),
+        ("POST", "/v1/jobs", b" " * (MAX_BODY_BYTES + 1), 413, "E_SIZE"),
+        ("GET", "/v1/models/digits/versions/99", None, 404, "E_NOT_FOUND"),
+        ("GET", "/v1/models/digits/versions/1/structures/cnn/weights", None, 404, "E_NOT_FOUND"),
+    ],
+)
+def test_a_refusal_has_a_status_and_a_code(
+    unchanged: httpx.Client, method: str, url: str, body: bytes | None, status: int, code: str
+) -> None:
+    response = unchanged.request(method, url, content=body)
+    assert (response.status_code, response.json()["code"]) == (status, code)
+
+
+def test_wrong_states_conflict_and_a_full_disk_is_unavailable(
+    http: httpx.Client, operations: MemoryOperations
+) -> None:
+    body = json.dumps({"yaml": JOB, "base_dir": "/"})
+    assert http.post("/v1/jobs", content=body).status_code == 201
+    assert http.post("/v1/jobs/digits/resume").status_code == 409
+    operations.disk_full = True
+    assert http.post("/v1/jobs", content=body).status_code == 503
+
+
+def test_no_coordinator_is_a_link_error_that_says_what_to_do(tmp_path: Path) -> None:
+    missing = tmp_path / "none.sock"
+    with (
+        Client(missing) as client,
+        pytest.raises(LinkError, match=f"no coordinator at {missing}: start one with"),
+    ):
+        client.health()
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(missing))
+    dead.close()
+    with Client(missing) as client, pytest.raises(LinkError, match="no coordinator at"):
+        client.health()
+
+
+def test_an_answer_that_is_no_view_is_a_schema_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_send", lambda *_: b'{"id": 7}')
+    with pytest.raises(SchemaError, match="another release"):
+        client.device("camera")
+
+
+# --- OpenAPI -------------------------------------------------------------------------------------
+
+
+def test_the_description_names_every_route_and_resolves(unchanged: httpx.Client) -> None:
+    described = unchanged.get("/openapi.json").json()
+    assert "/v1/devices/{name}/approve" in described["paths"]
+    schemas = described["components"]["schemas"]
+    assert {"DeviceView", "JobView", "Problem", "JobRequest"} <= set(schemas)
+    text = json.dumps(described)
+    used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert used <= set(schemas)
+    assert schemas["DeviceView"]["properties"]["id"] == {"type": "string"}
+
+
+# --- the socket ----------------------------------------------------------------------------------
+
+
+def test_only_the_owner_can_open_the_socket_and_it_is_gone_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    with served(MemoryOperations(), path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with Client(path) as client:
+            assert client.health()["ok"]
+    assert not path.exists()
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    with served(MemoryOperations(), path), Client(path) as client:
+        assert client.health()["ok"]
+
+
+def test_a_socket_in_use_is_not_taken_away(path: Path, client: Client) -> None:
+    with pytest.raises(LockedError, match="another coordinator answers"):
+        asyncio.run(serve_uds(make_app(MemoryOperations()), path))
+    assert client.health()["ok"]
+
+
+def test_a_file_that_is_no_socket_and_a_path_that_is_too_long_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "precious.txt"
+    file.write_text("data")
+    app = make_app(MemoryOperations())
+    with pytest.raises(ConfigError, match="is no socket"):
+        asyncio.run(serve_uds(app, file))
+    assert file.read_text() == "data"
+    with pytest.raises(ConfigError, match="longer than 107 bytes"):
+        asyncio.run(serve_uds(app, tmp_path / ("x" * 120)))
+    with pytest.raises(ConfigError, match="No such file"):
+        asyncio.run(serve_uds(app, tmp_path / "none" / "api.sock"))
+
+
+def test_serving_leaves_the_signals_alone_and_stops_when_cancelled(tmp_path: Path) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    async def scenario() -> tuple[object, object]:
+        task = asyncio.create_task(serve_uds(make_app(MemoryOperations()), tmp_path / "api.sock"))
+        await asyncio.sleep(0)
+        with Client(tmp_path / "api.sock", timeout_s=10) as client:
+            assert (await asyncio.to_thread(client.health))["ok"]
+        during = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return during
+
+    runner = asyncio.new_event_loop()  # `asyncio.run` has a SIGINT handler of its own
+    assert runner.run_until_complete(scenario()) == before
+    runner.close()

@@ -1,0 +1,455 @@
+"""The command line says what it did, in a form for people or for programs, and exits with the right code."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+from tests.unit.coordinator.api_kit import (
+    JOB,
+    STRUCTURE,
+    VERSIONS,
+    WEIGHTS,
+    MemoryOperations,
+    next_round,
+    served,
+)
+
+from liberatai_coordinator import cli
+from liberatai_coordinator.cli import main
+from liberatai_core.weights import digest
+
+SOURCE = [str(path) for path in map(Path, sys.path) if path.is_dir()]
+
+
+@pytest.fixture
+def operations() -> MemoryOperations:
+    return MemoryOperations()
+
+
+@pytest.fixture
+def fleet(
+    tmp_path: Path, operations: MemoryOperations, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MemoryOperations]:
+    monkeypatch.setenv("LIBERATAI_SOCKET", str(tmp_path / "api.sock"))
+    with served(operations, tmp_path / "api.sock"):
+        yield operations
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def words(text: str) -> list[list[str]]:
+    """Cells of plain columns: two blanks or more are between them."""
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
+
+
+# --- the tree of commands ------------------------------------------------------------------------
+
+
+def tree() -> list[tuple[tuple[str, ...], Any]]:
+    """Every command and group, with the words that lead to it."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+
+    def walk(path: tuple[str, ...], command: Any) -> None:
+        found.append((path, command))
+        for name, inner in getattr(command, "commands", {}).items():
+            walk((*path, name), inner)
+
+    walk((), typer.main.get_command(cli.app))
+    return found
+
+
+def test_the_tree_has_every_command_of_the_design() -> None:
+    paths = {" ".join(path) for path, command in tree() if not hasattr(command, "commands")}
+    assert paths >= {
+        *("serve", "doctor", "demo", "version"),
+        *(f"devices {verb}" for verb in ("list", "show", "approve", "quarantine", "release")),
+        *(f"jobs {verb}" for verb in ("create", "list", "show", "watch", "pause", "resume", "abort")),
+        *(f"models {verb}" for verb in ("list", "show", "log", "export")),
+        "plan show",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), tree(), ids=lambda value: " ".join(value) or "-" if isinstance(value, tuple) else ""
+)
+def test_every_command_has_help_and_an_example_that_it_understands(
+    path: tuple[str, ...], command: Any
+) -> None:
+    assert command.help
+    assert command.epilog.startswith("Example: liberatai ")
+    example = shlex.split(command.epilog.removeprefix("Example: "))
+    leads_to = tuple(example[1 : 1 + len(path)])
+    assert leads_to == path
+    for option in command.params:
+        assert option.param_type_name == "argument" or option.help or option.name == "help", option.name
+    if not hasattr(command, "commands"):
+        command.make_context(path[-1], example[1 + len(path) :])  # raises a usage error if it does not parse
+
+
+def test_every_list_takes_an_output_format() -> None:
+    for path, command in tree():
+        if path[-1:] in (("list",), ("log",), ("show",)):
+            assert "output" in {option.name for option in command.params}, path
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    script = (
+        "import sys, liberatai_coordinator.cli as c; code = c.main(['--help']);"
+        "heavy = {'torch', 'fastapi', 'uvicorn', 'sqlalchemy', 'httpx', 'optuna', 'onnx', 'rich', 'yaml'};"
+        "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = run([sys.executable, "-c", script])
+    assert done.stderr.strip() == "0 []"
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(SOURCE), **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+
+
+# --- lists ---------------------------------------------------------------------------------------
+
+
+def test_a_list_is_plain_columns_when_piped(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "list"]) == 0
+    out = capsys.readouterr().out
+    head, camera, gateway = words(out)
+    assert head[:3] == ["DEVICE", "STATUS", "STATE"]
+    assert "REASON" not in head
+    assert camera[:3] == ["camera", "pending", "unknown"]
+    assert "64.0 KiB" in gateway
+    assert "\x1b" not in out
+
+
+def test_a_wide_list_has_more_columns_and_no_device_can_steer_the_terminal(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "list", "-o", "wide"]) == 0
+    out = capsys.readouterr().out
+    assert "REASON" in words(out)[0]
+    assert "\x1b" not in out
+    assert "\N{REPLACEMENT CHARACTER}[31mx" in out
+
+
+@pytest.mark.parametrize("what", ["devices list", "jobs list", "models list", "models log digits"])
+def test_json_is_exactly_what_the_api_says(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], what: str, job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    capsys.readouterr()
+    assert main([*what.split(), "-o", "json"]) == 0
+    expected: Any = {
+        "devices list": sorted(fleet.fleet.values(), key=lambda device: device.id),
+        "jobs list": list(fleet.trainings.values()),
+        "models list": VERSIONS[:1],
+        "models log digits": VERSIONS,
+    }[what]
+    assert json.loads(capsys.readouterr().out) == json.loads(msgspec.json.encode(expected))
+
+
+def test_yaml_is_the_same_as_json(fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list", "-o", "yaml"]) == 0
+    assert msgspec.yaml.decode(capsys.readouterr().out) == json.loads(msgspec.json.encode(VERSIONS[:1]))
+
+
+def test_on_a_screen_a_list_is_a_table_of_its_own(fleet: MemoryOperations) -> None:
+    """In a real terminal (pty): the rows are there, and a name in brackets is no markup."""
+    fleet.fleet["camera"] = msgspec.structs.replace(fleet.fleet["camera"], profile="[red]pi")
+    screen, side = pty.openpty()
+    command = [sys.executable, "-m", "liberatai_coordinator", "devices", "list"]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(SOURCE), "COLUMNS": "200", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=side, stderr=side, env=variables) as process:
+        os.close(side)
+        shown = b""
+        while True:
+            try:
+                part = os.read(screen, 65_536)
+            except OSError:  # the other side is closed
+                break
+            shown += part
+        assert process.wait() == 0
+    os.close(screen)
+    assert b"camera" in shown
+    assert b"[red]pi" in shown
+    assert "─".encode() in shown
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def test_devices_are_let_in_and_shut_out_by_name(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "approve", "camera"]) == 0
+    assert fleet.fleet["camera"].status == "approved"
+    assert main(["devices", "quarantine", "camera", "gateway", "--reason", "nonsense"]) == 0
+    assert {device.status for device in fleet.fleet.values()} == {"quarantined"}
+    assert fleet.fleet["camera"].reason == "nonsense"
+    assert main(["devices", "release", "camera"]) == 0
+    assert fleet.fleet["camera"].status == "approved"
+    assert capsys.readouterr().out.splitlines()[0] == "device camera: approved"
+
+
+def test_partly_done_is_3_and_not_found_is_4(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "approve", "nobody", "camera"]) == 3
+    assert fleet.fleet["camera"].status == "approved"
+    assert capsys.readouterr().err == "liberatai: E_NOT_FOUND: device nobody: not known\n"
+    assert main(["devices", "approve", "nobody"]) == 4
+    assert main(["devices", "show", "nobody"]) == 4
+    assert main(["models", "log", "nothing"]) == 4
+
+
+def test_one_device_is_shown_with_all_its_fields(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "show", "gateway"]) == 0
+    shown = dict(line[:2] for line in words(capsys.readouterr().out) if len(line) > 1)
+    assert shown["id"] == "gateway"
+    assert shown["storage_bytes"] == "65536 (64.0 KiB)"
+    assert shown["gflops"] == "-"
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+def test_a_job_is_created_from_a_file_whose_folder_is_the_base(
+    fleet: MemoryOperations,
+    capsys: pytest.CaptureFixture[str],
+    job_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(job_file.parent)
+    assert main(["jobs", "create", "-f", "job.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("job digits: running, 0 of 3 rounds\n")
+    assert "mlp-hidden4" in out
+    assert fleet.base_dirs == {"digits": str(job_file.parent)}
+
+
+def test_every_fault_of_a_job_file_is_one_line_with_the_name_of_the_file(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    job_file.write_text(JOB.replace("count: 3", "count: soon").replace("classes: 4", "classes: 1"))
+    assert main(["jobs", "create", "-f", str(job_file)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"liberatai: E_CONFIG: {job_file}: ") for line in lines)
+    assert any("rounds.count: must be a whole number" in line and '(got "soon")' in line for line in lines)
+    assert not fleet.trainings
+
+
+def test_a_file_that_cannot_be_read_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert main(["serve", "--config", str(tmp_path / "binary")]) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_job_is_paused_resumed_and_aborted(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    main(["jobs", "create", "-f", str(job_file)])
+    capsys.readouterr()
+    assert [main(["jobs", verb, "digits"]) for verb in ("pause", "resume", "abort")] == [0, 0, 0]
+    states = [line.split()[2].rstrip(",") for line in capsys.readouterr().out.splitlines()]
+    assert states == ["paused", "running", "aborted"]
+    assert main(["jobs", "resume", "digits"]) == 1
+    assert "liberatai: E_STATE: job digits is aborted" in capsys.readouterr().err
+
+
+def test_watching_prints_one_line_per_round_and_ends_with_the_job(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    main(["jobs", "create", "-f", str(job_file)])
+    capsys.readouterr()
+    fleet.look = next_round
+    assert main(["jobs", "watch", "digits", "--interval", "0.05"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert [line.split(":")[0] for line in rounds] == ["round 1", "round 2", "round 3"]
+    assert "published, 2 of 2 updates, 1.5 s, 1000 B up" in rounds[0]
+    assert lines[-1] == "job digits: finished, 3 of 3 rounds"
+    assert len(lines) == 5
+
+
+def test_watching_a_job_that_fails_exits_with_1(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    main(["jobs", "create", "-f", str(job_file)])
+    fleet.look = lambda job: msgspec.structs.replace(job, state="failed", reason="no device left")
+    assert main(["jobs", "watch", "digits"]) == 1
+    assert "job digits: failed (no device left)" in capsys.readouterr().out
+
+
+# --- models and plans ----------------------------------------------------------------------------
+
+
+def test_a_model_is_exported_with_its_digest(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    out = tmp_path / "digits.safetensors"
+    assert main(["models", "export", "digits", "--structure", "mlp-hidden4", "--out", str(out)]) == 0
+    tensors = safetensors.load(out.read_bytes())
+    assert {name: value.shape for name, value in tensors.items()} == {
+        tensor.name: tensor.shape for tensor in STRUCTURE.tensors
+    }
+    assert (tensors["0.weight"].ravel() == WEIGHTS[:8]).all()
+    assert digest(WEIGHTS).hex().encode() in out.read_bytes()
+    assert capsys.readouterr().out.startswith(f"{out}: digits version 2, mlp-hidden4, ")
+
+
+def test_the_only_structure_of_a_model_need_not_be_named(fleet: MemoryOperations, tmp_path: Path) -> None:
+    assert main(["models", "export", "digits", "--out", str(tmp_path / "x.safetensors")]) == 0
+    assert (tmp_path / "x.safetensors").exists()
+
+
+def test_weights_that_are_not_what_the_version_promises_are_not_written(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    assert main(["models", "export", "digits", "--version", "stable", "--out", str(out)]) == 1
+    assert "E_DIGEST" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unknown_structure_is_not_found_and_the_known_ones_are_named(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["models", "export", "digits", "--structure", "cnn", "--out", str(tmp_path / "x")]) == 4
+    assert "no structure 'cnn'; it has mlp-hidden4" in capsys.readouterr().err
+
+
+def test_a_version_is_shown_with_its_digests(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "show", "digits", "--version", "1"]) == 0
+    out = capsys.readouterr().out
+    assert digest(WEIGHTS).hex() in out
+    assert "stable" in out
+
+
+def test_a_plan_explains_itself_and_a_described_job_is_not_created(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["plan", "show", "-f", str(job_file), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("plan of digits (dry run: nothing is assigned)")
+    assert "the largest that fits" in out
+    assert not fleet.trainings
+    assert main(["plan", "show", "--job", "nothing"]) == 4
+    assert main(["plan", "show", "--dry-run"]) == 2
+    assert main(["plan", "show", "--job", "digits", "-f", str(job_file)]) == 2
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+def test_without_a_coordinator_the_error_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = tmp_path / "none.sock"
+    assert main(["--socket", str(missing), "devices", "approve", "a", "b"]) == 1
+    assert capsys.readouterr().err == (
+        f"liberatai: E_LINK: no coordinator at {missing}: start one with `liberatai serve` (or give --socket)\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["jobs", "create"], ["devices", "list", "-o", "xml"]])
+def test_usage_errors_are_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_the_module_and_the_console_script_exit_with_the_code(tmp_path: Path) -> None:
+    done = run(
+        [sys.executable, "-m", "liberatai_coordinator", "jobs", "list"], LIBERATAI_SOCKET=str(tmp_path)
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("liberatai: E_LINK: ")
+    script = (
+        "import sys; from liberatai_coordinator.cli import main; sys.argv[1:] = ['version']; sys.exit(main())"
+    )
+    done = run([sys.executable, "-c", script])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"liberatai \S+ \(protocol 1, Python [\d.]+\S*\)\n", done.stdout)
+
+
+def test_doctor_finds_what_is_wrong_with_settings_and_broker(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = tmp_path / "coordinator.yaml"
+    settings.write_text(f"fleet: home\nbroker: mqtt://127.0.0.1:1\nstate_dir: {tmp_path / 'state'}\n")
+    assert main(["doctor", "--config", str(settings), "-o", "json"]) == 1
+    found = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["settings"]["state"] == "ok"
+    assert found["state folder"]["state"] in ("ok", "warn")
+    assert found["coordinator"]["text"] == "ok True, epoch 3"
+    assert found["broker"]["state"] == "fail"
+    assert "refused" in found["broker"]["text"]
+    settings.write_text("fleet: Home!\nbrokr: x\n")
+    assert main(["doctor", "--config", str(settings)]) == 1
+    out = capsys.readouterr().out
+    assert "fleet: " in out
+    assert "brokr: unknown key" in out
+
+
+def answering(seen: list[tuple[Any, ...]], code: int) -> Callable[..., int]:
+    """Return a program that notes what it is given and exits with `code`."""
+
+    def program(*arguments: Any, **options: Any) -> int:
+        seen.append((*arguments, options) if options else arguments)
+        return code
+
+    return program
+
+
+def test_serve_passes_the_settings_on_and_returns_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    wiring = ModuleType("liberatai_coordinator.wiring")
+    wiring.serve = answering(seen, 7)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liberatai_coordinator.wiring", wiring)
+    monkeypatch.setattr("liberatai_coordinator.wiring", wiring, raising=False)
+    settings = tmp_path / "coordinator.yaml"
+    settings.write_text("fleet: home\n")
+    assert main(["serve", "--config", str(settings)]) == 7
+    assert seen[0][0].fleet == "home"
+
+
+def test_demo_passes_its_options_on_and_returns_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    demo = ModuleType("liberatai_coordinator.demo")
+    demo.run = answering(seen, 3)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liberatai_coordinator.demo", demo)
+    monkeypatch.setattr("liberatai_coordinator.demo", demo, raising=False)
+    assert main(["demo", "--devices", "4", "--rounds", "2", "--report", str(tmp_path), "--keep"]) == 3
+    options = {"devices": 4, "rounds": 2, "seed": 0, "broker": "auto", "report": tmp_path, "keep": True}
+    assert seen == [(options,)]
+    assert main(["demo", "--devices", "0"]) == 2
