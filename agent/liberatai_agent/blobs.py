@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from liberatai_agent.outbox import sync_folder, write_durably
+from liberatai_agent.files import sync_folder, write_durably
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Keys, expect
 from liberatai_core.contract.limits import WINDOW_CHUNKS

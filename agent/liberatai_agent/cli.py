@@ -216,7 +216,6 @@ def _probe(args: argparse.Namespace) -> int:
     machine = probe.measure(folder)
     found = probe.bench(config.state_path, config.data, again=args.bench)
     caps = probe.capability(config, load_profile(config), machine, found, session=0, public_key=bytes(32))
-    now = probe.snapshot(folder)
     shown: dict[str, Any] = {
         # Without settings the question is what the machine could do if it had data.
         "tier": probe.tier_of(
@@ -240,8 +239,8 @@ def _probe(args: argparse.Namespace) -> int:
         "input_shape": list(caps.data.input_shape) if caps.data else None,
         "classes": caps.data.classes if caps.data else None,
         "data_fault": found.fault,
-        "temperature_c": now.temperature_c,
-        "battery_percent": now.battery_percent,
+        "temperature_c": probe.temperature_c(),
+        "battery_percent": probe.battery()[0],
     }
     _show(shown, args.output)
     return OK
@@ -308,6 +307,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _check_machine(config: "AgentConfig") -> Checks:
     from liberatai_agent import gate, probe  # noqa: PLC0415
     from liberatai_agent.outbox import device_seed  # noqa: PLC0415
+    from liberatai_agent.service import snapshot  # noqa: PLC0415
 
     found: Checks = []
     try:
@@ -324,7 +324,7 @@ def _check_machine(config: "AgentConfig") -> Checks:
     found.append(
         (True if has_torch else None, "torch" if has_torch else "no torch", "" if has_torch else advice)
     )
-    is_open, reason = gate.decide(probe.snapshot(config.state_path), config.gate)
+    is_open, reason = gate.decide(snapshot(config.state_path), config.gate)
     found.append(
         (
             True if is_open else None,

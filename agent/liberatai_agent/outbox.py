@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from liberatai_agent.files import write_durably
 from liberatai_agent.session import MAX_FINISHED, Unsent
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.messages import Update
@@ -386,28 +387,3 @@ def _make_key(folder: Path, path: Path) -> None:
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_durably(path, secrets.token_bytes(32), mode=0o600)
-
-
-def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Write a file so that after any crash it is whole, or not there: fsync, rename, fsync of the folder."""
-    part = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ runtime is imported to find out whether it is there.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,9 +18,8 @@ from typing import Any
 import psutil
 
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.gate import Snapshot
 from liberatai_agent.session import CODECS, Tier
-from liberatai_agent.trainer import CHILD_ENVIRONMENT
+from liberatai_agent.trainer_messages import CHILD_ENVIRONMENT
 from liberatai_core import __version__
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Capability
@@ -184,7 +182,7 @@ def measure(state_dir: Path, group: Group | None = None) -> Machine:
         cores = min(cores, limits.processors)
     memory = psutil.virtual_memory().total
     return Machine(
-        arch=platform.machine(),
+        arch=os.uname().machine,
         cores=max(1, cores),
         cpus=min(cores, limits.cpus) if limits.cpus else float(cores),
         memory_bytes=min(memory, limits.memory_bytes or memory),
@@ -247,19 +245,6 @@ def _cpu_seconds(pid: int) -> float:
     except psutil.Error:
         return 0.0
     return float(times.user + times.system)
-
-
-def snapshot(state_dir: Path, load_others: float | None = None) -> Snapshot:
-    """Return what the gate decides on."""
-    percent, on_mains = battery()
-    return Snapshot(
-        load_others=load_others,
-        battery_percent=percent,
-        on_mains=on_mains,
-        temperature_c=temperature_c(),
-        disk_free_bytes=disk_free(state_dir),
-        memory_available_bytes=psutil.virtual_memory().available,
-    )
 
 
 # --- bench -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,11 @@ class Service:
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._training: asyncio.Task[None] | None = None
         self._uploading = asyncio.Lock()
+        self._sending: set[bytes] = set()
         self._refused: dict[str, int] = {}
         self._unsaved_refused: dict[str, int] = {}
         self._connected: Connected | None = None
+        self._coordinator = "unknown"
         self._last_error = ""
         self._last_training: dict[str, Any] = {}
         self._started_at = time.time()
@@ -209,7 +211,7 @@ class Service:
             async with asyncio.timeout(GOODBYE_S):
                 await self._link.close()
         self._connected = None
-        self._session = replace(self._session, connected=False)
+        self._session = msgspec.structs.replace(self._session, connected=False)
         with contextlib.suppress(LiberataiError):
             self._save_refused()
         self._write_status(stopped=True)
@@ -284,7 +286,9 @@ class Service:
             case s.StoreUpdate():
                 self._store_update(action)
             case s.SendUpdate(update_id=uid):
-                self._spawn(self._send(uid))
+                if uid not in self._sending:
+                    self._sending.add(uid)
+                    self._spawn(self._send(uid))
             case s.SendChunks():
                 self._spawn(self._send_chunks(action))
             case s.Forget(update_id=uid):
@@ -335,6 +339,8 @@ class Service:
                 if message.coordinator != place.owner:
                     raise TopicError(f"presence of {message.coordinator}")
                 self._happen(s.CoordinatorChanged(state=message.state, epoch=message.epoch))
+                if message.epoch == self._session.epoch:
+                    self._coordinator = message.state
             case ("task", Task()):
                 self._require_own(message.device)
                 wanted = update_id(message.device, message.job, message.round, message.base)
@@ -570,18 +576,20 @@ class Service:
 
     async def _send(self, uid: bytes) -> None:
         """Send an update, or offer it if it is too long for one message."""
-        async with self._uploading:
-            with contextlib.suppress(LinkError):
-                try:
-                    frame = self._outbox.seal(uid, self._seal_update)
-                    self._outbox.count_attempt(uid)
-                    xid = topics.blob_id(frame)
-                    payload = frame if len(frame) <= self._single_bytes else self._offer(uid, frame, xid)
-                    await self._link.publish(self._topics.upload(self._config.device, xid), payload)
-                except LinkError:
-                    raise
-                except LiberataiError as error:
-                    self._note_error(error.code, str(error))
+        try:
+            async with self._uploading:
+                frame = self._outbox.seal(uid, self._seal_update)
+                self._outbox.count_attempt(uid)
+                xid = topics.blob_id(frame)
+                payload = frame if len(frame) <= self._single_bytes else self._offer(uid, frame, xid)
+                await self._link.publish(self._topics.upload(self._config.device, xid), payload)
+        except LinkError as error:
+            # The next connection, or the timer, sends it again.
+            log.debug("%s", error)
+        except LiberataiError as error:
+            self._note_error(error.code, str(error))
+        finally:
+            self._sending.discard(uid)
 
     def _seal_update(self, update: Update) -> bytes:
         traffic = self._link.traffic
@@ -652,7 +660,7 @@ class Service:
         if rules.max_load_others is not None:
             own = tuple(pid for pid in (os.getpid(), self._trainer.pid) if pid is not None)
             load = self._load.others(own)
-        is_open, reason = gate.decide(probe.snapshot(self._config.state_path, load), rules)
+        is_open, reason = gate.decide(snapshot(self._config.state_path, load), rules)
         if is_open != self._session.gate_open or reason != self._session.gate_reason:
             self._happen(s.GateChanged(open=is_open, reason=reason))
 
@@ -714,7 +722,7 @@ class Service:
             "broker": self._config.broker,
             "connected": self._connected is not None,
             "protocol": self._connected.protocol if self._connected is not None else "",
-            "coordinator": "away" if state.away else "online",
+            "coordinator": self._coordinator,
             "epoch": state.epoch,
             "phase": "stopped" if stopped else report.phase,
             "reason": report.reason,
@@ -757,6 +765,19 @@ class Service:
         with contextlib.suppress(OSError):
             part.write_text(json.dumps(self.status(stopped=stopped), indent=1), encoding="utf-8")
             part.replace(path)
+
+
+def snapshot(state_dir: Path, load_others: float | None = None) -> gate.Snapshot:
+    """Return what the gate decides on."""
+    percent, on_mains = probe.battery()
+    return gate.Snapshot(
+        load_others=load_others,
+        battery_percent=percent,
+        on_mains=on_mains,
+        temperature_c=probe.temperature_c(),
+        disk_free_bytes=probe.disk_free(state_dir),
+        memory_available_bytes=psutil.virtual_memory().available,
+    )
 
 
 def _steady(caps: Capability) -> Capability:

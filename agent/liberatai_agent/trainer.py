@@ -16,19 +16,18 @@ from typing import Any
 import msgspec
 
 from liberatai_agent.session import TrainingResult
-from liberatai_agent.trainer_messages import LENGTH, Failed, Work, decode_answer, encode, require_length
+from liberatai_agent.trainer_messages import (
+    CHILD_ENVIRONMENT,
+    LENGTH,
+    Failed,
+    Work,
+    decode_answer,
+    encode,
+    require_length,
+)
 from liberatai_core.errors import BY_CODE, BusyError, LiberataiError, TooLargeError, TrainingError
 
 log = logging.getLogger(__name__)
-
-CHILD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "OPENBLAS_NUM_THREADS": "1",
-    "ORT_DISABLE_TELEMETRY": "1",
-    "PYTHONUNBUFFERED": "1",
-}
-"""One thread, sleeping while it waits (two spinning threads on a busy core collapse); no calls home."""
 
 
 class TrainerDiedError(TrainingError):
@@ -51,6 +50,7 @@ class Trainer:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[str] | None = None
         self._busy = False
 
     @property
@@ -115,6 +115,8 @@ class Trainer:
         """Kill the process; idempotent."""
         self._stop_clock()
         await self._reap()
+        if self._ending is not None:
+            await self._ending
 
     async def _ask(self, process: asyncio.subprocess.Process, request: bytes) -> bytes:
         assert process.stdin is not None  # noqa: S101 - opened with PIPE
@@ -127,18 +129,15 @@ class Trainer:
 
     def _rest(self) -> None:
         self._stop_clock()
-        self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._kill)
+        self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle)
 
     def _stop_clock(self) -> None:
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
 
-    def _kill(self) -> None:
-        if self.pid is not None:
-            # The group is the process's own (start_new_session), and it was not reaped yet.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+    def _end_idle(self) -> None:
+        self._ending = asyncio.create_task(self._reap())
 
     async def _reap(self) -> str:
         """Kill the process and return how it ended."""
@@ -146,6 +145,7 @@ class Trainer:
         if process is None:
             return "it was not running"
         if process.returncode is None:
+            # The group is the process's own (start_new_session), and it was not reaped yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = await process.wait()

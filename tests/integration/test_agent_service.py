@@ -4,6 +4,10 @@ import asyncio
 import contextlib
 import hashlib
 import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import psutil
@@ -14,6 +18,7 @@ from liberatai_agent.config import AgentConfig, GateSettings
 from liberatai_agent.service import Service, read_status
 from liberatai_agent.session import TrainingResult
 from liberatai_agent.trainer import Trainer
+from liberatai_agent.trainer_messages import Work
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, open_frame, seal
@@ -26,6 +31,7 @@ from liberatai_core.contract.messages import (
     CoordinatorState,
     Credit,
     Event,
+    Message,
     Offer,
     Receipt,
     Report,
@@ -36,7 +42,7 @@ from liberatai_core.contract.messages import (
     Update,
     update_id,
 )
-from liberatai_core.contract.topics import Topics, blob_id, parse
+from liberatai_core.contract.topics import Place, Topics, blob_id, parse
 from liberatai_core.errors import LockedError
 from liberatai_core.link.link import Received
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
@@ -44,6 +50,7 @@ from liberatai_core.sparsifier import top_k
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest
 
+Kind = TypeVar("Kind")
 FLEET, DEVICE = "test", "dev-a"
 SIGNER = Signer.from_seed(b"c" * 32, FLEET)
 STRANGER = Signer.from_seed(b"x" * 32, FLEET)
@@ -60,14 +67,15 @@ REAL_PROBE = (
 class Coordinator:
     """Publishes what it is told to, and remembers everything that devices say."""
 
-    def __init__(self, broker, epoch=1):
+    def __init__(self, broker: MemoryBroker, epoch: int = 1) -> None:
         self.broker, self.epoch = broker, epoch
         self.topics = Topics(fleet=FLEET)
         self.link = MemoryLink(broker, "co1")
-        self.heard, self.changed = [], asyncio.Event()
-        self.raw = []
+        self.heard: list[Message] = []
+        self.changed = asyncio.Event()
+        self.raw: list[tuple[Place, bytes]] = []
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         await self.link.subscribe(*self.topics.from_devices)
         await self.link.open()
         self.running = asyncio.create_task(self.listen())
@@ -75,12 +83,12 @@ class Coordinator:
         await self.presence("online")
         return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, *_: object) -> None:
         self.running.cancel()
         await self.link.close()
 
-    async def listen(self):
-        keys = {}
+    async def listen(self) -> None:
+        keys: dict[bytes, bytes] = {}
         async for event in self.link.events():
             if isinstance(event, Received):
                 place = parse(event.topic, FLEET)
@@ -93,7 +101,7 @@ class Coordinator:
                 self.link.ack(event.token)
             self.changed.set()
 
-    async def until(self, condition, timeout=15.0):
+    async def until(self, condition: Callable[[], object], timeout: float = 15.0) -> None:
         async with asyncio.timeout(timeout):
             while not condition():
                 self.changed.clear()
@@ -101,30 +109,32 @@ class Coordinator:
                     await asyncio.wait_for(self.changed.wait(), 0.02)
                 assert not self.running.done(), self.running
 
-    def all(self, kind):
+    def all(self, kind: type[Kind]) -> list[Kind]:
         return [message for message in self.heard if isinstance(message, kind)]
 
-    async def first(self, kind, number=1, **wanted):
-        def found():
+    async def first(self, kind: type[Kind], number: int = 1, **wanted: object) -> Kind:
+        def found() -> list[Kind]:
             return [m for m in self.all(kind) if all(getattr(m, k) == v for k, v in wanted.items())]
 
         await self.until(lambda: len(found()) >= number)
         return found()[number - 1]
 
-    async def say(self, topic, message, *, retain=True, signer=SIGNER):
+    async def say(
+        self, topic: str, message: Message, *, retain: bool = True, signer: Signer = SIGNER
+    ) -> None:
         await self.link.publish(topic, seal(message, signer), retain=retain)
 
-    async def presence(self, state):
+    async def presence(self, state: Literal["online", "offline", "lost"]) -> None:
         message = CoordinatorState(coordinator="co1", state=state, epoch=self.epoch)
         await self.say(self.topics.coordinator("co1"), message)
 
-    async def blob(self, content, *, inline=True, manifest=None):
+    async def blob(self, content: bytes, *, inline: bool = True) -> BlobRef:
         name = blob_id(content)
         if not inline:
             for number in range(chunks.count(len(content), CHUNK_BYTES)):
                 part = chunks.cut(content, number, CHUNK_BYTES)
                 await self.link.publish(self.topics.blob(name, number), part, retain=True)
-        message = manifest or BlobManifest(
+        message = BlobManifest(
             blob=name,
             size_bytes=len(content),
             sha256=hashlib.sha256(content).digest(),
@@ -133,9 +143,11 @@ class Coordinator:
         await self.say(self.topics.blob(name), message)
         return BlobRef(blob=name, size_bytes=len(content))
 
-    async def task(self, keyframe, deltas=(), number=1, **changes):
+    async def task(
+        self, keyframe: Step, deltas: tuple[Step, ...] = (), number: int = 1, **changes: Any
+    ) -> Task:
         base = (deltas[-1] if deltas else keyframe).digest
-        fields = {
+        fields: dict[str, Any] = {
             "task_id": update_id(DEVICE, "job", number, base),
             "epoch": self.epoch,
             "coordinator": "co1",
@@ -151,7 +163,9 @@ class Coordinator:
         await self.say(self.topics.down(DEVICE, "task"), task)
         return task
 
-    async def receipt(self, update, *, signer=SIGNER, accepted=True, **changes):
+    async def receipt(
+        self, update: Update, *, signer: Signer = SIGNER, accepted: bool = True, **changes: Any
+    ) -> None:
         message = Receipt(device=DEVICE, update_id=update.update_id, accepted=accepted, **changes)
         await self.say(self.topics.down(DEVICE, "xa"), message, retain=False, signer=signer)
 
@@ -159,14 +173,16 @@ class Coordinator:
 class QuickTrainer(Trainer):
     """Answers at once with a body of a wished length: the real process has its own tests."""
 
-    def __init__(self, body_bytes=50):
+    def __init__(self, body_bytes: int = 50) -> None:
         super().__init__(60.0)
-        self.body, self.works, self.hold = b"b" * body_bytes, [], None
+        self.body = b"b" * body_bytes
+        self.works: list[Work] = []
+        self.hold: asyncio.Event | None = None
 
-    async def warm(self):
+    async def warm(self) -> None:
         pass
 
-    async def train(self, work):
+    async def train(self, work: Work) -> TrainingResult:
         self.works.append(work)
         if self.hold is not None:
             await self.hold.wait()
@@ -180,12 +196,12 @@ class QuickTrainer(Trainer):
         )
 
 
-def a_config(folder, **changes):
+def a_config(folder: Path, **changes: Any) -> AgentConfig:
     data = folder / "private.npz"
     if not data.exists():
         random = np.random.default_rng(0)
         np.savez(data, x=random.random((60, 4), np.float32), y=np.arange(60) % 3)
-    fields = {
+    fields: dict[str, Any] = {
         "fleet": FLEET,
         "device": DEVICE,
         "coordinator_key": SIGNER.public_key.hex(),
@@ -198,12 +214,19 @@ def a_config(folder, **changes):
 
 
 @contextlib.asynccontextmanager
-async def an_agent(broker, config, trainer=None, *, die=False, **more):
+async def an_agent(
+    broker: MemoryBroker,
+    config: AgentConfig,
+    trainer: Trainer | None = None,
+    *,
+    die: bool = False,
+    blob_timeout_s: float = 60.0,
+) -> AsyncIterator[Service]:
     service = Service(
         config,
         lambda will: MemoryLink(broker, config.device, will),
         trainer=trainer or QuickTrainer(),
-        **more,
+        blob_timeout_s=blob_timeout_s,
     )
     running = asyncio.create_task(service.run())
     try:
@@ -220,13 +243,15 @@ async def an_agent(broker, config, trainer=None, *, die=False, **more):
             running.result()
 
 
-async def a_keyframe(coordinator, content=b"keyframe" * 10, **how):
-    ref = await coordinator.blob(content, **how)
+async def a_keyframe(
+    coordinator: Coordinator, content: bytes = b"keyframe" * 10, *, inline: bool = True
+) -> Step:
+    ref = await coordinator.blob(content, inline=inline)
     return Step(version=0, blob=ref, digest=b"d" * 32)
 
 
 @pytest.fixture(autouse=True)
-def no_bench(request, monkeypatch):
+def no_bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child process of the probe takes a second per start; two tests run it."""
     if request.node.name not in REAL_PROBE:
         found = {
@@ -237,10 +262,16 @@ def no_bench(request, monkeypatch):
         monkeypatch.setattr(probe, "_run_bench", lambda _: found)
 
 
-def scenario(test):
+def status_file(folder: Path) -> dict[str, Any]:
+    found = read_status(folder / "state")
+    assert found is not None
+    return found
+
+
+def scenario(test: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
     """Run an async test in a loop of its own."""
 
-    def run(tmp_path):
+    def run(tmp_path: Path) -> None:
         asyncio.run(asyncio.wait_for(test(tmp_path), 30))
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
@@ -248,7 +279,7 @@ def scenario(test):
 
 
 @scenario
-async def test_an_agent_introduces_itself_works_and_says_goodbye(tmp_path):
+async def test_an_agent_introduces_itself_works_and_says_goodbye(tmp_path: Path) -> None:
     broker = MemoryBroker()
     async with Coordinator(broker) as co:
         async with an_agent(broker, a_config(tmp_path)) as agent:
@@ -264,14 +295,14 @@ async def test_an_agent_introduces_itself_works_and_says_goodbye(tmp_path):
             await co.first(Report, phase="idle", number=2)
             assert not agent._outbox.unsent()
         await co.first(State, state="offline")
-    found = read_status(tmp_path / "state")
+    found = status_file(tmp_path)
     assert (found["running"], found["phase"], found["connected"]) == (False, "stopped", False)
     assert found["sent_bytes"] > 0
     assert found["round"] == 1
 
 
 @scenario
-async def test_a_killed_link_shows_the_will_with_the_same_session(tmp_path):
+async def test_a_killed_link_shows_the_will_with_the_same_session(tmp_path: Path) -> None:
     broker = MemoryBroker()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)):
         birth = await co.first(State, state="online")
@@ -281,7 +312,7 @@ async def test_a_killed_link_shows_the_will_with_the_same_session(tmp_path):
 
 
 @scenario
-async def test_the_same_bytes_are_sent_again_until_a_receipt_comes(tmp_path):
+async def test_the_same_bytes_are_sent_again_until_a_receipt_comes(tmp_path: Path) -> None:
     broker = MemoryBroker()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
         await co.first(Report, phase="idle")
@@ -299,7 +330,9 @@ async def test_the_same_bytes_are_sent_again_until_a_receipt_comes(tmp_path):
 
 
 @scenario
-async def test_a_killed_agent_sends_its_update_after_the_restart_without_training_again(tmp_path):
+async def test_a_killed_agent_sends_its_update_after_the_restart_without_training_again(
+    tmp_path: Path,
+) -> None:
     broker, config = MemoryBroker(), a_config(tmp_path)
     async with Coordinator(broker) as co:
         async with an_agent(broker, config, die=True):
@@ -323,7 +356,7 @@ async def test_a_killed_agent_sends_its_update_after_the_restart_without_trainin
 
 
 @scenario
-async def test_words_of_anyone_but_the_pinned_coordinator_are_ignored(tmp_path):
+async def test_words_of_anyone_but_the_pinned_coordinator_are_ignored(tmp_path: Path) -> None:
     broker = MemoryBroker()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
         await co.first(Report, phase="idle")
@@ -347,11 +380,11 @@ async def test_words_of_anyone_but_the_pinned_coordinator_are_ignored(tmp_path):
         assert agent._session.epoch == 1
         await co.receipt(update)
         await co.until(lambda: not agent._session.pending)
-    assert read_status(tmp_path / "state")["refusals"] == wanted
+    assert status_file(tmp_path)["refusals"] == wanted
 
 
 @scenario
-async def test_a_task_whose_name_is_not_of_its_work_is_refused(tmp_path):
+async def test_a_task_whose_name_is_not_of_its_work_is_refused(tmp_path: Path) -> None:
     broker, trainer = MemoryBroker(), QuickTrainer()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer) as agent:
         await co.first(Report, phase="idle")
@@ -361,14 +394,14 @@ async def test_a_task_whose_name_is_not_of_its_work_is_refused(tmp_path):
 
 
 @scenario
-async def test_a_long_blob_comes_in_chunks_and_is_resumed_after_a_restart(tmp_path):
+async def test_a_long_blob_comes_in_chunks_and_is_resumed_after_a_restart(tmp_path: Path) -> None:
     broker, config = MemoryBroker(), a_config(tmp_path)
     content = np.random.default_rng(1).bytes(20 * CHUNK_BYTES + 77)
     name = blob_id(content)
     chunk_topic = f"lai/v1/{FLEET}/pub/b/{name}/"
-    received = []
+    received: list[str] = []
 
-    def lose(client, topic):
+    def lose(client: str, topic: str) -> bool:
         if client == DEVICE and topic.startswith(chunk_topic) and not topic.endswith("m"):
             received.append(topic)
             # The first agent never gets the chunks from 12 on.
@@ -398,7 +431,7 @@ async def test_a_long_blob_comes_in_chunks_and_is_resumed_after_a_restart(tmp_pa
 
 
 @scenario
-async def test_false_manifests_and_chunks_are_refused_and_the_true_ones_used(tmp_path):
+async def test_false_manifests_and_chunks_are_refused_and_the_true_ones_used(tmp_path: Path) -> None:
     broker = MemoryBroker()
     content = b"the model" * 1000
     name = blob_id(content)
@@ -424,7 +457,7 @@ async def test_false_manifests_and_chunks_are_refused_and_the_true_ones_used(tmp
 
 
 @scenario
-async def test_a_blob_that_is_not_there_is_reported_and_asked_for_again(tmp_path):
+async def test_a_blob_that_is_not_there_is_reported_and_asked_for_again(tmp_path: Path) -> None:
     broker = MemoryBroker()
     content = b"late" * 100
     async with (
@@ -442,7 +475,7 @@ async def test_a_blob_that_is_not_there_is_reported_and_asked_for_again(tmp_path
 
 
 @scenario
-async def test_a_model_larger_than_the_storage_limit_is_refused(tmp_path):
+async def test_a_model_larger_than_the_storage_limit_is_refused(tmp_path: Path) -> None:
     broker = MemoryBroker()
     config = a_config(tmp_path, storage_kb=1.0)
     async with Coordinator(broker) as co, an_agent(broker, config):
@@ -454,7 +487,7 @@ async def test_a_model_larger_than_the_storage_limit_is_refused(tmp_path):
 
 
 @scenario
-async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows(tmp_path):
+async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows(tmp_path: Path) -> None:
     broker = MemoryBroker()
     trainer = QuickTrainer(body_bytes=6 * CHUNK_BYTES)
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer) as agent:
@@ -466,15 +499,18 @@ async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows
             size_bytes=offer.size_bytes, chunk_bytes=offer.chunk_bytes, sha256=offer.sha256
         )
 
-        def parts():
+        def parts() -> list[tuple[int, bytes]]:
             return [(p.part, data) for p, data in co.raw if p.leaf == "x" and p.part is not None]
+
+        def enough(wanted: int) -> bool:
+            return len(parts()) >= wanted
 
         seen = 0
         while not whole.complete:
             credit = Credit(device=DEVICE, transfer=offer.transfer, have=whole.bitmap(), chunks=2)
             await co.say(co.topics.down(DEVICE, "xa"), credit, retain=False)
             wanted = seen + min(2, whole.chunks - len(whole.parts))
-            await co.until(lambda wanted=wanted: len(parts()) >= wanted)
+            await co.until(partial(enough, wanted))
             assert len(parts()) == wanted, "more was sent than the credit allowed"
             for number, data in parts()[seen:]:
                 whole.add(number, data)
@@ -484,6 +520,7 @@ async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows
                 await co.first(Offer, number=2, transfer=offer.transfer)
         frame = whole.join()
         update = open_frame(frame, FLEET, lambda _: agent._signer.public_key).message
+        assert isinstance(update, Update)
         assert update.body == trainer.body + b"\1"
         assert seen == whole.chunks
         await co.receipt(update)
@@ -492,7 +529,7 @@ async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows
 
 
 @scenario
-async def test_a_refused_update_comes_back_into_the_next_training(tmp_path):
+async def test_a_refused_update_comes_back_into_the_next_training(tmp_path: Path) -> None:
     broker, trainer = MemoryBroker(), QuickTrainer()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer):
         await co.first(Report, phase="idle")
@@ -513,7 +550,7 @@ async def test_a_refused_update_comes_back_into_the_next_training(tmp_path):
 
 
 @scenario
-async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path):
+async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path: Path) -> None:
     broker, trainer = MemoryBroker(), QuickTrainer()
     trainer.hold = asyncio.Event()
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer):
@@ -530,27 +567,27 @@ async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path):
         trainer.hold.set()
         await co.until((tmp_path / "state" / "blobs" / final.blob.blob).exists)
         assert not co.all(Update)
-    model = read_status(tmp_path / "state")["model"]
+    model = status_file(tmp_path)["model"]
     assert model["complete"]
     assert model["digest"] == final.digest.hex()
 
 
 @scenario
-async def test_a_fault_in_the_data_is_reported_and_heals_when_the_file_is_mended(tmp_path):
+async def test_a_fault_in_the_data_is_reported_and_heals_when_the_file_is_mended(tmp_path: Path) -> None:
     broker = MemoryBroker()
     config = a_config(tmp_path, data=str(tmp_path / "absent.npz"))
     async with Coordinator(broker) as co, an_agent(broker, config) as agent:
         report = await co.first(Report, phase="failed")
         assert report.reason.startswith("E_DATA")
         assert (await co.first(Capability)).samples == 0
-        np.savez(config.data, x=np.ones((4, 4), np.float32), y=[0, 1, 2, 0])
+        np.savez(tmp_path / "absent.npz", x=np.ones((4, 4), np.float32), y=[0, 1, 2, 0])
         await agent._look_again()
         await co.first(Report, phase="idle")
         assert (await co.first(Capability, samples=4)).data == DATA
 
 
 @scenario
-async def test_only_one_agent_uses_a_state_folder(tmp_path):
+async def test_only_one_agent_uses_a_state_folder(tmp_path: Path) -> None:
     broker, config = MemoryBroker(), a_config(tmp_path)
     async with Coordinator(broker) as co, an_agent(broker, config):
         await co.first(State, state="online")
@@ -559,7 +596,7 @@ async def test_only_one_agent_uses_a_state_folder(tmp_path):
 
 
 @scenario
-async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_path):
+async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_path: Path) -> None:
     """Two rounds with the real process: keyframe, delta, evaluation, error feedback; it ends with the agent."""
     from liberatai_core.learning.families import initial_weights, structure_of
 
@@ -570,7 +607,7 @@ async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_pa
 
     base = restore(keyframe_bytes, structure)
     broker, trainer = MemoryBroker(), Trainer(60.0)
-    wanted = {
+    wanted: dict[str, Any] = {
         "structure": structure,
         "training": Training(epochs=2),
         "density": 0.5,
@@ -585,6 +622,8 @@ async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_pa
         await co.task(keyframe, **wanted)
         first = await co.first(Update)
         assert first.samples == 51
+        assert first.class_counts is not None
+        assert first.evaluation is not None
         assert sum(first.class_counts) == 51
         assert first.evaluation[1] == 9
         await co.receipt(first)
@@ -598,5 +637,6 @@ async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_pa
         assert np.abs(top_k.densify(second.body, structure)).max() > 0
         assert agent.status()["last_training"]["samples"] == 51
     assert trainer.pid is None
+    assert pid is not None
     assert not psutil.pid_exists(pid)
     assert json.loads((tmp_path / "state" / "status.json").read_text())["updates_waiting"] == 1

@@ -42,4 +42,4 @@ WINDOW_CHUNKS: Final = 4
 """Chunks under way at once: 512 KiB of memory, at most half of Receive Maximum."""
 
 OFFERS_PER_DEVICE: Final = 2
-"""Uploads in flight per device; a third one is E_QUOTA."""
+"""Uploads under way per device; a third one displaces the oldest, which a restarted device never finishes."""

@@ -1,5 +1,7 @@
 """Blobs on disk: only right content gets its name, unfinished ones are resumed."""
 
+from pathlib import Path
+
 import pytest
 
 from liberatai_agent.blobs import BlobStore
@@ -12,16 +14,16 @@ REF = BlobRef(blob=blob_id(CONTENT), size_bytes=len(CONTENT))
 CHUNK = 1024
 
 
-def part(number):
+def part(number: int) -> bytes:
     return CONTENT[number * CHUNK : (number + 1) * CHUNK]
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "blobs")
 
 
-def test_content_gets_its_name_only_if_it_is_right(store):
+def test_content_gets_its_name_only_if_it_is_right(store: BlobStore) -> None:
     with pytest.raises(DigestError):
         store.put(REF, CONTENT[:-1])
     with pytest.raises(DigestError):
@@ -32,13 +34,13 @@ def test_content_gets_its_name_only_if_it_is_right(store):
     assert store.path(REF.blob).read_bytes() == CONTENT
 
 
-def test_a_blob_cut_short_on_disk_is_not_there(store):
+def test_a_blob_cut_short_on_disk_is_not_there(store: BlobStore) -> None:
     store.put(REF, CONTENT)
     store.path(REF.blob).write_bytes(CONTENT[:100])
     assert not store.has(REF)
 
 
-def test_chunks_in_any_order_some_twice_give_the_content(store):
+def test_chunks_in_any_order_some_twice_give_the_content(store: BlobStore) -> None:
     partial = store.partial(REF, CHUNK)
     for number in (9, 3, 3, 0, 1, 2, 4, 5, 6, 7, 8):
         partial.add(number, part(number))
@@ -47,7 +49,7 @@ def test_chunks_in_any_order_some_twice_give_the_content(store):
     assert store.path(REF.blob).read_bytes() == CONTENT
 
 
-def test_synced_chunks_survive_and_others_are_asked_for_again(store):
+def test_synced_chunks_survive_and_others_are_asked_for_again(store: BlobStore) -> None:
     partial = store.partial(REF, CHUNK)
     for number in range(9):
         partial.add(number, part(number))
@@ -59,7 +61,7 @@ def test_synced_chunks_survive_and_others_are_asked_for_again(store):
     assert store.has(REF)
 
 
-def test_another_cut_of_the_same_blob_starts_over(store):
+def test_another_cut_of_the_same_blob_starts_over(store: BlobStore) -> None:
     partial = store.partial(REF, CHUNK)
     for number in range(8):
         partial.add(number, part(number))
@@ -67,7 +69,7 @@ def test_another_cut_of_the_same_blob_starts_over(store):
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 3, b"\0" * 400])
-def test_a_damaged_bitmap_starts_over_or_is_caught_by_the_digest(store, damage):
+def test_a_damaged_bitmap_starts_over_or_is_caught_by_the_digest(store: BlobStore, damage: bytes) -> None:
     partial = store.partial(REF, CHUNK)
     for number in range(8):
         partial.add(number, part(number))
@@ -75,7 +77,7 @@ def test_a_damaged_bitmap_starts_over_or_is_caught_by_the_digest(store, damage):
     assert len(store.partial(REF, CHUNK).missing()) == 10
 
 
-def test_a_wrong_chunk_drops_everything_that_was_joined(store):
+def test_a_wrong_chunk_drops_everything_that_was_joined(store: BlobStore) -> None:
     partial = store.partial(REF, CHUNK)
     for number in range(10):
         partial.add(number, part(number) if number != 4 else bytes(CHUNK))
@@ -86,12 +88,12 @@ def test_a_wrong_chunk_drops_everything_that_was_joined(store):
 
 
 @pytest.mark.parametrize("length", [0, CHUNK - 1, CHUNK + 1])
-def test_a_chunk_of_another_length_is_refused(store, length):
+def test_a_chunk_of_another_length_is_refused(store: BlobStore, length: int) -> None:
     with pytest.raises(SchemaError):
         store.partial(REF, CHUNK).add(0, bytes(length))
 
 
-def test_only_what_is_wanted_is_kept(store):
+def test_only_what_is_wanted_is_kept(store: BlobStore) -> None:
     other = BlobRef(blob=blob_id(b"other"), size_bytes=5)
     store.put(REF, CONTENT)
     store.put(other, b"other")
@@ -101,7 +103,7 @@ def test_only_what_is_wanted_is_kept(store):
     assert [path.name for path in store.path("x").parent.iterdir()] == [other.blob]
 
 
-def test_a_disk_that_refuses_is_a_disk_error(store):
+def test_a_disk_that_refuses_is_a_disk_error(store: BlobStore) -> None:
     store.path("x").parent.rmdir()
     with pytest.raises(DiskError):
         store.put(REF, CONTENT)

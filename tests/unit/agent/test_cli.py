@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ GOOD = f"fleet: home\ndevice: dev-a\ncoordinator_key: {'ab' * 32}\nstate_dir: st
 HEAVY = ("numpy", "torch", "typer", "rich", "onnxruntime")
 
 
-def imported(code, names):
+def imported(code: str, names: tuple[str, ...]) -> str:
     script = f"import sys\n{code}\nprint([name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -34,36 +35,38 @@ def imported(code, names):
         "service",
     ],
 )
-def test_the_supervisor_never_loads_heavy_modules(module):
+def test_the_supervisor_never_loads_heavy_modules(module: str) -> None:
     assert imported(f"import liberatai_agent.{module}", HEAVY) == "[]"
 
 
-def test_help_loads_next_to_nothing():
+def test_help_loads_next_to_nothing() -> None:
     light = ("asyncio", "psutil", "yaml", "msgspec", "cryptography", "paho", "sqlite3")
     assert imported("import liberatai_agent.cli", light) == "[]"
 
 
-def test_the_session_is_pure():
+def test_the_session_is_pure() -> None:
     loaded = imported("import liberatai_agent.session", ("asyncio", "socket", "threading", "sqlite3", "paho"))
     assert "asyncio" not in loaded
     assert "sqlite3" not in loaded
 
 
 @pytest.mark.parametrize("command", ["run", "probe", "status", "doctor", "enrol", "version"])
-def test_every_command_has_help_with_an_example(capsys, command):
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
     assert "example: liberatai-agent" in capsys.readouterr().out
 
 
-def test_wrong_usage_is_2(capsys):
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["fly"])
     assert caught.value.code == 2
 
 
-def test_wrong_settings_are_2_with_one_line_per_fault(tmp_path, capsys):
+def test_wrong_settings_are_2_with_one_line_per_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "agent.yaml"
     path.write_text("fleet: Home\ndevice: dev-a\n")
     assert main(["run", "--config", str(path)]) == 2
@@ -72,20 +75,22 @@ def test_wrong_settings_are_2_with_one_line_per_fault(tmp_path, capsys):
     assert all(line.startswith("E_CONFIG: ") for line in lines)
 
 
-def test_missing_settings_and_status_are_4(tmp_path, capsys):
+def test_missing_settings_and_status_are_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", str(tmp_path / "absent.yaml")]) == 4
     assert main(["status", "--state-dir", str(tmp_path)]) == 4
     assert capsys.readouterr().err.count("E_NOT_FOUND") == 2
 
 
-def test_missing_certificate_files_are_named_before_anything_starts(tmp_path, capsys):
+def test_missing_certificate_files_are_named_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "agent.yaml"
     path.write_text(GOOD + "broker: mqtts://host\nca_file: ca.pem\ncert_file: c.pem\nkey_file: k.pem\n")
     assert main(["run", "--config", str(path)]) == 2
     assert capsys.readouterr().err.count("no such file") == 3
 
 
-def test_probe_prints_json_and_a_table(tmp_path, capsys):
+def test_probe_prints_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "d.npz"
     np.savez(data, x=np.zeros((5, 3, 8, 8), np.uint8), y=[0, 1, 2, 1, 0])
     path = tmp_path / "agent.yaml"
@@ -98,7 +103,7 @@ def test_probe_prints_json_and_a_table(tmp_path, capsys):
     assert "tier" in capsys.readouterr().out
 
 
-def test_status_of_a_dead_agent_says_so(tmp_path, capsys):
+def test_status_of_a_dead_agent_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = {"running": True, "pid": 2**22 + 1, "connected": True, "phase": "training", "updated_at": 0}
     (tmp_path / "status.json").write_text(json.dumps(status))
     assert main(["status", "--state-dir", str(tmp_path), "-o", "json"]) == 1
@@ -106,7 +111,7 @@ def test_status_of_a_dead_agent_says_so(tmp_path, capsys):
     assert (found["phase"], found["connected"]) == ("dead", False)
 
 
-def test_enrol_prints_the_same_key_every_time(tmp_path, capsys):
+def test_enrol_prints_the_same_key_every_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "agent.yaml"
     path.write_text(GOOD)
     lines = []
@@ -117,7 +122,9 @@ def test_enrol_prints_the_same_key_every_time(tmp_path, capsys):
     assert len(lines[0].split(": ")[1].strip()) == 64
 
 
-def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path, capsys, monkeypatch):
+def test_doctor_names_what_is_wrong_and_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import socket
 
     monkeypatch.setattr("liberatai_agent.cli.REACH_TIMEOUT_S", 1.0)
@@ -134,6 +141,6 @@ def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path, capsys, monkeypatch
     assert sum(line.startswith("ok") for line in out.splitlines()) >= 4
 
 
-def test_version(capsys):
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith("liberatai-agent 0.")

@@ -1,5 +1,7 @@
 """The agent's settings: strict, complete in their complaints, relative to their file."""
 
+from pathlib import Path
+
 import pytest
 
 from liberatai_agent.config import load_config, parse_config
@@ -8,14 +10,14 @@ from liberatai_core.errors import ConfigError, NotFoundError
 GOOD = f"fleet: home\ndevice: dev-a\ncoordinator_key: {'ab' * 32}\n"
 
 
-def test_three_keys_are_enough(tmp_path):
+def test_three_keys_are_enough(tmp_path: Path) -> None:
     config = parse_config(GOOD, "agent.yaml", tmp_path)
     assert config.key_bytes == b"\xab" * 32
     assert config.data is None
     assert config.gate.max_load_others is None
 
 
-def test_paths_are_relative_to_the_settings_file(tmp_path):
+def test_paths_are_relative_to_the_settings_file(tmp_path: Path) -> None:
     (tmp_path / "agent.yaml").write_text(
         GOOD + "state_dir: state\ndata: /abs/data.npz\nprofile: ./board.yaml\n"
     )
@@ -25,7 +27,7 @@ def test_paths_are_relative_to_the_settings_file(tmp_path):
     assert config.profile == str(tmp_path / "board.yaml")
 
 
-def test_all_faults_are_reported_at_once(tmp_path):
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(
             "fleet: Home\ndevice: dev-a\nkeepalive_s: 0\nbrokr: x\ngate: {max_temp_c: hot}\n",
@@ -50,11 +52,11 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("ca_file: ca.pem", "mqtts://"),
     ],
 )
-def test_what_no_single_key_shows_is_found(tmp_path, line, complaint):
+def test_what_no_single_key_shows_is_found(tmp_path: Path, line: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         parse_config(GOOD + line, "agent.yaml", tmp_path)
 
 
-def test_a_missing_file_is_not_found(tmp_path):
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         load_config(tmp_path / "absent.yaml")

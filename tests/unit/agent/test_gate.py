@@ -1,5 +1,7 @@
 """The gate decides on a snapshot: every rule closes it, unknown values never do."""
 
+from typing import Any
+
 import pytest
 
 from liberatai_agent.config import GateSettings
@@ -12,7 +14,7 @@ RULES = GateSettings(
     min_free_disk_mb=32,
     min_free_memory_mb=64,
 )
-FINE = {
+FINE: dict[str, Any] = {
     "load_others": 0.5,
     "battery_percent": 90,
     "on_mains": False,
@@ -22,7 +24,7 @@ FINE = {
 }
 
 
-def test_a_machine_within_all_limits_may_train():
+def test_a_machine_within_all_limits_may_train() -> None:
     assert decide(Snapshot(**FINE), RULES) == (True, "")
 
 
@@ -36,25 +38,25 @@ def test_a_machine_within_all_limits_may_train():
         ({"memory_available_bytes": 63 * MIB}, "63 MiB memory"),
     ],
 )
-def test_each_rule_closes_the_gate_and_says_why(changes, reason):
+def test_each_rule_closes_the_gate_and_says_why(changes: dict[str, Any], reason: str) -> None:
     is_open, why = decide(Snapshot(**FINE | changes), RULES)
     assert not is_open
     assert reason in why
 
 
-def test_all_broken_rules_are_named():
+def test_all_broken_rules_are_named() -> None:
     assert decide(Snapshot(**FINE | {"temperature_c": 99, "battery_percent": 1}), RULES)[1].count(";") == 1
 
 
-def test_what_cannot_be_measured_does_not_close_the_gate():
+def test_what_cannot_be_measured_does_not_close_the_gate() -> None:
     assert decide(Snapshot(), RULES) == (True, "")
 
 
-def test_a_low_battery_on_mains_may_train():
+def test_a_low_battery_on_mains_may_train() -> None:
     assert decide(Snapshot(**FINE | {"battery_percent": 1, "on_mains": True}), RULES)[0]
 
 
-def test_a_rule_that_is_off_never_closes():
+def test_a_rule_that_is_off_never_closes() -> None:
     off = GateSettings(
         min_battery_percent=None, max_temp_c=None, min_free_disk_mb=None, min_free_memory_mb=None
     )
@@ -69,5 +71,5 @@ def test_a_rule_that_is_off_never_closes():
     assert decide(bad, off) == (True, "")
 
 
-def test_the_default_rules_do_not_look_at_load():
+def test_the_default_rules_do_not_look_at_load() -> None:
     assert decide(Snapshot(load_others=64), GateSettings())[0]

@@ -6,6 +6,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ from liberatai_core.errors import ConfigError, DiskError, LockedError, NotFoundE
 SIGNER = Signer.from_seed(b"d" * 32, "test")
 
 
-def an_update(number=1, body=b"body", structure="mlp"):
+def an_update(number: int = 1, body: bytes = b"body", structure: str = "mlp") -> Update:
     return Update(
         update_id=update_id("dev", "job", number, b"b" * 32),
         device="dev",
@@ -33,24 +36,24 @@ def an_update(number=1, body=b"body", structure="mlp"):
     )
 
 
-def task_id(number):
+def task_id(number: int) -> bytes:
     return number.to_bytes(16, "big")
 
 
-def commit(box, number=1, residual=b"rest", **changes):
+def commit(box: Outbox, number: int = 1, residual: bytes = b"rest", **changes: Any) -> Update:
     update = an_update(number, **changes)
     box.commit_training(update, task_id=task_id(number), residual=residual)
     return update
 
 
 @pytest.fixture
-def box(tmp_path):
+def box(tmp_path: Path) -> Iterator[Outbox]:
     found = Outbox(tmp_path / "outbox.db", 1 << 20)
     yield found
     found.close()
 
 
-def test_what_was_committed_is_there_after_reopening(box, tmp_path):
+def test_what_was_committed_is_there_after_reopening(box: Outbox, tmp_path: Path) -> None:
     update = commit(box)
     box.close()
     again = Outbox(tmp_path / "outbox.db", 1 << 20)
@@ -61,7 +64,7 @@ def test_what_was_committed_is_there_after_reopening(box, tmp_path):
     again.close()
 
 
-def test_session_numbers_grow_over_restarts(box, tmp_path):
+def test_session_numbers_grow_over_restarts(box: Outbox, tmp_path: Path) -> None:
     first = [box.next_session(), box.next_session()]
     box.close()
     again = Outbox(tmp_path / "outbox.db", 1 << 20)
@@ -69,33 +72,35 @@ def test_session_numbers_grow_over_restarts(box, tmp_path):
     again.close()
 
 
-def test_the_epoch_never_falls(box):
+def test_the_epoch_never_falls(box: Outbox) -> None:
     assert box.epoch == 0
     for epoch in (3, 2, 5, 4):
         box.remember_epoch(epoch)
     assert box.epoch == 5
 
 
-def test_counters_of_refusals_add_up(box):
+def test_counters_of_refusals_add_up(box: Outbox) -> None:
     box.add_refusals({"E_SIG": 2})
     box.add_refusals({"E_SIG": 1, "E_FRAME": 1})
     assert box.refusals() == {"E_FRAME": 1, "E_SIG": 3}
 
 
-def test_the_first_update_of_a_round_wins(box):
+def test_the_first_update_of_a_round_wins(box: Outbox) -> None:
     commit(box, body=b"first", residual=b"first rest")
     commit(box, body=b"second", residual=b"second rest")
     assert len(box.unsent()) == 1
     assert box.leftover("job", "mlp").residual == b"first rest"
     frame = box.seal(an_update().update_id, lambda update: seal(update, SIGNER))
-    assert open_frame(frame, "test", lambda _: SIGNER.public_key).message.body == b"first"
+    message = open_frame(frame, "test", lambda _: SIGNER.public_key).message
+    assert isinstance(message, Update)
+    assert message.body == b"first"
 
 
-def test_a_frame_is_sealed_once_and_its_bytes_stay(box):
+def test_a_frame_is_sealed_once_and_its_bytes_stay(box: Outbox) -> None:
     update = commit(box)
     calls = []
 
-    def sealing(found):
+    def sealing(found: Update) -> bytes:
         calls.append(found)
         return seal(found, SIGNER)
 
@@ -106,7 +111,7 @@ def test_a_frame_is_sealed_once_and_its_bytes_stay(box):
     assert box.of_transfer("a" * 26) is None
 
 
-def test_only_forgetting_deletes(box):
+def test_only_forgetting_deletes(box: Outbox) -> None:
     update = commit(box)
     box.forget(b"x" * 16)
     assert box.unsent()
@@ -117,7 +122,7 @@ def test_only_forgetting_deletes(box):
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box, sealed):
+def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box: Outbox, sealed: bool) -> None:
     update = commit(box, body=b"refused")
     if sealed:
         box.seal(update.update_id, lambda found: seal(found, SIGNER))
@@ -131,7 +136,7 @@ def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box, sealed
     assert (left.residual, left.returned) == (b"new", ())
 
 
-def test_the_quota_drops_superseded_updates_first(tmp_path):
+def test_the_quota_drops_superseded_updates_first(tmp_path: Path) -> None:
     box = Outbox(tmp_path / "o.db", 3300)
     other = commit(box, 1, body=bytes(1000), structure="cnn")
     old = commit(box, 2, body=bytes(1000))
@@ -147,21 +152,21 @@ def test_the_quota_drops_superseded_updates_first(tmp_path):
     box.close()
 
 
-def test_residuals_of_old_structures_are_let_go(box):
+def test_residuals_of_old_structures_are_let_go(box: Outbox) -> None:
     for number in range(1, 8):
         commit(box, number, structure=f"s{number}", residual=bytes([number]))
     kept = [n for n in range(1, 8) if box.leftover("job", f"s{n}").residual is not None]
     assert kept == [4, 5, 6, 7]
 
 
-def test_finished_tasks_are_remembered_within_bounds(box):
+def test_finished_tasks_are_remembered_within_bounds(box: Outbox) -> None:
     for number in range(1, 300):
         box.commit_training(an_update(number), task_id=task_id(number), residual=b"")
     assert len(box.finished()) == 256
     assert box.finished()[-1] == task_id(299)
 
 
-def test_a_full_disk_is_refused_whole_and_heals(tmp_path):
+def test_a_full_disk_is_refused_whole_and_heals(tmp_path: Path) -> None:
     box = Outbox(tmp_path / "o.db", 1 << 24)
     commit(box, 1)
     pages = box._db.execute("PRAGMA page_count").fetchone()[0]
@@ -177,7 +182,7 @@ def test_a_full_disk_is_refused_whole_and_heals(tmp_path):
     box.close()
 
 
-def test_a_foreign_or_newer_file_is_refused(tmp_path):
+def test_a_foreign_or_newer_file_is_refused(tmp_path: Path) -> None:
     for name, pragma in (("foreign", "application_id=7"), ("newer", "user_version=99")):
         db = sqlite3.connect(tmp_path / name)
         db.execute("CREATE TABLE t (x)")
@@ -214,7 +219,7 @@ while True:
 """
 
 
-def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_path):
+def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_path: Path) -> None:
     """Acknowledged commits survive; the residual is always that of the last stored round."""
     path, chance = tmp_path / "outbox.db", random.Random(1)
     acknowledged = 0
@@ -222,6 +227,7 @@ def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_pat
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
         )
+        assert writer.stdout is not None
         for _ in range(chance.randrange(1, 12)):
             acknowledged = int(writer.stdout.readline())
         os.kill(writer.pid, signal.SIGKILL)
@@ -246,7 +252,7 @@ def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_pat
         box.close()
 
 
-def test_a_state_folder_has_one_agent(tmp_path):
+def test_a_state_folder_has_one_agent(tmp_path: Path) -> None:
     lock = StateLock(tmp_path / "state")
     with pytest.raises(LockedError):
         StateLock(tmp_path / "state")
@@ -255,13 +261,13 @@ def test_a_state_folder_has_one_agent(tmp_path):
     StateLock(tmp_path / "state").close()
 
 
-def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
         StateLock(tmp_path / "file" / "state")
 
 
-def test_the_device_key_is_made_once_and_private(tmp_path):
+def test_the_device_key_is_made_once_and_private(tmp_path: Path) -> None:
     seed = device_seed(tmp_path / "state")
     assert len(seed) == 32
     assert device_seed(tmp_path / "state") == seed

@@ -1,13 +1,18 @@
 """The probe: control groups of both versions, and the smaller of measured and allowed."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from liberatai_agent import probe
 from liberatai_agent.config import AgentConfig
-from liberatai_core.profile import parse_profile
+from liberatai_core.contract.messages import Capability
+from liberatai_core.profile import Profile, parse_profile
 
 MIB = 1 << 20
 PROFILE = parse_profile(
@@ -34,7 +39,7 @@ MACHINE = probe.Machine(
 )
 
 
-def a_tree(root, files):
+def a_tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,16 +47,21 @@ def a_tree(root, files):
     return root
 
 
-def a_config(**changes):
+def a_config(**changes: Any) -> AgentConfig:
     return AgentConfig(fleet="f", device="d", coordinator_key="0" * 64, **{"data": "x.npz"} | changes)
 
 
-def caps(config=None, profile=None, machine=MACHINE, found=None):
+def caps(
+    config: AgentConfig | None = None,
+    profile: Profile | None = None,
+    machine: probe.Machine = MACHINE,
+    found: probe.Bench | None = None,
+) -> Capability:
     bench = found or probe.Bench(gflops=10.0)
     return probe.capability(config or a_config(), profile, machine, bench, session=1, public_key=bytes(32))
 
 
-def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path):
+def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path: Path) -> None:
     a_tree(
         tmp_path,
         {
@@ -67,7 +77,7 @@ def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path):
     assert found == probe.Group(memory_bytes=512 * MIB, cpus=0.5, processors=3)
 
 
-def test_version_1_reads_each_controller_in_its_own_tree(tmp_path):
+def test_version_1_reads_each_controller_in_its_own_tree(tmp_path: Path) -> None:
     a_tree(
         tmp_path,
         {
@@ -85,7 +95,7 @@ def test_version_1_reads_each_controller_in_its_own_tree(tmp_path):
     assert found == probe.Group(memory_bytes=96 * MIB, cpus=1.5, processors=1)
 
 
-def test_inside_a_container_the_root_of_the_mount_counts(tmp_path):
+def test_inside_a_container_the_root_of_the_mount_counts(tmp_path: Path) -> None:
     """Without a private cgroup namespace the path is the host's, and only the mount's root is there."""
     a_tree(tmp_path, {"memory/memory.limit_in_bytes": f"{64 * MIB}\n", "memory.max": f"{32 * MIB}"})
     assert probe.group_limits(tmp_path, "4:memory:/libpod/abc\n").memory_bytes == 64 * MIB
@@ -93,12 +103,12 @@ def test_inside_a_container_the_root_of_the_mount_counts(tmp_path):
 
 
 @pytest.mark.parametrize("own", ["", "garbage", "0::/../../etc\n", "a:b\n0\n"])
-def test_no_limits_and_nonsense_give_none(tmp_path, own):
+def test_no_limits_and_nonsense_give_none(tmp_path: Path, own: str) -> None:
     a_tree(tmp_path, {"cpu.max": "what ever", "memory.max": "-5", "cpuset.cpus.effective": "x-y,\n"})
     assert probe.group_limits(tmp_path, own) == probe.Group()
 
 
-def test_the_machine_is_bounded_by_its_group(tmp_path):
+def test_the_machine_is_bounded_by_its_group(tmp_path: Path) -> None:
     group = probe.Group(memory_bytes=100 * MIB, cpus=0.25, processors=1)
     found = probe.measure(tmp_path, group)
     assert (found.memory_bytes, found.cpus, found.cores) == (100 * MIB, 0.25, 1)
@@ -107,7 +117,7 @@ def test_the_machine_is_bounded_by_its_group(tmp_path):
     assert free.disk_free_bytes > 0
 
 
-def test_the_smaller_of_measured_profile_and_settings_counts():
+def test_the_smaller_of_measured_profile_and_settings_counts() -> None:
     plain = caps()
     assert (plain.cpu_share, plain.memory_bytes, plain.gflops) == (2.0, 8192 * MIB, 10.0)
     assert plain.storage_bytes == probe.DEFAULT_STORAGE_BYTES
@@ -119,7 +129,7 @@ def test_the_smaller_of_measured_profile_and_settings_counts():
     assert (own.cpu_share, own.memory_bytes, own.storage_bytes) == (2.0, 350 * MIB, 7168)
 
 
-def test_a_rate_that_could_not_be_measured_is_the_profiles():
+def test_a_rate_that_could_not_be_measured_is_the_profiles() -> None:
     assert caps(profile=PROFILE, found=probe.Bench()).gflops == 1.5
     assert caps(found=probe.Bench()).gflops is None
 
@@ -135,7 +145,9 @@ def test_a_rate_that_could_not_be_measured_is_the_profiles():
         (("torch", "onnxruntime"), 8000, None, "observe"),
     ],
 )
-def test_the_tier_follows_from_runtimes_memory_and_data(runtimes, memory, data, tier):
+def test_the_tier_follows_from_runtimes_memory_and_data(
+    runtimes: tuple[str, ...], memory: int, data: str | None, tier: str
+) -> None:
     machine = probe.Machine(
         arch="x86_64",
         cores=1,
@@ -147,11 +159,15 @@ def test_the_tier_follows_from_runtimes_memory_and_data(runtimes, memory, data, 
     assert caps(a_config(data=data), machine=machine).tier == tier
 
 
-def test_the_bench_measures_looks_at_data_and_is_kept(tmp_path, monkeypatch):
+def test_the_bench_measures_looks_at_data_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "d.npz"
     np.savez(data, x=np.zeros((5, 8, 8), np.uint8), y=[0, 1, 2, 1, 0])
     found = probe.bench(tmp_path, str(data))
+    assert found.gflops is not None
     assert found.gflops > 0
+    assert found.data is not None
     assert (found.samples, found.data.input_shape, found.data.classes) == (5, (1, 8, 8), 3)
     assert "mlp" in found.families
     monkeypatch.setattr(probe, "_run_bench", lambda _: pytest.fail("measured again"))
@@ -161,7 +177,7 @@ def test_the_bench_measures_looks_at_data_and_is_kept(tmp_path, monkeypatch):
     assert probe.bench(tmp_path, str(data)).samples == 6
 
 
-def test_a_broken_cache_is_measured_anew(tmp_path, monkeypatch):
+def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_run_bench", lambda _: {"gflops": 2.0})
     for text in ("", "[]", '{"for": 1}', "\0"):
         (tmp_path / "bench.json").write_text(text)
@@ -181,7 +197,9 @@ def test_a_broken_cache_is_measured_anew(tmp_path, monkeypatch):
     ],
     ids=["missing", "garbage", "empty", "nan", "shape", "labels", "inputs"],
 )
-def test_every_fault_of_the_data_has_its_sentence(tmp_path, make, complaint):
+def test_every_fault_of_the_data_has_its_sentence(
+    tmp_path: Path, make: Callable[[Path], object], complaint: str
+) -> None:
     from liberatai_agent.bench import look_at_data
 
     make(tmp_path / "d.npz")
@@ -190,7 +208,7 @@ def test_every_fault_of_the_data_has_its_sentence(tmp_path, make, complaint):
     assert complaint in found["fault"]
 
 
-def test_one_class_only_is_a_warning_not_a_fault(tmp_path):
+def test_one_class_only_is_a_warning_not_a_fault(tmp_path: Path) -> None:
     from liberatai_agent.bench import look_at_data
 
     np.savez(tmp_path / "d.npz", x=np.zeros((3, 4)), y=[1, 1, 1])
@@ -199,18 +217,19 @@ def test_one_class_only_is_a_warning_not_a_fault(tmp_path):
     assert "all labels are equal" in found["warning"]
 
 
-def test_sensors_that_are_not_there_are_none(monkeypatch):
+def test_sensors_that_are_not_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sensors_temperatures", "sensors_battery"):
-        monkeypatch.delattr(probe.psutil, name, raising=False)
+        monkeypatch.delattr(psutil, name, raising=False)
     assert probe.temperature_c() is None
     assert probe.battery() == (None, True)
 
 
-def test_the_load_of_others_leaves_out_our_own_processes():
+def test_the_load_of_others_leaves_out_our_own_processes() -> None:
     meter = probe.LoadMeter()
     assert meter.others((os.getpid(),)) is None
     started = os.times().elapsed
     while os.times().elapsed - started < 0.5:
         pass
     load = meter.others((os.getpid(),))
-    assert 0 <= load <= os.cpu_count()
+    assert load is not None
+    assert 0 <= load <= (os.cpu_count() or 1)

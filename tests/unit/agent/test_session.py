@@ -1,8 +1,9 @@
 """The agent's rules, as lists of events: late, doubled, lost and hostile ones included."""
 
-from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from liberatai_agent import session as s
 from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, update_id
@@ -11,10 +12,11 @@ from liberatai_core.structure import DataContract, Structure, Tensor
 
 STRUCTURE = Structure(family="mlp", params={}, tensors=(Tensor(name="w", shape=(4,)),))
 DATA = DataContract(input_shape=(4,), classes=2)
+Kind = TypeVar("Kind")
 RESULT = s.TrainingResult(body=b"body", residual=b"rest", samples=7)
 
 
-def a_step(version, size=100):
+def a_step(version: int, size: int = 100) -> Step:
     name = f"{version}".encode()
     return Step(
         version=version,
@@ -23,9 +25,9 @@ def a_step(version, size=100):
     )
 
 
-def a_task(number=1, epoch=1, job="digits", **changes):
+def a_task(number: int = 1, epoch: int = 1, job: str = "digits", **changes: Any) -> Task:
     keyframe = a_step(number - 1)
-    fields = {
+    fields: dict[str, Any] = {
         "task_id": update_id("dev", job, number, keyframe.digest),
         "epoch": epoch,
         "coordinator": "co1",
@@ -39,50 +41,51 @@ def a_task(number=1, epoch=1, job="digits", **changes):
     return Task(**(fields | changes))
 
 
-def a_cancel(number=1, epoch=1, job="digits", final=()):
+def a_cancel(number: int = 1, epoch: int = 1, job: str = "digits", final: tuple[Step, ...] = ()) -> Cancel:
     return Cancel(device="dev", epoch=epoch, coordinator="co1", job=job, round=number, final=final)
 
 
-def a_receipt(uid, accepted=True, **changes):
+def a_receipt(uid: bytes, accepted: bool = True, **changes: Any) -> s.ReceiptArrived:
     return s.ReceiptArrived(receipt=Receipt(device="dev", update_id=uid, accepted=accepted, **changes))
 
 
 class Play:
     """Feeds events and remembers all actions."""
 
-    def __init__(self, *events):
-        self.session, self.log = s.Session(device="dev"), []
+    def __init__(self, *events: s.Happened) -> None:
+        self.session = s.Session(device="dev")
+        self.log: list[s.Action] = []
         self(*events)
 
-    def __call__(self, *events):
-        new = []
+    def __call__(self, *events: s.Happened) -> list[s.Action]:
+        new: list[s.Action] = []
         for event in events:
             self.session, actions = s.step(self.session, event)
             new += actions
         self.log += new
         return new
 
-    def of(self, kind):
+    def of(self, kind: type[Kind]) -> list[Kind]:
         return [action for action in self.log if isinstance(action, kind)]
 
     @property
-    def phase(self):
+    def phase(self) -> str:
         return s.report_of(self.session).phase
 
 
-def of(actions, kind):
+def of(actions: list[s.Action], kind: type[Kind]) -> list[Kind]:
     return [action for action in actions if isinstance(action, kind)]
 
 
-def online():
+def online() -> Play:
     return Play(s.Tick(now_s=0.0), s.Started(), s.LinkUp(), s.CoordinatorChanged(state="online", epoch=1))
 
 
-def stored(task):
+def stored(task: Task) -> s.BlobStored:
     return s.BlobStored(blob=task.keyframe.blob.blob)
 
 
-def until_sent(task, play=None):
+def until_sent(task: Task, play: Play | None = None) -> Play:
     play = play or online()
     play(s.TaskArrived(task=task), stored(task))
     play(
@@ -92,7 +95,7 @@ def until_sent(task, play=None):
     return play
 
 
-def test_one_round_goes_through_all_phases_in_order():
+def test_one_round_goes_through_all_phases_in_order() -> None:
     task, play = a_task(), online()
     assert play.phase == "idle"
     got = play(s.TaskArrived(task=task))
@@ -111,14 +114,14 @@ def test_one_round_goes_through_all_phases_in_order():
     assert reports == ["idle", "fetching", "training", "sending", "idle"]
 
 
-def test_a_task_that_comes_twice_is_done_once():
+def test_a_task_that_comes_twice_is_done_once() -> None:
     task, play = a_task(), online()
     play(s.TaskArrived(task=task), s.TaskArrived(task=task), stored(task), s.TaskArrived(task=task))
     assert len(play.of(s.StartTraining)) == 1
     assert len(play.of(s.FetchBlobs)) == 1
 
 
-def test_a_task_whose_update_waits_is_answered_with_that_update():
+def test_a_task_whose_update_waits_is_answered_with_that_update() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(s.TaskArrived(task=task))
@@ -126,7 +129,7 @@ def test_a_task_whose_update_waits_is_answered_with_that_update():
     assert not of(got, s.StartTraining)
 
 
-def test_a_finished_task_is_not_done_again_even_after_a_restart():
+def test_a_finished_task_is_not_done_again_even_after_a_restart() -> None:
     task = a_task()
     play = until_sent(task)
     play(a_receipt(task.task_id))
@@ -135,7 +138,7 @@ def test_a_finished_task_is_not_done_again_even_after_a_restart():
     assert not of(again(s.TaskArrived(task=task)), s.FetchBlobs)
 
 
-def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_trained():
+def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_trained() -> None:
     task = a_task()
     unsent = s.Unsent(update_id=task.task_id, job="digits", round=1)
     play = Play(s.Started(unsent=(unsent,), finished=(task.task_id,)))
@@ -144,7 +147,7 @@ def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_train
     assert not play.of(s.StartTraining)
 
 
-def test_a_new_round_stops_the_training_of_the_old_one():
+def test_a_new_round_stops_the_training_of_the_old_one() -> None:
     first, second, play = a_task(1), a_task(2), online()
     play(s.TaskArrived(task=first), stored(first))
     got = play(s.TaskArrived(task=second))
@@ -155,7 +158,7 @@ def test_a_new_round_stops_the_training_of_the_old_one():
     assert of(play(stored(second)), s.StartTraining)[0].task == second
 
 
-def test_a_lower_epoch_is_ignored_and_reported():
+def test_a_lower_epoch_is_ignored_and_reported() -> None:
     play = online()
     play(s.TaskArrived(task=a_task(2, epoch=5)))
     for event in (
@@ -165,17 +168,18 @@ def test_a_lower_epoch_is_ignored_and_reported():
     ):
         got = play(event)
         assert [e.code for e in of(got, s.Emit)] == ["E_REPLAY"]
+        assert play.session.task is not None
         assert play.session.task.round == 2
         assert not play.session.away
     assert play.of(s.RememberEpoch) == [s.RememberEpoch(epoch=1), s.RememberEpoch(epoch=5)]
 
 
-def test_the_epoch_is_fenced_across_restarts():
+def test_the_epoch_is_fenced_across_restarts() -> None:
     play = Play(s.Started(epoch=7), s.LinkUp())
     assert of(play(s.TaskArrived(task=a_task(epoch=6))), s.Emit)[0].code == "E_REPLAY"
 
 
-def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_training():
+def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_training() -> None:
     task, play = a_task(epoch=1), online()
     play(s.TaskArrived(task=task), stored(task))
     newer = a_task(epoch=2)
@@ -185,7 +189,7 @@ def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_trai
     assert stores[0].task.epoch == 2
 
 
-def test_an_update_is_resent_with_doubling_pauses_until_a_receipt_comes():
+def test_an_update_is_resent_with_doubling_pauses_until_a_receipt_comes() -> None:
     task = a_task()
     play = until_sent(task)
     sent_at = [now for now in range(1, 400) if of(play(s.Tick(now_s=float(now))), s.SendUpdate)]
@@ -194,7 +198,7 @@ def test_an_update_is_resent_with_doubling_pauses_until_a_receipt_comes():
     assert not any(play(s.Tick(now_s=t)) for t in (600.0, 900.0))
 
 
-def test_everything_is_resent_when_the_link_or_the_coordinator_comes_back():
+def test_everything_is_resent_when_the_link_or_the_coordinator_comes_back() -> None:
     task = a_task()
     play = until_sent(task)
     play(s.LinkDown())
@@ -205,7 +209,7 @@ def test_everything_is_resent_when_the_link_or_the_coordinator_comes_back():
     assert of(play(s.CoordinatorChanged(state="online", epoch=2)), s.SendUpdate), "a new coordinator"
 
 
-def test_uploads_are_held_while_the_coordinator_is_away():
+def test_uploads_are_held_while_the_coordinator_is_away() -> None:
     play, task = online(), a_task()
     play(s.CoordinatorChanged(state="lost", epoch=1))
     until_sent(task, play)
@@ -215,7 +219,7 @@ def test_uploads_are_held_while_the_coordinator_is_away():
     assert of(play(s.Tick(now_s=121.0)), s.SendUpdate)
 
 
-def test_e_dup_is_a_success():
+def test_e_dup_is_a_success() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code="E_DUP"))
@@ -224,7 +228,7 @@ def test_e_dup_is_a_success():
 
 
 @pytest.mark.parametrize("code", ["E_ROUND_CLOSED", "E_BASE_MODEL", "E_NORM", "E_QUOTA"])
-def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(code):
+def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(code: str) -> None:
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code=code))
@@ -234,14 +238,14 @@ def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(c
     assert not play.session.pending
 
 
-def test_an_update_in_whose_place_another_was_counted_is_not_added_again():
+def test_an_update_in_whose_place_another_was_counted_is_not_added_again() -> None:
     task = a_task()
     got = until_sent(task)(a_receipt(task.task_id, accepted=False, code="E_DUP_CONFLICT"))
     assert of(got, s.Forget)
     assert not of(got, s.RestoreResidual)
 
 
-def test_a_refusal_with_retry_keeps_the_update_and_tries_later():
+def test_a_refusal_with_retry_keeps_the_update_and_tries_later() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code="E_BUSY", retry=True))
@@ -249,7 +253,7 @@ def test_a_refusal_with_retry_keeps_the_update_and_tries_later():
     assert of(play(s.Tick(now_s=30.0)), s.SendUpdate)
 
 
-def test_a_receipt_for_nothing_we_have_is_ignored():
+def test_a_receipt_for_nothing_we_have_is_ignored() -> None:
     assert online()(a_receipt(b"x" * 16)) == []
     task = a_task()
     play = until_sent(task)
@@ -257,7 +261,7 @@ def test_a_receipt_for_nothing_we_have_is_ignored():
     assert play(a_receipt(task.task_id)) == [], "a doubled receipt"
 
 
-def test_a_credit_sends_chunks_and_restarts_the_timer():
+def test_a_credit_sends_chunks_and_restarts_the_timer() -> None:
     task = a_task()
     play = until_sent(task)
     play(s.Tick(now_s=4.0))
@@ -267,7 +271,7 @@ def test_a_credit_sends_chunks_and_restarts_the_timer():
     assert play(s.CreditArrived(update_id=b"y" * 16, have=b"", chunks=4)) == []
 
 
-def test_cancel_stops_the_round_it_names_and_no_later_one():
+def test_cancel_stops_the_round_it_names_and_no_later_one() -> None:
     task, play = a_task(2), online()
     play(s.TaskArrived(task=task), stored(task))
     assert not of(play(s.CancelArrived(cancel=a_cancel(1))), s.StopTraining)
@@ -277,7 +281,7 @@ def test_cancel_stops_the_round_it_names_and_no_later_one():
     assert not play(s.Trained(update_id=task.task_id, result=RESULT))
 
 
-def test_cancel_brings_the_finished_model_once():
+def test_cancel_brings_the_finished_model_once() -> None:
     final = (a_step(7), a_step(8))
     play = online()
     cancel = s.CancelArrived(cancel=a_cancel(8, final=final))
@@ -289,7 +293,7 @@ def test_cancel_brings_the_finished_model_once():
     assert play.session.final == final
 
 
-def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it():
+def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it() -> None:
     task, play = a_task(), online()
     play(s.GateChanged(open=False, reason="90 °C"), s.TaskArrived(task=task))
     assert not of(play(stored(task)), s.StartTraining)
@@ -299,7 +303,7 @@ def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it():
     assert of(play(s.GateChanged(open=True)), s.StartTraining)
 
 
-def test_the_deadline_stops_training_and_fails_the_task():
+def test_the_deadline_stops_training_and_fails_the_task() -> None:
     task, play = a_task(deadline_s=10.0), online()
     play(s.TaskArrived(task=task), stored(task))
     assert not of(play(s.Tick(now_s=10.0)), s.StopTraining)
@@ -309,7 +313,7 @@ def test_the_deadline_stops_training_and_fails_the_task():
     assert play.phase == "failed"
 
 
-def test_training_waits_for_all_blobs_and_fetches_lost_ones_again():
+def test_training_waits_for_all_blobs_and_fetches_lost_ones_again() -> None:
     delta = a_step(9)
     task = a_task(2, deltas=(delta,))
     task = a_task(2, deltas=(delta,), task_id=update_id("dev", "digits", 2, task.base))
@@ -331,7 +335,9 @@ def test_training_waits_for_all_blobs_and_fetches_lost_ones_again():
         ({}, {"codec": "gzip"}, "E_CODEC"),
     ],
 )
-def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(machine, changes, code):
+def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(
+    machine: dict[str, Any], changes: dict[str, Any], code: str
+) -> None:
     play = Play(s.Started(**machine), s.LinkUp())
     got = play(s.TaskArrived(task=a_task(**changes)))
     assert [e.code for e in of(got, s.Emit)] == [code]
@@ -339,14 +345,14 @@ def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(machin
     assert s.report_of(play.session).reason.startswith(code)
 
 
-def test_a_fault_in_the_data_is_reported_while_idle():
+def test_a_fault_in_the_data_is_reported_while_idle() -> None:
     play = Play(s.Started(fault="E_DATA: no such file"), s.LinkUp())
     assert play.of(s.PublishReport)[-1] == s.PublishReport(phase="failed", reason="E_DATA: no such file")
     play(s.MachineChanged(tier="full", storage_bytes=1 << 30))
     assert play.phase == "idle"
 
 
-def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails():
+def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails() -> None:
     task, play = a_task(), online()
     play(s.TaskArrived(task=task), stored(task))
     failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="keyframe")
@@ -359,7 +365,7 @@ def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails():
     assert play.phase == "failed"
 
 
-def test_a_killed_training_is_tried_again_twice_and_faulty_data_never():
+def test_a_killed_training_is_tried_again_twice_and_faulty_data_never() -> None:
     task, play = a_task(), online()
     play(s.TaskArrived(task=task), stored(task))
     killed = s.TrainingFailed(update_id=task.task_id, code="E_INTERNAL", text="signal 9")
@@ -374,7 +380,7 @@ def test_a_killed_training_is_tried_again_twice_and_faulty_data_never():
     assert [e.code for e in of(got, s.Emit)] == ["E_DATA"]
 
 
-def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space():
+def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space() -> None:
     task, play = a_task(), online()
     play(s.TaskArrived(task=task), stored(task), s.Trained(update_id=task.task_id, result=RESULT))
     play(s.StoreFailed(update_id=task.task_id, code="E_DISK", text="full"))
@@ -383,7 +389,7 @@ def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space():
     assert of(play(s.OutboxStored(update_id=task.task_id)), s.SendUpdate)
 
 
-def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more():
+def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(s.UpdateDropped(update_id=task.task_id, reason="the outbox is full"))
@@ -391,7 +397,7 @@ def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more():
     assert not of(play(s.Tick(now_s=500.0)), s.SendUpdate)
 
 
-def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back():
+def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back() -> None:
     task, play = a_task(), online()
     play(s.TaskArrived(task=task), stored(task), s.LinkDown())
     assert not play.of(s.StopTraining)
@@ -400,18 +406,18 @@ def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back():
     assert of(play(s.LinkUp()), s.SendUpdate)
 
 
-def test_every_connection_repeats_state_and_report():
+def test_every_connection_repeats_state_and_report() -> None:
     play = online()
     play(s.LinkDown())
     assert play(s.LinkUp(session_present=True)) == [s.PublishState(), s.PublishReport(phase="idle")]
 
 
-def test_the_clock_never_goes_back():
+def test_the_clock_never_goes_back() -> None:
     play = Play(s.Tick(now_s=10.0), s.Tick(now_s=3.0))
     assert play.session.now_s == 10.0
 
 
-def test_a_step_leaves_the_old_session_alone():
+def test_a_step_leaves_the_old_session_alone() -> None:
     before = online().session
     s.step(before, s.TaskArrived(task=a_task()))
     assert before == replace(before)

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from liberatai_agent.session import TrainingResult
 from liberatai_agent.trainer import Trainer, TrainerDiedError
 from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
-from liberatai_agent.trainer_messages import Done, File, Work
+from liberatai_agent.trainer_messages import Answer, Done, Failed, File, Work
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract.messages import Training
@@ -22,14 +24,15 @@ from liberatai_core.errors import DataError
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.sparsifier import top_k
 from liberatai_core.structure import DataContract
-from liberatai_core.weights import digest
+from liberatai_core.weights import Vector, digest
 
 DATA = DataContract(input_shape=(6,), classes=3)
+Chain = tuple[list[File], list[Vector]]
 STRUCTURE = structure_of("mlp", {"hidden": 8}, DATA)
 
 
 @pytest.fixture
-def chain(tmp_path):
+def chain(tmp_path: Path) -> Chain:
     """A keyframe and two deltas on disk, with the weights after each step."""
     artifact = compress(initial_weights(STRUCTURE, DATA, 1), STRUCTURE, 4096)
     weights = [restore(artifact, STRUCTURE)]
@@ -47,7 +50,7 @@ def chain(tmp_path):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path: Path) -> Path:
     random = np.random.default_rng(7)
     y = np.arange(100) % 3
     x = random.normal(0, 1, (100, 6)).astype(np.float32) + y[:, None]
@@ -55,9 +58,9 @@ def data(tmp_path):
     return tmp_path / "data.npz"
 
 
-def a_work(chain, data, **changes):
+def a_work(chain: Chain, data: Path, **changes: Any) -> Work:
     steps, _ = chain
-    fields = {
+    fields: dict[str, Any] = {
         "device": "dev",
         "job": "job",
         "round": 3,
@@ -73,12 +76,17 @@ def a_work(chain, data, **changes):
     return Work(**(fields | changes))
 
 
-def done(answer):
+def done(answer: Answer) -> TrainingResult:
     assert isinstance(answer, Done), answer
     return answer.result
 
 
-def test_the_chain_leads_to_the_base_and_the_next_delta_needs_no_keyframe(chain, data):
+def failed(answer: Answer) -> Failed:
+    assert isinstance(answer, Failed), answer
+    return answer
+
+
+def test_the_chain_leads_to_the_base_and_the_next_delta_needs_no_keyframe(chain: Chain, data: Path) -> None:
     steps, weights = chain
     memory = Memory()
     first = a_work(chain, data, deltas=(steps[1],))
@@ -89,24 +97,24 @@ def test_the_chain_leads_to_the_base_and_the_next_delta_needs_no_keyframe(chain,
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_a_step_with_a_wrong_digest_is_refused(chain, data, broken):
+def test_a_step_with_a_wrong_digest_is_refused(chain: Chain, data: Path, broken: int) -> None:
     steps, _ = chain
     steps[broken] = File(path=steps[broken].path, digest=b"0" * 32)
-    answer = work(a_work((steps, None), data), Memory())
+    answer = failed(work(a_work((steps, []), data), Memory()))
     assert answer.code == "E_DIGEST"
     assert ("keyframe" if broken == 0 else f"delta {broken}") in answer.text
 
 
-def test_a_file_that_is_missing_or_damaged_is_refused_with_a_code(chain, data):
+def test_a_file_that_is_missing_or_damaged_is_refused_with_a_code(chain: Chain, data: Path) -> None:
     steps, _ = chain
     Path(steps[2].path).unlink()
-    assert work(a_work(chain, data), Memory()).code == "E_DIGEST"
+    assert failed(work(a_work(chain, data), Memory())).code == "E_DIGEST"
     with Path(steps[0].path).open("r+b") as file:
         file.truncate(20)
-    assert work(a_work(chain, data), Memory()).code in ("E_CODEC", "E_DIGEST", "E_BOMB")
+    assert failed(work(a_work(chain, data), Memory())).code in ("E_CODEC", "E_DIGEST", "E_BOMB")
 
 
-def test_equal_work_gives_equal_bytes_and_other_devices_others(chain, data):
+def test_equal_work_gives_equal_bytes_and_other_devices_others(chain: Chain, data: Path) -> None:
     first = done(work(a_work(chain, data), Memory()))
     again = done(work(a_work(chain, data), Memory()))
     assert (first.body, first.residual, first.loss) == (again.body, again.residual, again.loss)
@@ -114,7 +122,7 @@ def test_equal_work_gives_equal_bytes_and_other_devices_others(chain, data):
     assert other.body != first.body
 
 
-def test_what_is_sent_and_what_is_left_over_are_the_whole_difference(chain, data):
+def test_what_is_sent_and_what_is_left_over_are_the_whole_difference(chain: Chain, data: Path) -> None:
     whole = done(work(a_work(chain, data, density=1.0), Memory()))
     part = done(work(a_work(chain, data, density=0.1), Memory()))
     state = top_k.state_from_bytes(part.residual, STRUCTURE.parameters)
@@ -126,12 +134,12 @@ def test_what_is_sent_and_what_is_left_over_are_the_whole_difference(chain, data
     assert np.array_equal(total, full)
 
 
-def test_a_refused_update_is_added_to_the_next_difference(chain, data):
+def test_a_refused_update_is_added_to_the_next_difference(chain: Chain, data: Path) -> None:
     plain = done(work(a_work(chain, data, density=1.0), Memory()))
     refused = done(work(a_work(chain, data, round=2), Memory()))
     both = done(work(a_work(chain, data, density=1.0, returned=((b"u" * 16, refused.body),)), Memory()))
 
-    def total(result):
+    def total(result: TrainingResult) -> Vector:
         rest = top_k.state_from_bytes(result.residual, STRUCTURE.parameters).residual
         return top_k.densify(result.body, STRUCTURE) + rest
 
@@ -141,33 +149,36 @@ def test_a_refused_update_is_added_to_the_next_difference(chain, data):
     assert both.returned == (b"u" * 16,)
 
 
-def test_the_residual_of_the_last_round_goes_into_this_one(chain, data):
+def test_the_residual_of_the_last_round_goes_into_this_one(chain: Chain, data: Path) -> None:
     first = done(work(a_work(chain, data, density=0.01), Memory()))
     fresh = done(work(a_work(chain, data, round=4, density=0.01), Memory()))
     carried = done(work(a_work(chain, data, round=4, density=0.01, residual=first.residual), Memory()))
     assert carried.residual != fresh.residual
 
 
-def test_the_holdout_is_the_same_in_every_round_and_never_trained_on(chain, data):
+def test_the_holdout_is_the_same_in_every_round_and_never_trained_on(chain: Chain, data: Path) -> None:
     result = done(work(a_work(chain, data, share_class_counts=True), Memory()))
+    assert result.evaluation is not None
+    assert result.class_counts is not None
     assert result.evaluation[1] == 15
     assert result.samples == sum(result.class_counts) == 85
     held = [holdout(a_work(chain, data, round=n, seed=n), 100, None) for n in (1, 2)]
-    assert np.array_equal(*held)
+    assert np.array_equal(held[0], held[1])
     assert not np.array_equal(held[0], holdout(a_work(chain, data, device="other"), 100, None))
 
 
-def test_few_samples_are_all_trained_on_and_counts_are_not_told_unasked(chain, tmp_path):
+def test_few_samples_are_all_trained_on_and_counts_are_not_told_unasked(chain: Chain, tmp_path: Path) -> None:
     path = tmp_path / "few.npz"
     np.savez(path, x=np.ones((39, 6), np.float32), y=np.arange(39) % 3)
     result = done(work(a_work(chain, path), Memory()))
     assert (result.samples, result.evaluation, result.class_counts) == (39, None, None)
 
 
-def test_rows_marked_as_test_are_the_holdout(chain, tmp_path):
+def test_rows_marked_as_test_are_the_holdout(chain: Chain, tmp_path: Path) -> None:
     path = tmp_path / "marked.npz"
     np.savez(path, x=np.ones((10, 6), np.float32), y=np.arange(10) % 3, test=[0] * 7 + [1] * 3)
     result = done(work(a_work(chain, path), Memory()))
+    assert result.evaluation is not None
     assert (result.samples, result.evaluation[1]) == (7, 3)
 
 
@@ -183,16 +194,18 @@ def test_rows_marked_as_test_are_the_holdout(chain, tmp_path):
     ],
     ids=["missing", "empty", "shape", "nan", "label", "unlabelled"],
 )
-def test_faulty_data_fail_the_task_with_e_data(chain, tmp_path, arrays, complaint):
+def test_faulty_data_fail_the_task_with_e_data(
+    chain: Chain, tmp_path: Path, arrays: dict[str, Any] | None, complaint: str
+) -> None:
     path = tmp_path / "faulty.npz"
     if arrays is not None:
         np.savez(path, **arrays)
-    answer = work(a_work(chain, path), Memory())
+    answer = failed(work(a_work(chain, path), Memory()))
     assert answer.code == "E_DATA"
     assert complaint in answer.text
 
 
-def test_new_data_are_read_again(chain, data):
+def test_new_data_are_read_again(chain: Chain, data: Path) -> None:
     memory = Memory()
     first = done(work(a_work(chain, data), memory))
     np.savez(data, x=np.ones((50, 6), np.float32), y=np.arange(50) % 3)
@@ -200,22 +213,25 @@ def test_new_data_are_read_again(chain, data):
     assert done(work(a_work(chain, data), memory)).samples != first.samples
 
 
-def test_a_training_that_diverges_fails_with_e_train(chain, data):
+def test_a_training_that_diverges_fails_with_e_train(chain: Chain, data: Path) -> None:
     wild = Training(epochs=50, learning_rate=10.0, clip_norm=0.0, momentum=0.99)
     x = np.load(data)["x"]
     np.savez(data, x=x / np.abs(x).max() * np.float32(3e38), y=np.arange(100) % 3)
-    assert work(a_work(chain, data, training=wild), Memory()).code == "E_TRAIN"
+    assert failed(work(a_work(chain, data, training=wild), Memory())).code == "E_TRAIN"
 
 
 # --- as a process ------------------------------------------------------------------------------
 
 
-def test_the_process_answers_like_the_function_survives_faults_and_is_confined(chain, data, tmp_path):
-    async def scenario():
+def test_the_process_answers_like_the_function_survives_faults_and_is_confined(
+    chain: Chain, data: Path, tmp_path: Path
+) -> None:
+    async def scenario() -> tuple[TrainingResult, TrainingResult]:
         trainer = Trainer(60.0)
         try:
             await trainer.warm()
             pid = trainer.pid
+            assert pid is not None
             with pytest.raises(DataError, match="No such file"):
                 await trainer.train(a_work(chain, tmp_path / "absent.npz"))
             result = await trainer.train(a_work(chain, data))
@@ -245,8 +261,8 @@ def test_the_process_answers_like_the_function_survives_faults_and_is_confined(c
     assert first.residual == direct.residual
 
 
-def test_a_cancelled_training_leaves_no_process(chain, data):
-    async def scenario():
+def test_a_cancelled_training_leaves_no_process(chain: Chain, data: Path) -> None:
+    async def scenario() -> int:
         trainer = Trainer(60.0, [sys.executable, "-c", "import sys, time; time.sleep(600)"])
         training = asyncio.create_task(trainer.train(a_work(chain, data)))
         while trainer.pid is None:
@@ -272,8 +288,9 @@ asyncio.run(main())
 """
 
 
-def test_the_process_dies_with_its_parent():
+def test_the_process_dies_with_its_parent() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
@@ -282,8 +299,8 @@ def test_the_process_dies_with_its_parent():
     assert not child.is_running()
 
 
-def test_an_idle_process_ends_by_itself():
-    async def scenario():
+def test_an_idle_process_ends_by_itself() -> None:
+    async def scenario() -> bool:
         trainer = Trainer(0.2, [sys.executable, "-c", "import sys; sys.stdin.read()"])
         await trainer.warm()
         process = psutil.Process(trainer.pid)
@@ -297,8 +314,8 @@ def test_an_idle_process_ends_by_itself():
 
 
 @pytest.mark.parametrize("program", ["pass", "import sys; sys.stdout.write('Hi'); sys.stdin.read(1)"])
-def test_a_process_that_talks_nonsense_is_killed_and_reported(chain, data, program):
-    async def scenario():
+def test_a_process_that_talks_nonsense_is_killed_and_reported(chain: Chain, data: Path, program: str) -> None:
+    async def scenario() -> None:
         trainer = Trainer(60.0, [sys.executable, "-c", program])
         try:
             await asyncio.wait_for(trainer.train(a_work(chain, data)), 10)
