@@ -296,10 +296,8 @@ def run_all(recipe: Recipe, seeds: list[int]) -> list[Result]:
     for seed in seeds:
         result = run(recipe, seed)
         columns = " ".join(f"{value:7.3f}" for value in result.structures)
-        print(
-            f"{seed:4d} {result.ensemble:9.3f} {result.guarded:8.3f} {columns} {result.payload_bytes:12,d} {result.total_s:7.1f}",
-            flush=True,
-        )
+        ending = f"{result.payload_bytes:12,d} {result.total_s:7.1f}"
+        print(f"{seed:4d} {result.ensemble:9.3f} {result.guarded:8.3f} {columns} {ending}", flush=True)
         results.append(result)
     return results
 

@@ -28,7 +28,7 @@ MAX_PARAMETERS = 1 << 28
 """1 GiB of float32: far above any model of an edge device, far below an overflow."""
 
 MAX_INPUT = 1 << 24
-"""Values of one sample: a minute of sound at 48 kHz is 2.9 million, a 2048 x 2048 colour image 12.6 million."""
+"""Values of one sample: a minute of 48 kHz sound has 2.9 million, a 2048 x 2048 colour image 12.6 million."""
 MAX_RANK = 8
 """Axes of one tensor: a 3-D convolution has 5."""
 MAX_PARAMS = 16
