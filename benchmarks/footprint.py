@@ -3,8 +3,9 @@
     python -m benchmarks.footprint [--seed N] [--quick]
 
 Installs the base distribution into a fresh virtual environment (nothing of the development one), starts a
-broker, a coordinator and one agent **from that environment**, waits until the agent is connected and idle, and
-reads its memory from the kernel. Baseline in the same run: a bare interpreter, and the parts imported alone.
+broker, a coordinator and one agent **from that environment**, waits until the agent is connected and idle,
+and reads its memory from the kernel. Baseline in the same run: a bare
+interpreter.
 """
 
 import argparse

@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from liberatai_coordinator import digits
@@ -46,23 +47,23 @@ def main() -> int:
     kills, rounds = (6, 4) if given.quick else (given.kills, given.rounds)
     with tempfile.TemporaryDirectory(prefix="liberatai-kills-") as folder:
         calm = run(Path(folder) / "calm", given, rounds, kills=0)
-        print(f"undisturbed: {calm['seconds']:.1f} s, digests {short(calm['digests'])}")
-        wild = run(Path(folder) / "wild", given, rounds, kills, pause_s=calm["seconds"] / rounds)
-    print(f"with {wild['kills']} kills: {wild['seconds']:.1f} s, digests {short(wild['digests'])}")
-    for line in wild["log"]:
+        print(f"undisturbed: {calm.seconds:.1f} s, digests {short(calm.digests)}")
+        wild = run(Path(folder) / "wild", given, rounds, kills, pause_s=calm.seconds / rounds)
+    print(f"with {len(wild.log)} kills: {wild.seconds:.1f} s, digests {short(wild.digests)}")
+    for line in wild.log:
         print(f"  {line}")
     result = {
         "benchmark": "kills",
         "seed": given.seed,
-        "kills": wild["kills"],
-        "identical": wild["digests"] == calm["digests"],
-        "lost": wild["lost"],
-        "doubled": wild["doubled"],
+        "kills": len(wild.log),
+        "identical": wild.digests == calm.digests,
+        "lost": wild.lost,
+        "doubled": wild.doubled,
         "rounds": rounds,
         "devices": given.devices,
-        "broker": wild["broker"],
-        "seconds_undisturbed": round(calm["seconds"], 1),
-        "seconds_with_kills": round(wild["seconds"], 1),
+        "broker": wild.broker,
+        "seconds_undisturbed": round(calm.seconds, 1),
+        "seconds_with_kills": round(wild.seconds, 1),
         "python": platform.python_version(),
     }
     print(json.dumps(result))
@@ -74,9 +75,19 @@ def short(digests: dict[str, str]) -> str:
     return ", ".join(f"{name} {value[:12]}" for name, value in sorted(digests.items()))
 
 
-def run(
-    folder: Path, given: argparse.Namespace, rounds: int, kills: int, pause_s: float = 0.0
-) -> dict[str, object]:
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one run."""
+
+    digests: dict[str, str]
+    seconds: float
+    log: list[str]
+    lost: int
+    doubled: int
+    broker: str
+
+
+def run(folder: Path, given: argparse.Namespace, rounds: int, kills: int, pause_s: float = 0.0) -> Outcome:
     """Run the job once and return what came of it."""
     names = [f"d{number}" for number in range(given.devices)]
     samples = digits.load()
@@ -95,15 +106,9 @@ def run(
         version = fleet.client.version("kills", "latest")
         broker = fleet.broker_name
     lost, doubled = audit(folder, rounds, given.devices)
-    return {
-        "digests": version.digests,
-        "seconds": seconds,
-        "kills": len(log),
-        "log": log,
-        "lost": lost,
-        "doubled": doubled,
-        "broker": broker,
-    }
+    return Outcome(
+        digests=version.digests, seconds=seconds, log=log, lost=lost, doubled=doubled, broker=broker
+    )
 
 
 def disturb(

@@ -6,8 +6,7 @@
     python make_certs.py certs client coordinator pi-kitchen pi-garage
     python make_certs.py certs revoke pi-garage            then: kill -HUP the broker
 
-EC P-256 keys, TLS client and server use kept apart. A fleet that enrols its devices (`liberatai ca`) needs
-only `init` and `server` from here.
+EC P-256 keys, TLS client and server use kept apart.
 """
 
 import argparse

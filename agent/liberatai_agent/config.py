@@ -58,7 +58,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
     device: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
-    coordinator_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    coordinator_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]
     broker: str = "mqtt://127.0.0.1:1883"
     username: str | None = None
     password_file: str | None = None

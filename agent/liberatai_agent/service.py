@@ -405,7 +405,7 @@ class Service:
                 number=action.number,
                 name=action.name,
                 code=action.code,
-                text=action.text,
+                text=s.outward(action.code, action.text),
             )
             self._letters.events.append((self._up("ev"), self._seal(event)))
             self._letters.there.set()
@@ -448,7 +448,7 @@ class Service:
             phase=action.phase,
             job=action.job,
             round=action.round,
-            reason=action.reason,
+            reason=s.outward(action.reason.partition(":")[0], action.reason),
         )
 
     async def _sample(self) -> None:

@@ -138,13 +138,11 @@ def serve(
 
 @app.command(epilog="Example: liberatai demo --devices 8 --rounds 12 --report demo-report")
 def demo(
-    devices: Annotated[int, typer.Option(min=1, max=256, help="Number of agents, each its own process.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Rounds of the job.")] = 12,
+    devices: Annotated[int, typer.Option(min=1, max=40, help="Number of agents, each its own process.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of the job.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     broker: Annotated[str, typer.Option(help="auto, mosquitto, amqtt, or the URL of a broker.")] = "auto",
-    report: Annotated[
-        Path | None, typer.Option(help="Folder for the report; none is written without.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for the report [default: demo-report].")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the state folders afterwards.")] = False,
 ) -> None:
     """Train on this machine: a broker, a coordinator, unlike agents, and a report of what they did."""
@@ -623,7 +621,7 @@ def _coordinator_config(path: Path) -> "CoordinatorConfig":
     from liberatai_coordinator.config import CoordinatorConfig
     from liberatai_core.settings import parse
 
-    return parse(_read(path), CoordinatorConfig, str(path))
+    return parse(_read(path), CoordinatorConfig, str(path)).relative_to(path.absolute().parent)
 
 
 def _complain(error: LiberataiError) -> int:

@@ -1,5 +1,6 @@
 """Settings of a coordinator and of a job: YAML in, checked Structs out. No I/O here."""
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,7 +23,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class StructureChoice(Settings, frozen=True, kw_only=True):
     """One structure that devices may get, e.g. {family: cnn, params: {width: 16}}."""
 
-    family: Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
+    family: Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}\\Z")]
     params: dict[str, Parameter] = {}
 
 
@@ -144,13 +145,12 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
         coordinator: this coordinator's name.
         broker: mqtt:// or mqtts:// URL, without credentials.
         username, password_file: how to log in at the broker.
-        ca_file, cert_file, key_file: for mqtts.
+        ca_file, cert_file, key_file: for mqtts. All paths are relative to the settings file.
         state_dir: ledger, blobs and keys.
         socket: Unix socket of the API; relative to state_dir.
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
-        profiles_dir: folder with hardware classes.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -164,8 +164,15 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     state_dir: str = "/var/lib/liberatai"
     socket: str = "api.sock"
     enrolment: Literal["approve", "allowlist", "open"] = "approve"
-    devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]] = {}
-    profiles_dir: str | None = None
+    devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]] = {}
+
+    def relative_to(self, folder: PurePath) -> "CoordinatorConfig":
+        """Return the settings with their paths taken from `folder`, where the settings file lies."""
+        names = ("password_file", "ca_file", "cert_file", "key_file", "state_dir")
+        given = {name: getattr(self, name) for name in names}
+        return msgspec.structs.replace(
+            self, **{name: str(folder / path) for name, path in given.items() if path is not None}
+        )
 
 
 def parse_job(text: str, where: str) -> JobSpec:

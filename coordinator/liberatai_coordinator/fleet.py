@@ -61,7 +61,7 @@ class Fleet:
     allowed: dict[str, bytes] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
     refusals: dict[str, Counter[str]] = field(default_factory=dict)
-    _index: dict[bytes, tuple[bytes, str]] = field(default_factory=dict)
+    _index: dict[bytes, str] = field(default_factory=dict)
 
     def restore(self, devices: list[Device]) -> None:
         """Take over what the ledger remembers, and whoever the settings allow."""
@@ -69,6 +69,7 @@ class Fleet:
         for name, key in self.allowed.items():
             if name not in self.devices or self.devices[name].public_key != key:
                 self.devices[name] = Device(id=name, public_key=key, status="approved")
+        self._index = {key_id(device.public_key): device.id for device in self.devices.values()}
 
     def key(self, wanted: bytes) -> bytes | None:
         """Return the public key with this key id, or None."""
@@ -77,14 +78,8 @@ class Fleet:
 
     def owner(self, wanted: bytes) -> str | None:
         """Return the device that has the key with this key id."""
-        # A scan of some thousand hashes would cost a millisecond per frame; the index is rebuilt only
-        # when a device came or changed its key.
-        if len(self._index) != len(self.devices) or any(
-            self.devices[name].public_key != key for key, name in self._index.values()
-        ):
-            self._index = {key_id(d.public_key): (d.public_key, d.id) for d in self.devices.values()}
         found = self._index.get(wanted)
-        return found[1] if found else None
+        return found if found and key_id(self.devices[found].public_key) == wanted else None
 
     def require(self, device: str) -> Device:
         """Return a device, or raise NotFoundError."""
@@ -115,11 +110,15 @@ class Fleet:
         if known is None:
             known = self._introduce(message, signer)
         elif known.public_key != signer:
-            raise SignatureError(f"{name} has another key; if the device was set up anew, remove it first")
+            raise SignatureError(
+                f"{name} has another key; after a new set-up list it under `devices:` in coordinator.yaml"
+            )
         if session < known.session:
             raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
         device = _heard(known, message, session, now_s)
         self.devices[name] = device
+        if new:
+            self._index[key_id(device.public_key)] = name
         lasting = device.capability != known.capability or device.session != known.session
         return device, lasting or new
 

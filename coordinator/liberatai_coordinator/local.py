@@ -343,7 +343,6 @@ class LocalFleet:
             "socket": str(self.socket),
             "enrolment": "allowlist",
             "devices": dict(device_keys),
-            "profiles_dir": str(self._profiles_dir) if self._profiles_dir else None,
         }
         path = _write_settings(folder / "coordinator.yaml", settings)
         command = _command("liberatai_coordinator", "serve", path)

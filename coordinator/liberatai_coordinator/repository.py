@@ -34,7 +34,7 @@ from liberatai_core.contract.topics import NAME
 from liberatai_core.errors import DigestError, DiskError, NonFiniteError, NotFoundError, SchemaError
 from liberatai_core.structure import DataContract, Structure
 
-SHA256: Final = "^[0-9a-f]{64}$"
+SHA256: Final = "^[0-9a-f]{64}\\Z"
 _SHA256 = re.compile(SHA256)
 _TEMPORARY: Final = ".tmp"
 
@@ -134,7 +134,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     round: Number
     structures: Annotated[dict[str, Member], Meta(min_length=1, max_length=64)]
     data: DataContract
-    updates: tuple[Annotated[str, Meta(pattern="^[0-9a-f]{32}$")], ...] = ()
+    updates: tuple[Annotated[str, Meta(pattern="^[0-9a-f]{32}\\Z")], ...] = ()
     ensemble: EnsembleRecord = EnsembleRecord(method="single")
 
     def __post_init__(self) -> None:

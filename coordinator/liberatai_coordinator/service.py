@@ -38,7 +38,7 @@ from liberatai_coordinator.views import (
     VersionView,
 )
 from liberatai_core.contract import limits
-from liberatai_core.contract.frame import Signer, claimed_key, open_frame, seal
+from liberatai_core.contract.frame import Signer, claimed_key, key_id, open_frame, seal
 from liberatai_core.contract.messages import (
     Capability,
     CoordinatorState,
@@ -61,6 +61,7 @@ from liberatai_core.errors import (
     LiberataiError,
     NotFoundError,
     RoundUnknownError,
+    SignatureError,
     StateError,
     TopicError,
 )
@@ -165,9 +166,7 @@ class Service:
     async def _frame(self, place: Place, event: Received) -> None:
         opened = open_frame(event.payload, self.topics.fleet, self.fleet.key)
         message = opened.message
-        device = getattr(message, "device", None)
-        if device != place.owner:
-            raise TopicError(f"signed by {device}, sent on the topic of {place.owner}")
+        self._require_own(message, opened.public_key, place)
         match message:
             case Update() if place.leaf == "x":
                 self._spawn(self._update(message, event.payload, event.token))
@@ -181,6 +180,18 @@ class Service:
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
         self.link.ack(event.token)
+
+    def _require_own(self, message: Message, key: bytes, place: Place) -> None:
+        """Refuse what one device signs in another's name, or sends on another's topic.
+
+        The broker's access rules do the same, but the broker is not trusted.
+        """
+        device = getattr(message, "device", None)
+        if device != place.owner:
+            raise TopicError(f"a message of {device} on the topic of {place.owner}")
+        owner = self.fleet.owner(key_id(key))
+        if owner != device and not isinstance(message, Capability):
+            raise SignatureError(f"{owner} signed in the name of {device}")
 
     def _hear(self, message: Message, key: bytes) -> None:
         before = self.fleet.devices.get(getattr(message, "device", ""))
@@ -221,8 +232,9 @@ class Service:
             await self._answer(result)
         elif result is not None:
             opened = open_frame(result, self.topics.fleet, self.fleet.key)
-            if not isinstance(opened.message, Update) or opened.message.device != place.owner:
-                raise TopicError(f"the upload on the topic of {place.owner} is not its update")
+            self._require_own(opened.message, opened.public_key, place)
+            if not isinstance(opened.message, Update):
+                raise FrameError(f"an upload is an Update, not a {type(opened.message).__name__}")
             self._spawn(self._update(opened.message, result, event.token))
             return
         self.link.ack(event.token)
@@ -389,6 +401,7 @@ class Service:
             "fleet": self.config.fleet,
             "coordinator": self.config.coordinator,
             "epoch": self.ledger.epoch,
+            "public_key": self.signer.public_key.hex(),
             "broker": self.config.broker,
             "protocol": self.connected,
             "devices_online": len(self.fleet.ready()),

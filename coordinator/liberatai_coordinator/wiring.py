@@ -1,6 +1,7 @@
 """The one place where a coordinator's parts are put together from its settings, and run."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError
 from liberatai_core.link.link import Link, Will
 from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings
+
+log = logging.getLogger(__name__)
 
 SESSION_EXPIRY_S = 7 * 86_400
 """A week: longer than any repair of a coordinator."""
@@ -122,11 +125,19 @@ def serve(config: CoordinatorConfig) -> int:
         LockedError: another coordinator uses this state folder.
         ConfigError, DiskError: it cannot start.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     return asyncio.run(_serve(config))
 
 
 async def _serve(config: CoordinatorConfig) -> int:
     with build(config) as service:
+        log.info(
+            "coordinator %s of fleet %s, epoch %d; agents need coordinator_key: %s",
+            config.coordinator,
+            config.fleet,
+            service.ledger.epoch,
+            service.signer.public_key.hex(),
+        )
         running = asyncio.create_task(service.run())
         socket = Path(config.state_dir) / config.socket
         api = asyncio.create_task(serve_uds(make_app(service), socket))

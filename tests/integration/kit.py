@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,9 +59,7 @@ async def coordinator(broker: MemoryBroker, folder: Path) -> AsyncIterator[Servi
     config = CoordinatorConfig(fleet=FLEET, state_dir=str(folder), enrolment="open")
     signer = Signer.from_seed(COORDINATOR_KEY, FLEET)
     topics = Topics(fleet=FLEET)
-    will = Will(
-        topic=topics.coordinator("co1"), payload=presence_frame(signer, "co1", ledger.epoch, "lost")
-    )
+    will = Will(topic=topics.coordinator("co1"), payload=presence_frame(signer, "co1", ledger.epoch, "lost"))
     link = MemoryLink(broker, "co1", will=will)
     service = Service(
         config=config,
@@ -132,7 +130,9 @@ class ScriptedDevice:
         )
         await self.say(self.topics.up(self.name, "caps"), caps, retain=True)
         await self.say(
-            self.topics.up(self.name, "state"), State(device=self.name, state="online", session=1), retain=True
+            self.topics.up(self.name, "state"),
+            State(device=self.name, state="online", session=1),
+            retain=True,
         )
 
     async def _received(self, event: Received) -> None:
@@ -161,9 +161,7 @@ class ScriptedDevice:
             return
         if task.round not in self.sent:
             self.sent[task.round] = seal(self.train(task), self.signer)
-        await self.link.publish(
-            self.topics.upload(self.name, "a" * 26), self.sent[task.round]
-        )
+        await self.link.publish(self.topics.upload(self.name, "a" * 26), self.sent[task.round])
 
     def base(self, task: Task) -> np.ndarray:
         weights = restore(self.blobs[task.keyframe.blob.blob], task.structure)
@@ -206,7 +204,7 @@ async def devices(broker: MemoryBroker, *names: str) -> AsyncIterator[list[Scrip
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def until(condition, timeout_s: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Wait until a condition holds; fails with what was waited for."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -1,19 +1,14 @@
 """Whole rounds over the in-memory link: a coordinator with a real ledger, devices with real frames."""
 
 import asyncio
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.service import Service
-from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.messages import Report, State
-from liberatai_core.errors import ConfigError, DataError, NotFoundError, StateError
-from liberatai_core.link.memory import MemoryBroker
 from tests.integration.kit import (
     FLEET,
     ScriptedDevice,
@@ -24,6 +19,14 @@ from tests.integration.kit import (
     replaced,
     until,
 )
+
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.service import Service
+from liberatai_core.contract.frame import Signer, seal
+from liberatai_core.contract.messages import Offer, Report, State
+from liberatai_core.contract.topics import blob_id
+from liberatai_core.errors import ConfigError, DataError, NotFoundError, StateError
+from liberatai_core.link.memory import MemoryBroker
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -248,6 +251,43 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
             assert refused["c"]["E_TOPIC"] >= 1
             assert refused["c"]["E_REPLAY"] >= 1
             assert sum(refused[""].values()) >= 3
+
+    run(scenario())
+
+
+def test_no_device_can_answer_in_the_name_of_another(tmp_path: Path) -> None:
+    """Not even with a key that the coordinator knows, on the victim's own topic, without access rules."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "evil") as fleet, coordinator(broker, tmp_path) as service:
+            victim, evil = fleet[0], fleet[2]
+            victim.answers = False
+            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await until(lambda: bool(victim.tasks) and len(victim.blobs) > 0)
+            forged = seal(victim.train(victim.tasks[-1]), evil.signer)
+            await evil.link.publish(victim.topics.upload("a", "d" * 26), forged)
+            await until(lambda: service.fleet.refusals.get("evil", Counter())["E_SIG"] == 1)
+            assert "a" not in service.runners["tiny"].open_round.stored  # type: ignore[union-attr]
+            chunked = blob_id(forged)
+            offer = Offer(
+                device="a",
+                transfer=chunked,
+                size_bytes=len(forged),
+                chunk_bytes=1024,
+                sha256=hashlib.sha256(forged).digest(),
+                update_id=victim.train(victim.tasks[-1]).update_id,
+                job="tiny",
+                round=1,
+            )
+            await evil.say(victim.topics.upload("a", chunked), offer)
+            await until(lambda: service.fleet.refusals["evil"]["E_SIG"] == 2)
+            await victim.say(victim.topics.upload("a", chunked), offer)
+            for part in range(-(-len(forged) // 1024)):
+                content = forged[part * 1024 : (part + 1) * 1024]
+                await evil.link.publish(victim.topics.upload("a", chunked, part), content)
+            await until(lambda: sum(sum(c.values()) for c in service.fleet.refusals.values()) >= 3)
+            assert "a" not in service.runners["tiny"].open_round.stored  # type: ignore[union-attr]
 
     run(scenario())
 

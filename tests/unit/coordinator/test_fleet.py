@@ -99,7 +99,8 @@ def test_a_changed_key_is_found_under_its_new_id() -> None:
     fleet = Fleet(enrolment="allowlist", allowed={"d0": KEY})
     fleet.restore([])
     assert fleet.key(key_id(KEY)) == KEY
-    fleet.devices["d0"] = Device(id="d0", public_key=OTHER, status="approved")
+    fleet.allowed["d0"] = OTHER
+    fleet.restore(list(fleet.devices.values()))
     assert fleet.key(key_id(OTHER)) == OTHER
     assert fleet.key(key_id(KEY)) is None
 

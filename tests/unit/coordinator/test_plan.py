@@ -1,5 +1,7 @@
 """The plan gives every device the first structure that fits, and says why."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -23,7 +25,7 @@ LARGE = Candidate(
 SMALL = Candidate(id="mlp", parameters=10_000, smallest_bytes=900, macs=10_000, activation_bytes=1000)
 
 
-def device(name: str = "d0", **changes: object) -> Capability:
+def device(name: str = "d0", **changes: Any) -> Capability:
     whole = Capability(
         device=name,
         public_key=b"k" * 32,
@@ -53,7 +55,7 @@ def test_a_roomy_device_gets_the_most_wanted_structure() -> None:
         ({"gflops": 1.0, "samples": 2000}, "deadline"),
     ],
 )
-def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, object], reason: str) -> None:
+def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, Any], reason: str) -> None:
     given = assign(JOB, [LARGE, SMALL], device(**changes))
     assert given.structure == "mlp"
     assert given.why.startswith("cnn-width32: ")
@@ -70,7 +72,7 @@ def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, 
         ({"storage_bytes": 100}, "nothing fits"),
     ],
 )
-def test_a_device_that_cannot_take_part_is_told_why(changes: dict[str, object], reason: str) -> None:
+def test_a_device_that_cannot_take_part_is_told_why(changes: dict[str, Any], reason: str) -> None:
     given = assign(JOB, [LARGE, SMALL], device(**changes))
     assert given.structure == ""
     assert reason in given.why
