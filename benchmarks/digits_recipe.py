@@ -47,7 +47,8 @@ class Recipe:
 
     Attributes:
         structures: family and parameters of each.
-        densities: share of the parameters that travels, per structure and in both directions.
+        density_up: share of the parameters that an update carries, per structure.
+        density_down: the same for the published delta.
         keyframe_bits: of the first model, per weight; random weights lose nothing by coarse rounding.
         train: on the devices.
         distill: on the coordinator; None: the ensemble does not teach.
@@ -55,7 +56,8 @@ class Recipe:
     """
 
     structures: tuple[tuple[str, dict[str, Parameter]], ...]
-    densities: tuple[float, ...]
+    density_up: tuple[float, ...]
+    density_down: tuple[float, ...]
     train: TrainSettings
     distill: DistillSettings | None
     keyframe_bits: float = 2.0
@@ -75,7 +77,8 @@ RECIPE = Recipe(
         ("ds_cnn", {"width": 64}),
         ("mlp", {"hidden": 256, "layers": 2}),
     ),
-    densities=(0.04, 0.1, 0.03),
+    density_up=(0.04, 0.1, 0.03),
+    density_down=(0.04, 0.1, 0.03),
     train=TrainSettings(epochs=6, batch_size=32, learning_rate=0.05, momentum=0.9, balance=1.0, augment=0.5),
     distill=DistillSettings(
         steps=150, batch_size=32, optimizer="sgd", learning_rate=0.05, temperature=2.0, copies=4, augment=0.8
@@ -216,7 +219,7 @@ def _train_round(
             sent, size = difference, 4 * difference.size
         else:
             residuals[device], update = top_k.sparsify(
-                residuals[device], difference, group.structure, recipe.densities[number]
+                residuals[device], difference, group.structure, recipe.density_up[number]
             )
             sent, size = top_k.densify(update, group.structure), len(update)
         result.payload_bytes += size
@@ -241,7 +244,7 @@ def _compressed(difference: Vector, structure: Structure, recipe: Recipe, number
     if recipe.dense:
         return difference, 4 * difference.size
     empty = top_k.init(structure.parameters)
-    _, delta = top_k.sparsify(empty, difference, structure, recipe.densities[number])
+    _, delta = top_k.sparsify(empty, difference, structure, recipe.density_down[number])
     return top_k.densify(delta, structure), len(delta)
 
 
@@ -311,9 +314,9 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=RECIPE.devices)
     parser.add_argument("--rounds", type=int, default=RECIPE.rounds)
     parser.add_argument("--alpha", type=float, default=RECIPE.alpha, help="label skew: small is strong")
-    parser.add_argument(
-        "--density", type=float, nargs="+", default=list(RECIPE.densities), help="per structure"
-    )
+    for way in ("up", "down"):
+        usual = list(getattr(RECIPE, f"density_{way}"))
+        parser.add_argument(f"--density-{way}", type=float, nargs="+", default=usual, help="per structure")
     parser.add_argument("--framing", type=int, default=1000, help="bytes of messages per device and round")
     parser.add_argument(
         "--baseline", action="store_true", help="also run dense FedAvg of the same structures"
@@ -326,10 +329,11 @@ def main() -> int:
         devices=options.devices,
         rounds=rounds,
         alpha=options.alpha,
-        densities=tuple(options.density),
+        density_up=tuple(options.density_up),
+        density_down=tuple(options.density_down),
     )
-    if len(recipe.densities) != len(recipe.structures):
-        parser.error(f"--density needs {len(recipe.structures)} values, one per structure")
+    if not len(recipe.density_up) == len(recipe.density_down) == len(recipe.structures):
+        parser.error(f"a density needs {len(recipe.structures)} values, one per structure")
     print(f"digits, {recipe.devices} devices, alpha {recipe.alpha}, {recipe.rounds} rounds")
     results = run_all(recipe, seeds)
     found = summary(results, recipe, options.framing)

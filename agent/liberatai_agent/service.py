@@ -68,6 +68,8 @@ GOODBYE_S = 4.0
 """For the last messages and for closing the link; the whole stop stays below 10 s."""
 HEADROOM_BYTES = 4096
 """Topic and properties of a packet."""
+REPORT_HOLD_S = 0.5
+"""Phases that last shorter are not worth a message: a round has two such, and links are metered."""
 MAX_EVENTS = 64
 """Events that may wait to be sent; older ones are only in the log."""
 
@@ -265,7 +267,7 @@ class Service:
                 self._write(self._up("caps"), self._caps)
                 self._write(self._up("state"), self._state(state))
             case s.PublishReport():
-                self._write(self._up("rep"), self._report(action))
+                self._write(self._up("rep"), self._report(action), hold_s=REPORT_HOLD_S)
             case s.Emit():
                 self._emit(action)
             case s.FetchBlobs(refs=refs):
@@ -389,10 +391,13 @@ class Service:
     def _seal(self, message: Message) -> bytes:
         return seal(message, self._signer)
 
-    def _write(self, topic: str, message: Message) -> None:
-        """Publish a retained message, unless a newer one for the topic comes first."""
+    def _write(self, topic: str, message: Message, hold_s: float = 0.0) -> None:
+        """Publish a retained message after `hold_s`, unless a newer one for the topic comes first."""
         self._letters.retained[topic] = self._seal(message)
-        self._letters.there.set()
+        if hold_s:
+            asyncio.get_running_loop().call_later(hold_s, self._letters.there.set)
+        else:
+            self._letters.there.set()
 
     def _emit(self, action: s.Emit) -> None:
         log.warning("%s %s %s", action.name, action.code, action.text)

@@ -124,6 +124,12 @@ class Process:
             self._child.kill()
             self._child.wait()
 
+    def kill(self) -> None:
+        """End it as a crash does; from now on it is not missed."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+        self._child = None
+
     def require_alive(self) -> None:
         """Raise LinkError with the end of its log if the process has ended by itself."""
         if self._child is not None and (code := self._child.poll()) is not None:
@@ -222,20 +228,20 @@ class LocalFleet:
 
     def kill_agent(self, device: str) -> None:
         """End one agent as a crash does (SIGKILL)."""
-        _kill(self._agents[device])
+        self._agents[device].kill()
 
     def restart_agent(self, device: str) -> None:
         """Start an agent again on its old state; kills it first if it runs."""
-        _kill(self._agents[device])
+        self._agents[device].kill()
         self._agents[device].start()
 
     def kill_coordinator(self) -> None:
         """End the coordinator as a crash does (SIGKILL)."""
-        _kill(self._coordinator_process)
+        self._coordinator_process.kill()
 
     def restart_coordinator(self) -> None:
         """Start the coordinator again on its old state and wait until it answers."""
-        _kill(self._coordinator_process)
+        self._coordinator_process.kill()
         self._coordinator_process.start()
         self._wait_for_coordinator()
 
@@ -468,14 +474,19 @@ def run(
 
 
 def wait(fleet: LocalFleet, job: str, on_progress: Callable[[JobView], None] | None = None) -> JobView:
-    """Return the job once it is finished.
+    """Return the job once it is finished; a coordinator that was killed on purpose is waited for.
 
     Raises:
         TrainingError: it failed or was aborted.
         LinkError: a process of the fleet ended.
     """
     while True:
-        view = fleet.client.job(job)
+        try:
+            view = fleet.client.job(job)
+        except LinkError:
+            fleet.require_alive()
+            time.sleep(POLL_S)
+            continue
         if on_progress is not None:
             on_progress(view)
         if view.state == "finished":
@@ -506,11 +517,6 @@ def _popen(command: list[str], log_fd: int) -> subprocess.Popen[bytes]:
         start_new_session=True,  # Ctrl-C is ours: we stop them in order
         preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
     )
-
-
-def _kill(process: Process) -> None:
-    process.signal(signal.SIGKILL)
-    process.wait()
 
 
 def _command(module: str, verb: str, settings: Path) -> list[str]:

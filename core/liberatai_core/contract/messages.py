@@ -237,15 +237,18 @@ class Receipt(Message, frozen=True, kw_only=True):
     retry: bool = False
 
 
-class BlobRef(Message, frozen=True, kw_only=True):
+class BlobRef(Message, frozen=True, kw_only=True, array_like=True):
     """A content-addressed blob: its id is derived from the SHA-256 that it must have."""
 
     blob: BlobId
     size_bytes: Annotated[int, Meta(ge=1, le=limits.MAX_OBJECT_BYTES)]
 
 
-class Step(Message, frozen=True, kw_only=True):
-    """One link of a chain: applying `blob` gives the weights that `digest` names."""
+class Step(Message, frozen=True, kw_only=True, array_like=True):
+    """One link of a chain: applying `blob` gives the weights that `digest` names.
+
+    An array on the wire, like BlobRef: a task carries a dozen of them, and names would be half of it.
+    """
 
     version: Version
     blob: BlobRef
