@@ -528,7 +528,9 @@ class Service:
                 returned=left.returned,
                 share_class_counts=task.share_class_counts,
             )
+            started = time.monotonic()
             result = await self._trainer.train(work)
+            result = msgspec.structs.replace(result, train_seconds=time.monotonic() - started)
         except LiberataiError as error:
             self._note_error(error.code, str(error))
             self._happen(s.TrainingFailed(update_id=uid, code=error.code, text=str(error)))

@@ -50,7 +50,7 @@ class TrainingResult(Value, frozen=True, kw_only=True):
         samples: samples trained on.
         class_counts: the same per class, only if the task asks for it.
         evaluation: (correct, total) of the base model on the local hold-out.
-        train_seconds: wall time of the training.
+        train_seconds: wall time from asking the trainer to its answer, its start included.
         loss: mean training loss of the last epoch.
     """
 

@@ -27,7 +27,7 @@ from liberatai_core.aggregator.tpe import tpe
 from liberatai_core.aggregator.uniform import uniform
 from liberatai_core.contract.messages import Update
 from liberatai_core.errors import NonFiniteError
-from liberatai_core.learning.distillation import DistillSettings, distill, pool
+from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import DataContract, Structure
@@ -152,8 +152,9 @@ def advance(
     taught = _teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
     last = number >= job.rounds.count
-    density = job.sparsify.final_density if last else job.sparsify.down_density
-    published = {sid: _publish(member, density) for sid, member in taught.items()}
+    published = {
+        sid: _publish(member, _density(job, member.structure, last=last)) for sid, member in taught.items()
+    }
     members_after = {sid: member for sid, (member, _) in published.items()}
     return Advanced(
         members=members_after,
@@ -221,7 +222,8 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
     masters = {sid: member.master for sid, member in members.items()}
     teacher = _ensemble(job, members, masters, public)
     x = pool(public.unlabeled, settings, derive_seed(job.seed, "pool", number))
-    targets = teacher.combine(outputs(members, masters, job.data, x))
+    answers = teacher.combine(outputs(members, masters, job.data, x))
+    targets = consensus(answers, len(public.unlabeled))
     return {
         sid: replace(
             member,
@@ -237,6 +239,12 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
         )
         for sid, member in members.items()
     }
+
+
+def _density(job: JobSpec, structure: Structure, *, last: bool) -> float:
+    """Return the share of a structure's parameters that goes down; nothing follows the last version."""
+    usual = job.density(structure.family, structure.params) or job.sparsify.down_density
+    return max(usual, job.sparsify.final_density) if last else usual
 
 
 def _publish(member: Member, density: float) -> tuple[Member, bytes]:

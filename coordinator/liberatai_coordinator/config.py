@@ -1,5 +1,6 @@
 """Settings of a coordinator and of a job: YAML in, checked Structs out. No I/O here."""
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Literal
 
@@ -21,10 +22,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class StructureChoice(Settings, frozen=True, kw_only=True):
-    """One structure that devices may get, e.g. {family: cnn, params: {width: 16}}."""
+    """One structure that devices may get, e.g. {family: cnn, params: {width: 16}}.
+
+    Attributes:
+        family, params: what the family's builder is given.
+        density: share of its parameters that travels per round in either direction; None: the job's.
+            Small structures need more, large ones less.
+    """
 
     family: Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}\\Z")]
     params: dict[str, Parameter] = {}
+    density: Share | None = None
 
 
 class Rounds(Settings, frozen=True, kw_only=True):
@@ -65,10 +73,13 @@ class Compress(Settings, frozen=True, kw_only=True):
     """How keyframes are compressed.
 
     Attributes:
-        bits: most bits per weight that a keyframe may take, even where storage would allow more.
+        bits: most bits per weight of the first keyframe, even where storage would allow more.
+        renewed_bits: the same of a keyframe that replaces a chain which outgrew its devices. The weights
+            are trained by then, and nothing corrects them but the deltas that follow.
     """
 
     bits: Annotated[float, Meta(gt=0, le=32)] = 4.0
+    renewed_bits: Annotated[float, Meta(gt=0, le=32)] = 6.0
 
 
 class Aggregate(Settings, frozen=True, kw_only=True):
@@ -97,18 +108,20 @@ class Teach(Settings, frozen=True, kw_only=True):
     Attributes:
         unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
         every: rounds between two teachings.
-        steps, batch_size, learning_rate, temperature, copies, augment, mixup: of the distillation, see
-            `learning.distillation.DistillSettings`.
+        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, copies, augment, mixup: of the
+            distillation, see `learning.distillation.DistillSettings`.
     """
 
     unlabeled: str | None = None
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 150
-    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 64
-    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 2e-3
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    clip_norm: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     temperature: Annotated[float, Meta(ge=0.1, le=100)] = 2.0
     copies: Annotated[int, Meta(ge=0, le=100)] = 4
-    augment: Annotated[float, Meta(ge=0, le=4)] = 1.0
+    augment: Annotated[float, Meta(ge=0, le=4)] = 0.8
     mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
@@ -135,6 +148,13 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     teach: Teach = Teach()
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+    def density(self, family: str, params: Mapping[str, Parameter]) -> float | None:
+        """Return the density that the job sets for a structure, or None."""
+        for choice in self.structures:
+            if choice.family == family and choice.params.items() <= params.items():
+                return choice.density
+        return None
 
 
 class CoordinatorConfig(Settings, frozen=True, kw_only=True):

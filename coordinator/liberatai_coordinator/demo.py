@@ -440,9 +440,9 @@ def _device_table(devices: Sequence[DeviceView]) -> Table:
 
 
 def _round_table(published: Sequence[RoundView], evaluated: Mapping[int, Evaluated]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     names = sorted({name for found in evaluated.values() for name in found.accuracy} - {"ensemble"})
-    for title in ("round", "seconds", "updates", "up", "down", *names, "ensemble"):
+    for title in ("round", "s", "carried", *names, "ensemble"):  # fits 80 columns
         table.add_column(title, justify="right", header_style="dim", no_wrap=True)
     first = max(0, len(published) - SHOWN_ROUNDS)
     for version, row in enumerate(published[first:], start=first + 1):
@@ -451,9 +451,7 @@ def _round_table(published: Sequence[RoundView], evaluated: Mapping[int, Evaluat
         table.add_row(
             str(row.round),
             f"{row.seconds:.1f}",
-            f"{row.updates}/{row.invited}",
-            size(row.up_bytes),
-            size(row.down_bytes),
+            size(row.up_bytes + row.down_bytes),
             *shown[:-1],
             Text(shown[-1], "bold"),
         )

@@ -13,16 +13,16 @@ from liberatai_core.contract.messages import Capability
 
 MIN_KEYFRAME_BITS = 2.0
 """Below two bits per weight a keyframe without retraining loses too much (compressor benchmark)."""
-KEYFRAME_SHARE = 0.75
-"""The rest of the storage is room for deltas before a new keyframe must be published."""
+CHAIN_ROUNDS = 12
+"""Rounds whose deltas must fit beside the keyframe, before a new keyframe must be published."""
 TORCH_BYTES = 340 * 2**20
 """Resident memory of the training process before the first batch (measured 330 MiB for a LeNet)."""
 DEADLINE_SHARE = 0.5
 """Half of the deadline for training; the rest for transfers, other load and retries."""
 LINK_SHARE = 0.1
 """A tenth of the deadline for the update's way up: the link serves other purposes too."""
-UPDATE_BITS = 14.0
-"""Bits per carried coordinate, position and value (sparsifier at 1-5 %: 8-12)."""
+UPDATE_BITS = 10.0
+"""Bits per carried coordinate, position and value (sparsifier at 1-10 %: 7-10)."""
 EFFICIENCY = 0.15
 """Share of the measured matrix product that small networks reach in training."""
 
@@ -36,9 +36,12 @@ class Candidate:
         smallest_bytes: smallest keyframe that the compressor can make.
         macs: multiply-adds per sample, forward.
         activation_bytes: memory of one sample's activations in training.
+        density: share of the parameters that an update carries.
     """
 
     id: str
+    family: str
+    density: float
     parameters: int
     smallest_bytes: int
     macs: int
@@ -90,7 +93,13 @@ def make_plan(job: JobSpec, candidates: Sequence[Candidate], devices: Sequence[C
 def keyframe_budget(job: JobSpec, candidate: Candidate, storage_bytes: int) -> int:
     """Return how long the keyframe may be where `storage_bytes` is the tightest storage."""
     wished = candidate.keyframe_bytes(job.compress.bits)
-    return min(wished, int(storage_bytes * KEYFRAME_SHARE)) if storage_bytes else wished
+    return min(wished, storage_bytes - chain_bytes(job, candidate)) if storage_bytes else wished
+
+
+def chain_bytes(job: JobSpec, candidate: Candidate) -> int:
+    """Return about how much room the deltas take before a new keyframe is due."""
+    rounds = min(job.rounds.count, CHAIN_ROUNDS)
+    return int(rounds * candidate.parameters * candidate.density * UPDATE_BITS / 8)
 
 
 def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) -> Assignment:
@@ -106,7 +115,8 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
         if reason is None:
             size = keyframe_budget(job, candidate, device.storage_bytes)
             density, link = _density(job, candidate, device)
-            fits = f"{candidate.id} fits: {_kb(size)} keyframe in {_kb(device.storage_bytes)} storage"
+            limit = f"{_kb(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
+            fits = f"{candidate.id} fits: {_kb(size)} keyframe in {limit}"
             return Assignment(
                 device=device.device,
                 structure=candidate.id,
@@ -138,9 +148,13 @@ def _unfit(job: JobSpec, device: Capability) -> str:
 
 def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | None:
     """Return what speaks against a structure on a device, or None."""
+    if device.families and candidate.family not in device.families:
+        return f"the device does not have the family {candidate.family}: install the package that brings it"
     keyframe = candidate.keyframe_bytes(min(MIN_KEYFRAME_BITS, job.compress.bits))
-    if device.storage_bytes and keyframe > device.storage_bytes * KEYFRAME_SHARE:
-        return f"keyframe of {_kb(keyframe)} leaves no room for deltas in {_kb(device.storage_bytes)} storage"
+    chain = chain_bytes(job, candidate)
+    if device.storage_bytes and keyframe + chain > device.storage_bytes:
+        needs = f"{_kb(keyframe)} keyframe and {_kb(chain)} of deltas"
+        return f"{needs} are more than {_kb(device.storage_bytes)} storage"
     # Weights, gradient, two optimiser moments, the base and the difference: six float32 vectors.
     memory = (
         TORCH_BYTES + 24 * candidate.parameters + job.training.batch_size * 2 * candidate.activation_bytes
@@ -158,7 +172,7 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
 
 def _density(job: JobSpec, candidate: Candidate, device: Capability) -> tuple[float, list[str]]:
     """Return the share of parameters that the link can carry in time, and a remark if it is less."""
-    wanted = job.sparsify.up_density
+    wanted = candidate.density
     if not device.up_bits_s:
         return wanted, []
     bits = device.up_bits_s * job.rounds.deadline_s * LINK_SHARE

@@ -36,6 +36,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     up_bytes: int = 0
     down_bytes: int = 0
     guard: str = ""
+    local_correct: int = 0
+    local_total: int = 0
 
 
 def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> tuple[RoundView, ...]:
@@ -60,4 +62,5 @@ def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> Ro
         down_bytes=stats.down_bytes,
         reason=row.reason,
         guard=stats.guard,
+        local_accuracy=stats.local_correct / stats.local_total if stats.local_total else None,
     )

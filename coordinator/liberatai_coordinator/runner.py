@@ -368,6 +368,8 @@ class Runner:
             up_bytes=up,
             down_bytes=down,
             guard=advanced.ensemble.guard,
+            local_correct=sum(update.evaluation[0] for update in updates if update.evaluation),
+            local_total=sum(update.evaluation[1] for update in updates if update.evaluation),
         )
         self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
 
@@ -456,6 +458,8 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
         candidates.append(
             plan.Candidate(
                 id=structure.id,
+                family=structure.family,
+                density=choice.density or job.sparsify.up_density,
                 parameters=structure.parameters,
                 smallest_bytes=smallest_bytes(structure),
                 macs=price.macs_per_sample,

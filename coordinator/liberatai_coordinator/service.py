@@ -516,7 +516,7 @@ class Service:
         views = tuple(
             StructureView(
                 id=c.id,
-                family=c.id.partition("-")[0],
+                family=c.family,
                 parameters=c.parameters,
                 smallest_bytes=c.smallest_bytes,
                 keyframe_bytes=made.keyframe_bytes.get(c.id, 0),

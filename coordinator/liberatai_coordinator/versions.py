@@ -34,6 +34,9 @@ from liberatai_core.learning.families import initial_weights
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
 
+RENEWED_SHARE = 0.6
+"""Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Current:
@@ -227,7 +230,9 @@ class Versions:
                 blobs.append(delta)
                 chains[sid] = (*old, step_of(now.number + 1, delta, member.view))
                 continue
-            artifact = compress(member.master, member.structure, keyframe_bytes[sid])
+            room = max(keyframe_bytes[sid], int(storage_bytes[sid] * RENEWED_SHARE))
+            wished = int(member.structure.parameters * self.job.compress.renewed_bits / 8) + 512
+            artifact = compress(member.master, member.structure, min(room, wished))
             members[sid] = replace(member, view=restore(artifact, member.structure))
             blobs.append(artifact)
             chains[sid] = (step_of(now.number + 1, artifact, members[sid].view),)

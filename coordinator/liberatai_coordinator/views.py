@@ -73,7 +73,13 @@ class PlanView(View, frozen=True, kw_only=True):
 
 
 class RoundView(View, frozen=True, kw_only=True):
-    """One round. Bytes are what the invited devices' sockets carried since the round before."""
+    """One round.
+
+    Attributes:
+        train_seconds_max: longest time that a device spent on its task, trainer start included.
+        up_bytes, down_bytes: what the sockets of the devices that answered carried since their last answer.
+        local_accuracy: of the version before, on what devices hold out of their own data (sums of counts).
+    """
 
     round: int
     state: Literal["open", "closed", "aggregated", "published", "abandoned"]
@@ -86,6 +92,7 @@ class RoundView(View, frozen=True, kw_only=True):
     down_bytes: int = 0
     reason: str = ""
     guard: str = ""
+    local_accuracy: float | None = None
 
 
 class JobView(View, frozen=True, kw_only=True):

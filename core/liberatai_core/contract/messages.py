@@ -160,6 +160,7 @@ class Update(Message, frozen=True, kw_only=True):
         class_counts: samples per class, only if the job asks for it; sums, never per record.
         evaluation: (correct, total) of the base model on the local hold-out; sums only.
         codec: how `body` is written, e.g. "topk1".
+        train_seconds: what the device spent on the task: from asking its trainer to the trainer's answer.
         sent_bytes, received_bytes: socket counters of the device so far.
     """
 

@@ -20,9 +20,23 @@ rounds: {deadline_s: 60}
     "job.yaml",
 )
 LARGE = Candidate(
-    id="cnn-width32", parameters=100_000, smallest_bytes=9000, macs=1_000_000, activation_bytes=50_000
+    id="cnn-width32",
+    family="cnn",
+    density=0.05,
+    parameters=100_000,
+    smallest_bytes=9000,
+    macs=1_000_000,
+    activation_bytes=50_000,
 )
-SMALL = Candidate(id="mlp", parameters=10_000, smallest_bytes=900, macs=10_000, activation_bytes=1000)
+SMALL = Candidate(
+    id="mlp",
+    family="mlp",
+    density=0.05,
+    parameters=10_000,
+    smallest_bytes=900,
+    macs=10_000,
+    activation_bytes=1000,
+)
 
 
 def device(name: str = "d0", **changes: Any) -> Capability:
@@ -50,9 +64,10 @@ def test_a_roomy_device_gets_the_most_wanted_structure() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"storage_bytes": 20_000}, "storage"),
+        ({"storage_bytes": 50_000}, "storage"),
         ({"memory_bytes": 341 * 2**20}, "memory"),
         ({"gflops": 1.0, "samples": 2000}, "deadline"),
+        ({"families": ("mlp",)}, "does not have the family cnn"),
     ],
 )
 def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, Any], reason: str) -> None:
@@ -89,9 +104,9 @@ def test_the_tightest_storage_sizes_the_shared_keyframe() -> None:
     made = make_plan(
         JOB,
         [LARGE, SMALL],
-        [device("b", storage_bytes=1_000_000), device("a", storage_bytes=50_000)],
+        [device("b", storage_bytes=1_000_000), device("a", storage_bytes=105_000)],
     )
-    assert made.keyframe_bytes == {"cnn-width32": 37_500}
+    assert made.keyframe_bytes == {"cnn-width32": 105_000 - 10 * 6250}
     assert list(made.assignments) == ["a", "b"]
 
 
