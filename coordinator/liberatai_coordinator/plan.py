@@ -93,13 +93,12 @@ def make_plan(job: JobSpec, candidates: Sequence[Candidate], devices: Sequence[C
 def keyframe_budget(job: JobSpec, candidate: Candidate, storage_bytes: int) -> int:
     """Return how long the keyframe may be where `storage_bytes` is the tightest storage."""
     wished = candidate.keyframe_bytes(job.compress.bits)
-    return min(wished, storage_bytes - chain_bytes(job, candidate)) if storage_bytes else wished
+    return min(wished, storage_bytes - chain_bytes(candidate)) if storage_bytes else wished
 
 
-def chain_bytes(job: JobSpec, candidate: Candidate) -> int:
+def chain_bytes(candidate: Candidate) -> int:
     """Return about how much room the deltas take before a new keyframe is due."""
-    rounds = min(job.rounds.count, CHAIN_ROUNDS)
-    return int(rounds * candidate.parameters * candidate.density * UPDATE_BITS / 8)
+    return int(CHAIN_ROUNDS * candidate.parameters * candidate.density * UPDATE_BITS / 8)
 
 
 def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) -> Assignment:
@@ -151,7 +150,7 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     if device.families and candidate.family not in device.families:
         return f"the device does not have the family {candidate.family}: install the package that brings it"
     keyframe = candidate.keyframe_bytes(min(MIN_KEYFRAME_BITS, job.compress.bits))
-    chain = chain_bytes(job, candidate)
+    chain = chain_bytes(candidate)
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
         needs = f"{_kb(keyframe)} keyframe and {_kb(chain)} of deltas"
         return f"{needs} are more than {_kb(device.storage_bytes)} storage"

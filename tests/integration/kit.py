@@ -29,7 +29,8 @@ from liberatai_core.contract.messages import (
     update_id,
 )
 from liberatai_core.contract.topics import Topics
-from liberatai_core.link.link import Received, Will
+from liberatai_core.errors import LinkError
+from liberatai_core.link.link import Connected, Received, Will
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import DataContract
@@ -107,11 +108,13 @@ class ScriptedDevice:
         await self.link.subscribe(*self.topics.to_device(self.name))
         await self.link.open()
         async for event in self.link.events():
-            if isinstance(event, Received):
-                await self._received(event)
-                self.link.ack(event.token)
-            elif type(event).__name__ == "Connected":
-                await self._introduce()
+            # A connection may break while we answer; what comes after the next one asks again.
+            with contextlib.suppress(LinkError):
+                if isinstance(event, Received):
+                    await self._received(event)
+                    self.link.ack(event.token)
+                elif isinstance(event, Connected):
+                    await self._introduce()
 
     async def say(self, topic: str, message: Message, *, retain: bool = False) -> None:
         await self.link.publish(topic, seal(message, self.signer), retain=retain)

@@ -106,7 +106,7 @@ def test_the_tightest_storage_sizes_the_shared_keyframe() -> None:
         [LARGE, SMALL],
         [device("b", storage_bytes=1_000_000), device("a", storage_bytes=105_000)],
     )
-    assert made.keyframe_bytes == {"cnn-width32": 105_000 - 10 * 6250}
+    assert made.keyframe_bytes == {"cnn-width32": 105_000 - 12 * 6250}
     assert list(made.assignments) == ["a", "b"]
 
 

@@ -1,0 +1,23 @@
+"""kill -9 of everything, again and again: the same weights in the end, nothing lost, nothing doubled."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("broker", "seed"), [("auto", 0), ("amqtt", 1)])
+def test_kills_change_nothing(broker: str, seed: int) -> None:
+    """P1, P2, P4 with real processes: six kills of coordinator, agents and broker at random moments."""
+    command = [sys.executable, "-m", "benchmarks.kills", "--quick", "--seed", str(seed), "--broker", broker]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert (result["identical"], result["lost"], result["doubled"]) == (True, 0, 0)
+    assert result["kills"] == 6
