@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from liberatai_coordinator import digits
+from liberatai_coordinator import digits, report
 from liberatai_coordinator.local import LocalDevice, LocalFleet
 from liberatai_coordinator.repository import decode_manifest
 from liberatai_core.errors import LiberataiError
@@ -26,7 +26,7 @@ from liberatai_core.errors import LiberataiError
 JOB = """
 name: kills
 data: {{input_shape: [1, 8, 8], classes: 10}}
-structures: [{{family: cnn, params: {{width: 12}}}}, {{family: mlp, params: {{hidden: 32}}}}]
+structures: [{{family: cnn, params: {{width: 16, hidden: 96}}}}, {{family: ds_cnn, params: {{width: 64}}}}]
 rounds: {{count: {rounds}, min_devices: {devices}, target: {devices}, quorum: 1.0, deadline_s: 3600}}
 training: {{epochs: 3}}
 teach: {{unlabeled: {unlabeled}, steps: 30}}
@@ -94,7 +94,9 @@ def run(folder: Path, given: argparse.Namespace, rounds: int, kills: int, pause_
     parts = digits.split(samples.y, given.devices, given.seed)
     folder.mkdir(parents=True)
     data = digits.write(samples, parts, folder / "data", names)
-    devices = [LocalDevice(id=name, data=data[name]) for name in names]
+    # The last device is small, so that unlike structures are trained.
+    profiles = {names[-1]: report.TEMPLATES / "profiles" / "demo-pi-zero-2w.yaml"}
+    devices = [LocalDevice(id=name, data=data[name], profile=profiles.get(name)) for name in names]
     unlabeled = folder / "data" / "unlabeled.npz"
     text = JOB.format(rounds=rounds, devices=given.devices, unlabeled=unlabeled, seed=given.seed)
     with LocalFleet(folder, devices, broker=given.broker, fleet="kills") as fleet:

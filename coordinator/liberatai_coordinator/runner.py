@@ -52,6 +52,8 @@ class Runner:
         keyframe_bytes: per structure, what a keyframe may take.
         open_round: the round that is open now.
         running: cleared while an operator pauses the job.
+        resumed: set once it is known which round is open, also after a restart. Until then nothing can be
+            said about an update: a refusal would throw away what the round is waiting for.
         fleet_changed: set when a device came, went or changed.
         counters: last known socket counters of every device, (sent, received).
         public: the coordinator's own data.
@@ -67,6 +69,7 @@ class Runner:
     assigned: dict[str, Assigned] = field(default_factory=dict)
     open_round: deciding.Round | None = None
     running: asyncio.Event = field(default_factory=asyncio.Event)
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)
     fleet_changed: asyncio.Event = field(default_factory=asyncio.Event)
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
@@ -85,6 +88,8 @@ class Runner:
         self.public = await asyncio.to_thread(load_public, self.job, Path(self.row.base_dir))
         await self._restore_or_start()
         rows = self.ledger.rounds(self.job.name)
+        if not rows or rows[-1].state != "open":
+            self.resumed.set()
         if rows and rows[-1].state in {"open", "closed", "aggregated"}:
             await self._round(rows[-1])
         while self._published() < self.job.rounds.count:
@@ -302,6 +307,7 @@ class Runner:
             stored = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome="stored")
             for action in self.open_round.handle(stored):
                 self._note_end(action)
+        self.resumed.set()
         await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in invitations))
         while not self._ended.is_set():
             try:

@@ -73,6 +73,9 @@ log = logging.getLogger(__name__)
 RETRY = (BusyError.code, DiskError.code)
 """Refusals after which the device keeps its update and tries again."""
 
+RESUME_S = 10.0
+"""How long an update waits for a restarted job to find its round, before the device is told to try again."""
+
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
 
@@ -217,6 +220,8 @@ class Service:
     async def _offer(self, offer: Offer) -> None:
         self.fleet.admit(offer.device)
         job = self.runners.get(offer.job)
+        if job is not None and not job.resumed.is_set():
+            return  # too early to say anything: the device repeats its offer
         known = job is not None and job.open_round is not None and job.open_round.number == offer.round
         stored = self._stored(offer.job, offer.round, offer.update_id)
         if stored or not known:
@@ -248,6 +253,7 @@ class Service:
         """Decide about an update; acknowledge only when its fate is on disk."""
         try:
             self.fleet.admit(update.device)
+            await self._resumed(update.job)
             self._require_meaning(update)
             for action in self._decide(update):
                 await self._act(action, frame)
@@ -267,6 +273,20 @@ class Service:
             log.exception("fault while storing an update of %s", update.device)
             return
         self.link.ack(token)
+
+    async def _resumed(self, job_name: str) -> None:
+        """Wait until a job that was interrupted knows its round again.
+
+        Raises:
+            BusyError: it takes longer; the device keeps its update and tries again.
+        """
+        job = self.runners.get(job_name)
+        if job is None or job.resumed.is_set():
+            return
+        try:
+            await asyncio.wait_for(job.resumed.wait(), RESUME_S)
+        except TimeoutError:
+            raise BusyError(f"job {job_name} is being resumed") from None
 
     def _require_meaning(self, update: Update) -> None:
         """Refuse an update whose bytes mean nothing in its structure, before it is stored."""

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import itertools
+import time
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
@@ -20,8 +21,9 @@ from tests.integration.kit import (
     until,
 )
 
-from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.ledger import Ledger, VersionRow
 from liberatai_coordinator.service import Service
+from liberatai_coordinator.versions import Versions
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Offer, Report, State
 from liberatai_core.contract.topics import blob_id
@@ -143,6 +145,35 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
                 await until(lambda: finished(service))
                 assert await final_digests(service) == wanted
                 assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+
+    run(scenario())
+
+
+def test_an_update_that_comes_while_the_coordinator_resumes_is_not_refused(tmp_path: Path) -> None:
+    """It waits until the job knows its round again; a refusal would throw away what the round waits for."""
+
+    async def scenario() -> None:
+        wanted = await undisturbed(tmp_path / "calm")
+        broker, folder = MemoryBroker(), tmp_path / "resumed"
+        async with devices(broker, "a", "b", "c") as fleet:
+            fleet[2].answers = False
+            async with coordinator(broker, folder) as service:
+                await service.create_job(job_yaml(rounds=3), str(folder))
+                await until(lambda: bool(fleet[2].tasks) and len(fleet[2].blobs) > 0)
+            fleet[2].answers = True
+            await fleet[2]._answer(fleet[2].tasks[-1])
+            slow = Versions.restore
+
+            def restore(self: Versions, row: VersionRow) -> None:
+                time.sleep(0.3)
+                slow(self, row)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Versions, "restore", restore)
+                async with coordinator(broker, folder) as service:
+                    await until(lambda: finished(service))
+                    assert await final_digests(service) == wanted
+            assert all(receipt.accepted for device in fleet for receipt in device.receipts)
 
     run(scenario())
 
