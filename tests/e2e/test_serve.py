@@ -1,0 +1,90 @@
+"""`liberatai serve` as a process: without a broker, twice on one folder, with faulty settings."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from liberatai_coordinator.client import Client
+from liberatai_core.errors import LiberataiError
+
+
+def settings(folder: Path, port: int) -> Path:
+    path = folder / "coordinator.yaml"
+    path.write_text(
+        f"fleet: test\nbroker: mqtt://127.0.0.1:{port}\nstate_dir: state\nenrolment: approve\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "liberatai_coordinator", "serve", "--config", str(path)]
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    with subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True) as process:
+        client = Client(path.parent / "state" / "api.sock")
+        try:
+            ends = time.monotonic() + 60
+            while True:
+                try:
+                    client.health()
+                    break
+                except LiberataiError:
+                    assert process.poll() is None, process.communicate()[1]
+                    assert time.monotonic() < ends
+                    time.sleep(0.05)
+            yield process, client
+        finally:
+            client.close()
+            process.terminate()
+            process.wait(20)
+
+
+def test_a_coordinator_without_a_broker_answers_and_says_so(tmp_path: Path, closed_port: int) -> None:
+    with serving(settings(tmp_path, closed_port)) as (process, client):
+        health = client.health()
+        assert health["protocol"] == ""
+        assert len(health["public_key"]) == 64
+        assert client.jobs() == []
+        process.terminate()
+        assert process.wait(20) == 0
+        said = process.communicate()[1]
+        assert health["public_key"] in said
+        assert "Traceback" not in said
+
+
+def test_a_second_coordinator_on_one_folder_is_refused(tmp_path: Path, closed_port: int) -> None:
+    path = settings(tmp_path, closed_port)
+    with serving(path) as (process, client):
+        second = subprocess.run(command(path), capture_output=True, text=True, timeout=60, check=False)
+        assert second.returncode == 1
+        assert "E_LOCKED" in second.stderr
+        assert str(process.pid) in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        assert client.health()["ok"]
+
+
+def test_faulty_settings_are_all_told_and_the_exit_code_is_2(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.yaml"
+    path.write_text("fleet: NO!\nenrolment: maybe\nbrokr: x\n", encoding="utf-8")
+    run = subprocess.run(command(path), capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    for key in ("fleet", "enrolment", "brokr"):
+        assert f"{key}: " in run.stderr
+    assert "Traceback" not in run.stderr
