@@ -114,8 +114,8 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
         if reason is None:
             size = keyframe_budget(job, candidate, device.storage_bytes)
             density, link = _density(job, candidate, device)
-            limit = f"{_kb(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
-            fits = f"{candidate.id} fits: {_kb(size)} keyframe in {limit}"
+            limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
+            fits = f"{candidate.id} fits: {_kib(size)} keyframe in {limit}"
             return Assignment(
                 device=device.device,
                 structure=candidate.id,
@@ -152,14 +152,14 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     keyframe = candidate.keyframe_bytes(min(MIN_KEYFRAME_BITS, job.compress.bits))
     chain = chain_bytes(candidate)
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
-        needs = f"{_kb(keyframe)} keyframe and {_kb(chain)} of deltas"
-        return f"{needs} are more than {_kb(device.storage_bytes)} storage"
+        needs = f"{_kib(keyframe)} keyframe and {_kib(chain)} of deltas"
+        return f"{needs} are more than {_kib(device.storage_bytes)} storage"
     # Weights, gradient, two optimiser moments, the base and the difference: six float32 vectors.
     memory = (
         TORCH_BYTES + 24 * candidate.parameters + job.training.batch_size * 2 * candidate.activation_bytes
     )
     if device.memory_bytes and memory > device.memory_bytes:
-        return f"training takes {_mb(memory)} of {_mb(device.memory_bytes)} memory"
+        return f"training takes {_mib(memory)} of {_mib(device.memory_bytes)} memory"
     if device.gflops:
         passes = 3 * job.training.epochs * device.samples
         speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
@@ -184,9 +184,9 @@ def _density(job: JobSpec, candidate: Candidate, device: Capability) -> tuple[fl
     return density, [remark]
 
 
-def _kb(size_bytes: int) -> str:
-    return f"{size_bytes / 1024:.1f} KB"
+def _kib(size_bytes: int) -> str:
+    return f"{size_bytes / 1024:.1f} KiB"
 
 
-def _mb(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MB"
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.0f} MiB"

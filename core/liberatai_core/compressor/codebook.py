@@ -130,8 +130,9 @@ def compress(
 ) -> bytes:
     """Return a file of at most `budget_bytes` bytes with the least weighted relative error found.
 
-    It usually has over 98 % of the budget; less where more bytes would not lower the error, as between
-    the rates of 2 and 3 levels of uniform weights, or for weights that are exact already.
+    It usually has over 98 % of the budget. Less where the greedy refinement finds no better coding: between
+    the rates of 2 and 3 levels of uniform weights (90 % seen), for heavy tails (Cauchy: far less), and for
+    weights that are exact already.
 
     Args:
         weights: float32, shape (parameters,).

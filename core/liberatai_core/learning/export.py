@@ -1,6 +1,7 @@
 """Files for other programs: safetensors (weights) and ONNX (weights and graph)."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,19 @@ def to_onnx(structure: Structure, data: DataContract, weights: Vector, path: Pat
     with reproducible(0):
         module = flat_module(structure, data, weights).module.eval()
         samples = torch.randn((3, *data.input_shape))
-        program = torch.onnx.export(
-            module,
-            (samples,),
-            input_names=["x"],
-            output_names=["logits"],
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # torch's exporter warns about torch's own internals; nothing a user of it could change.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            program = torch.onnx.export(
+                module,
+                (samples,),
+                input_names=["x"],
+                output_names=["logits"],
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                verbose=False,
+            )
         if program is None:
             raise StructureError(f"{structure.id}: torch's exporter made no program")
         content: bytes = program.model_proto.SerializeToString()
