@@ -337,14 +337,23 @@ def test_pool_settings_reach_combine() -> None:
 RIGHT, WRONG = [0.9, 0.1], [0.1, 0.9]
 
 
-def test_guard_falls_back_to_the_best_member() -> None:
-    """Labels are all 0: the ensemble has 1 of 3, member 1 has 2 of 3."""
-    members = np.stack([logs(WRONG, WRONG, WRONG), logs(RIGHT, RIGHT, WRONG)])
-    decision = guard(logs(RIGHT, WRONG, WRONG), members, np.zeros(3, dtype=np.int64))
+def test_guard_falls_back_to_a_member_that_is_better_beyond_chance() -> None:
+    """Labels are all 0: on 9 of 30 samples only member 1 is right: 9 > 1.645 * 3."""
+    member = logs(*[RIGHT] * 27, *[WRONG] * 3)
+    members = np.stack([logs(*[WRONG] * 30), member])
+    decision = guard(logs(*[RIGHT] * 18, *[WRONG] * 12), members, np.zeros(30, dtype=np.int64))
     assert decision.use == 1
-    assert decision.ensemble_accuracy == pytest.approx(1 / 3)
-    assert decision.best_member_accuracy == pytest.approx(2 / 3)
+    assert decision.ensemble_accuracy == pytest.approx(18 / 30)
+    assert decision.best_member_accuracy == pytest.approx(27 / 30)
     assert "falling back to member 1" in decision.reason
+
+
+def test_guard_keeps_an_ensemble_that_only_chance_puts_behind() -> None:
+    """On 2 of 30 samples only member 1 is right: 2 < 1.645 * 1.41."""
+    members = np.stack([logs(*[WRONG] * 30), logs(*[RIGHT] * 30)])
+    decision = guard(logs(*[RIGHT] * 28, *[WRONG] * 2), members, np.zeros(30, dtype=np.int64))
+    assert decision.use == "ensemble"
+    assert "no more than chance" in decision.reason
 
 
 def test_guard_keeps_an_ensemble_that_is_as_good() -> None:
