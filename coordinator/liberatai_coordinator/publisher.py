@@ -68,9 +68,9 @@ class Publisher:
         await self.retain(self.topics.blob(name), manifest)
         return ref
 
-    async def keep_blobs(self, wanted: set[str]) -> None:
-        """Take away every blob that is not wanted any more."""
-        for name in set(self.blobs) - wanted:
+    async def drop_blobs(self, names: set[str]) -> None:
+        """Take away blobs that nobody needs any more."""
+        for name in names & set(self.blobs):
             for topic in self.blobs.pop(name):
                 await self.clear(topic)
 

@@ -7,9 +7,10 @@ crash the runner reads where it was and goes on from there. See `docs/architectu
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,15 +30,32 @@ from liberatai_core.contract import messages
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Cancel, Head, Task, Update
-from liberatai_core.errors import CodecError, DataError, SchemaError
+from liberatai_core.errors import (
+    BusyError,
+    CodecError,
+    DataError,
+    DiskError,
+    LiberataiError,
+    NormError,
+    SchemaError,
+)
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
 from liberatai_core.learning.families import cost, structure_of
+from liberatai_core.sparsifier.codec import GOLOMB
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 CODEC = "topk1"
 """The codec of updates that tasks ask for."""
+
+MAX_FAILURES = 3
+"""Rounds in a row that may fail in the aggregation; then the fault is not one of their updates."""
+
+LARGEST = 1e3
+"""No training moves a parameter so far in one round; beyond it float32 sums lose what others sent."""
 
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
@@ -74,6 +92,9 @@ class Runner:
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     public: Public = field(default_factory=Public)
+    _working: "asyncio.Future[Any] | None" = None
+    _failures: int = 0
+    _at_broker: set[str] = field(default_factory=set)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
 
@@ -98,10 +119,33 @@ class Runner:
         await self._finish()
 
     async def stop(self, state: str) -> None:
-        """Take every task slot of this job away (aborted, or failed)."""
+        """Take every task slot of this job away (aborted, or failed), and end the round under way.
+
+        Its updates were receipted, so they are listed as abandoned (promise P1).
+        """
+        await self.settled()
+        self.open_round = None
+        self.resumed.set()
+        newest = self.versions.newest
+        for row in self.ledger.rounds(self.job.name):
+            if row.state == "closed" and newest is not None and newest.round == row.round:
+                self.ledger.set_aggregated(self.job.name, row.round, newest.id)
+            elif row.state in {"open", "closed"}:
+                self.ledger.abandon_round(self.job.name, row.round, f"job {state}")
         await self._clear_slots(final=False)
         if self.versions.newest is not None:
             await self._publish_head("aborted" if state != "finished" else "finished")
+
+    async def settled(self) -> None:
+        """Wait for work in a thread that a cancelled task has left behind: it cannot be stopped."""
+        if self._working is not None:
+            await asyncio.wait([self._working])
+
+    async def _long(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Run long work in a thread; `settled` waits for it even if this task is cancelled."""
+        working = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        self._working = working
+        return await asyncio.shield(working)
 
     def _published(self) -> int:
         return self.versions.newest.number if self.versions.newest else 0
@@ -196,14 +240,28 @@ class Runner:
             # The crash came between the version and its note in the round: it must not count twice.
             self.ledger.set_aggregated(self.job.name, row.round, self.versions.now.id)
         elif row.state == "closed":
-            await self._aggregate(row.round, started)
+            try:
+                await self._aggregate(row.round, started)
+            except (DiskError, BusyError):
+                raise
+            except LiberataiError as error:
+                # One poisoned round must not end the job: its updates are listed, and the next one opens.
+                log.error("round %d of %s: %s %s", row.round, self.job.name, error.code, error)  # noqa: TRY400
+                self._failures += 1
+                if self._failures >= MAX_FAILURES:
+                    raise
+                self.ledger.abandon_round(self.job.name, row.round, f"{error.code}: {error}")
+                self._round_over()
+                return
+            self._failures = 0
         await self._publish_blobs()
         await self._publish_head("running")
         self.ledger.set_published(self.job.name, row.round)
-        self.ledger.prune(self.job.name, keep_rounds=2)
+        await asyncio.to_thread(self.ledger.prune, self.job.name, keep_rounds=2)
         self._round_over()
         wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
-        await self.publisher.keep_blobs(wanted)
+        await self.publisher.drop_blobs(self._at_broker - wanted)
+        self._at_broker = wanted
 
     def _round_over(self) -> None:
         self.open_round = None
@@ -358,12 +416,13 @@ class Runner:
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
-        updates = [decode_update(update.frame) for update in self.ledger.updates(self.job.name, number)]
-        advanced = await asyncio.to_thread(
+        stored = await asyncio.to_thread(self.ledger.updates, self.job.name, number)
+        updates = [decode_update(update.frame) for update in stored]
+        advanced = await self._long(
             aggregation.advance, self.job, now.number + 1, now.members, updates, self.public
         )
         ids = [update.update_id for update in updates]
-        made = await asyncio.to_thread(
+        made = await self._long(
             self.versions.commit, advanced, number, ids, self._storage_bytes(), self.keyframe_bytes
         )
         up, down = self._count_bytes(updates)
@@ -415,7 +474,7 @@ class Runner:
                         epoch=self.ledger.epoch,
                         coordinator=self.coordinator,
                         job=self.job.name,
-                        round=self._published(),
+                        round=max((row.round for row in self.ledger.rounds(self.job.name)), default=0),
                         final=chains.get(assigned.structure, ()),
                     ),
                 )
@@ -441,7 +500,10 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     """
     if update.codec != CODEC:
         raise CodecError(f"codec {update.codec}, the task named {CODEC}")
-    aggregation.difference(update, structure)
+    if not update.body or update.body[0] != GOLOMB:
+        raise CodecError(f"a stream of another kind than {CODEC}")
+    if np.abs(aggregation.difference(update, structure)).max() > LARGEST:
+        raise NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
     if counts is not None and (len(counts) != job.data.classes or sum(counts) > MAX_SAMPLES):
         raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")

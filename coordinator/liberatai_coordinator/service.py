@@ -73,6 +73,9 @@ log = logging.getLogger(__name__)
 RETRY = (BusyError.code, DiskError.code)
 """Refusals after which the device keeps its update and tries again."""
 
+DISK_RETRY_S = 10.0
+"""Pause before a job goes on after a full disk."""
+
 RESUME_S = 10.0
 """How long an update waits for a restarted job to find its round, before the device is told to try again."""
 
@@ -199,7 +202,8 @@ class Service:
     def _hear(self, message: Message, key: bytes) -> None:
         before = self.fleet.devices.get(getattr(message, "device", ""))
         device, lasting = self.fleet.hear(message, key, time.time())
-        if lasting:
+        # A stranger that waits for approval may say what it likes; it is written down once.
+        if lasting and (before is None or device.status != "pending"):
             self.ledger.upsert_device(_row(device))
         if before is None and device.status == "pending":
             log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
@@ -252,6 +256,10 @@ class Service:
     async def _update(self, update: Update, frame: bytes, token: int) -> None:
         """Decide about an update; acknowledge only when its fate is on disk."""
         try:
+            if self._receipted(update):
+                await self._receipt(update.device, update.update_id, accepted=True, code="E_DUP")
+                self.link.ack(token)
+                return
             self.fleet.admit(update.device)
             await self._resumed(update.job)
             self._require_meaning(update)
@@ -273,6 +281,11 @@ class Service:
             log.exception("fault while storing an update of %s", update.device)
             return
         self.link.ack(token)
+
+    def _receipted(self, update: Update) -> bool:
+        """Whether a device that is shut out now sends again what was counted before."""
+        shut_out = self.fleet.devices[update.device].status == "quarantined"
+        return shut_out and self._stored(update.job, update.round, update.update_id)
 
     async def _resumed(self, job_name: str) -> None:
         """Wait until a job that was interrupted knows its round again.
@@ -396,7 +409,10 @@ class Service:
             async with self._turn:
                 if self.ledger.job(name).state == "waiting":
                     self.ledger.set_job_state(name, "running")
-                await job.run()
+                try:
+                    await self._run_on(job)
+                finally:
+                    await job.settled()
                 self.ledger.set_job_state(name, "finished")
                 log.info("job %s finished", name)
         except asyncio.CancelledError:
@@ -408,9 +424,23 @@ class Service:
             log.exception("job %s failed", name)
             await self._fail(job, f"E_INTERNAL: {error}")
 
+    async def _run_on(self, job: Runner) -> None:
+        """Run a job, and run it again from its ledger when the disk was full or busy (promise P8)."""
+        while True:
+            try:
+                await job.run()
+            except (BusyError, DiskError) as error:
+                log.warning("job %s waits: %s %s", job.job.name, error.code, error)
+                await asyncio.sleep(DISK_RETRY_S)
+            else:
+                return
+
     async def _fail(self, job: Runner, reason: str) -> None:
-        self.ledger.set_job_state(job.job.name, "failed", reason)
-        await job.stop("failed")
+        try:
+            self.ledger.set_job_state(job.job.name, "failed", reason)
+            await job.stop("failed")
+        except LiberataiError:
+            log.exception("job %s could not be ended cleanly; a restart tries it again", job.job.name)
 
     # --- operations (the API) ------------------------------------------------------------------
 
@@ -451,6 +481,7 @@ class Service:
     async def _set_status(self, device: str, status: Any, reason: str) -> DeviceView:
         changed = self.fleet.set_status(device, status, reason)
         self.ledger.upsert_device(_row(changed))
+        self.ledger.set_device_status(device, status, reason)
         self._fleet_changed(changed)
         return self._device_view(changed)
 

@@ -34,6 +34,9 @@ from liberatai_core.learning.families import initial_weights
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
 
+MAX_STEPS = 512
+"""Files of all chains together: a Head names every one of them and must fit one message."""
+
 RENEWED_SHARE = 0.6
 """Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
 
@@ -226,12 +229,13 @@ class Versions:
         for sid, delta in advanced.deltas.items():
             old, member = now.chains[sid], members[sid]
             taken = sum(step.blob.size_bytes for step in old) + len(delta)
-            if taken <= storage_bytes.get(sid, taken):
+            if len(old) < MAX_STEPS // len(members) and taken <= storage_bytes.get(sid, taken):
                 blobs.append(delta)
                 chains[sid] = (*old, step_of(now.number + 1, delta, member.view))
                 continue
-            room = max(keyframe_bytes[sid], int(storage_bytes[sid] * RENEWED_SHARE))
             wished = int(member.structure.parameters * self.job.compress.renewed_bits / 8) + 512
+            limit = int(storage_bytes[sid] * RENEWED_SHARE) if sid in storage_bytes else wished
+            room = max(keyframe_bytes[sid], limit)
             artifact = compress(member.master, member.structure, min(room, wished))
             members[sid] = replace(member, view=restore(artifact, member.structure))
             blobs.append(artifact)

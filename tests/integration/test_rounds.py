@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.integration.kit import (
     FLEET,
@@ -21,14 +22,16 @@ from tests.integration.kit import (
     until,
 )
 
+from liberatai_coordinator import service as service_module
 from liberatai_coordinator.ledger import Ledger, VersionRow
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.versions import Versions
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Offer, Report, State
 from liberatai_core.contract.topics import blob_id
-from liberatai_core.errors import ConfigError, DataError, NotFoundError, StateError
+from liberatai_core.errors import ConfigError, DataError, DiskError, NotFoundError, StateError
 from liberatai_core.link.memory import MemoryBroker
+from liberatai_core.sparsifier.codec import encode_plain
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -247,7 +250,9 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
                 await bad.say(topic, update)
                 await until(lambda: bool(bad.receipts))
                 assert (bad.receipts[0].accepted, bad.receipts[0].code) == (False, code)
-            broken = [honest.body[:-1], honest.body + b"\0", b"", b"\xff" * 64]
+            size = bad.tasks[-1].structure.parameters
+            huge = encode_plain(np.array([0]), np.array([3e38], np.float32), size)
+            broken = [honest.body[:-1], honest.body + b"\0", b"", b"\xff" * 64, huge]
             for body in broken:
                 bad.receipts.clear()
                 await bad.say(topic, replaced(honest, body=body))
@@ -339,6 +344,32 @@ def test_a_replay_after_the_job_is_receipted_as_a_duplicate_and_counts_nowhere(t
     run(scenario())
 
 
+def test_a_full_disk_pauses_a_job_and_changes_nothing(tmp_path: Path) -> None:
+    """P8: it goes on by itself when there is room again, with the weights of the undisturbed run."""
+
+    async def scenario() -> None:
+        wanted = await undisturbed(tmp_path / "calm")
+        broker, folder = MemoryBroker(), tmp_path / "full"
+        async with devices(broker, "a", "b", "c"), coordinator(broker, folder) as service:
+            real, calls = service.repository.put, itertools.count(1)
+
+            def put(content: bytes) -> str:
+                if next(calls) in (9, 14):
+                    raise DiskError("no space left")
+                return real(content)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(service.repository, "put", put)
+                patch.setattr(service_module, "DISK_RETRY_S", 0.05)
+                await service.create_job(job_yaml(rounds=3), str(folder))
+                await until(lambda: finished(service))
+            assert next(calls) > 14
+            assert await final_digests(service) == wanted
+            assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+
+    run(scenario())
+
+
 def test_a_paused_job_opens_no_round_and_goes_on_when_resumed(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()
@@ -367,6 +398,14 @@ def test_an_aborted_job_takes_its_tasks_away_and_keeps_its_versions(tmp_path: Pa
             assert (await service.abort("tiny")).state == "aborted"
             await until(lambda: all(device.cancels for device in fleet))
             assert len(await service.log("tiny")) == 1
+            assert all(device.cancels[-1].round >= device.tasks[-1].round for device in fleet)
+            (row,) = service.ledger.rounds("tiny")
+            assert row.state == "abandoned"
+            assert list(row.frozen) == service.ledger.update_ids("tiny", 1)
+            fleet[0].receipts.clear()
+            await fleet[0].say(fleet[0].topics.upload("a", "b" * 26), fleet[0].train(fleet[0].tasks[-1]))
+            await until(lambda: bool(fleet[0].receipts))
+            assert not fleet[0].receipts[0].accepted
 
     run(scenario())
 
