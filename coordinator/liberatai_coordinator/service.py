@@ -37,6 +37,7 @@ from liberatai_coordinator.views import (
     StructureView,
     VersionView,
 )
+from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import limits
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, open_frame, seal
 from liberatai_core.contract.messages import (
@@ -606,6 +607,7 @@ class Service:
                 id=sid,
                 family=record.structure.family,
                 parameters=record.structure.parameters,
+                smallest_bytes=smallest_bytes(record.structure),
                 keyframe_bytes=record.keyframe.size,
                 devices=sum(a.structure == sid for a in assigned),
             )

@@ -1,5 +1,6 @@
 """Files for other programs: safetensors (weights) and ONNX (weights and graph)."""
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -68,6 +69,7 @@ def to_onnx(structure: Structure, data: DataContract, weights: Vector, path: Pat
             # torch's exporter warns about torch's own internals; nothing a user of it could change.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
             program = torch.onnx.export(
                 module,
                 (samples,),
