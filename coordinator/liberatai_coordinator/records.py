@@ -7,26 +7,6 @@ from liberatai_coordinator.ledger import Ledger, RoundRow
 from liberatai_coordinator.views import RoundView
 
 
-class Invited(msgspec.Struct, frozen=True, kw_only=True):
-    """An invitation as the ledger keeps it."""
-
-    device: str
-    structure: str
-    base: bytes
-    update_id: bytes
-    density: float
-
-
-class Assigned(msgspec.Struct, frozen=True, kw_only=True):
-    """An assignment as the ledger keeps it."""
-
-    device: str
-    structure: str
-    budget_bytes: int
-    density: float
-    why: str
-
-
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """What a finished round took."""
 
@@ -47,7 +27,7 @@ def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> 
 
 def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> RoundView:
     stats = msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
-    invited = msgspec.msgpack.decode(row.invited, type=list[Invited])
+    invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
     is_open = now is not None and now.number == row.round
     updates = len(now.stored) if now is not None and is_open else len(ledger.update_ids(row.job, row.round))
     return RoundView(

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
 from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import Assigned, Invited, Stats, round_views
+from liberatai_coordinator.records import Stats, round_views
 from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import RoundView
 from liberatai_core.compressor.codebook import smallest_bytes
@@ -84,7 +84,7 @@ class Runner:
     publisher: Publisher
     fleet: Fleet
     coordinator: str
-    assigned: dict[str, Assigned] = field(default_factory=dict)
+    assigned: dict[str, plan.Assignment] = field(default_factory=dict)
     open_round: deciding.Round | None = None
     running: asyncio.Event = field(default_factory=asyncio.Event)
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -106,7 +106,7 @@ class Runner:
         Raises:
             LiberataiError: the job cannot go on; the ledger still has everything.
         """
-        self.public = await asyncio.to_thread(load_public, self.job, Path(self.row.base_dir))
+        self.public = await self._long(load_public, self.job, Path(self.row.base_dir))
         await self._restore_or_start()
         rows = self.ledger.rounds(self.job.name)
         if not rows or rows[-1].state != "open":
@@ -134,7 +134,7 @@ class Runner:
                 self.ledger.abandon_round(self.job.name, row.round, f"job {state}")
         await self._clear_slots(final=False)
         if self.versions.newest is not None:
-            await self._publish_head("aborted" if state != "finished" else "finished")
+            await self._publish_head("aborted")
 
     async def settled(self) -> None:
         """Wait for work in a thread that a cancelled task has left behind: it cannot be stopped."""
@@ -154,39 +154,30 @@ class Runner:
         stored = self.ledger.job_value(self.job.name, "plan")
         newest = self.ledger.versions(self.job.name)
         if stored is not None:
-            for assigned in msgspec.msgpack.decode(stored, type=list[Assigned]):
+            for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
                 self.assigned[assigned.device] = assigned
         sizes = self.ledger.job_value(self.job.name, "keyframes")
         if sizes is not None:
             self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
         if newest:
             row = max(newest, key=lambda version: version.number)
-            await asyncio.to_thread(self.versions.restore, row)
+            await self._long(self.versions.restore, row)
             await self._publish_blobs()
             await self._publish_head("running")
             return
         await self._wait_for_devices(self.job.rounds.min_devices)
-        candidates, structures = await asyncio.to_thread(candidates_of, self.job)
+        candidates, structures = await self._long(candidates_of, self.job)
         made = plan.make_plan(
             self.job, candidates, [d.capability for d in self.fleet.ready() if d.capability]
         )
-        self.assigned = {
-            a.device: Assigned(
-                device=a.device,
-                structure=a.structure,
-                budget_bytes=a.budget_bytes,
-                density=a.density,
-                why=a.why,
-            )
-            for a in made.assignments.values()
-        }
+        self.assigned = dict(made.assignments)
         if not made.keyframe_bytes:
             reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
             raise DataError(f"no device can take part: {reasons}")
         self.keyframe_bytes = dict(made.keyframe_bytes)
         self._store_plan()
         chosen = {sid: structures[sid] for sid in made.keyframe_bytes}
-        await asyncio.to_thread(self.versions.start, chosen, self.keyframe_bytes, self.public)
+        await self._long(self.versions.start, chosen, self.keyframe_bytes, self.public)
         await self._publish_blobs()
         await self._publish_head("running")
 
@@ -226,7 +217,7 @@ class Runner:
             row, invitations = await self._open()
         else:
             row = unfinished
-            invitations = msgspec.msgpack.decode(row.invited, type=list[Invited])
+            invitations = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
         if row.state == "open":
             end = await self._collect(row, invitations)
             if isinstance(end, deciding.Abandon):
@@ -257,7 +248,7 @@ class Runner:
         await self._publish_blobs()
         await self._publish_head("running")
         self.ledger.set_published(self.job.name, row.round)
-        await asyncio.to_thread(self.ledger.prune, self.job.name, keep_rounds=2)
+        await self._long(self.ledger.prune, self.job.name, 2)
         self._round_over()
         wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
         await self.publisher.drop_blobs(self._at_broker - wanted)
@@ -266,7 +257,7 @@ class Runner:
     def _round_over(self) -> None:
         self.open_round = None
 
-    async def _open(self) -> tuple[RoundRow, list[Invited]]:
+    async def _open(self) -> tuple[RoundRow, list[deciding.Invitation]]:
         await self._wait_for_devices(self.job.rounds.min_devices)
         number = max((row.round for row in self.ledger.rounds(self.job.name)), default=0) + 1
         invitations = self._invite(number, await self._participants(number))
@@ -307,18 +298,10 @@ class Runner:
                 continue
             made = plan.assign(self.job, present, device.capability)
             fits = made.structure and self.keyframe_bytes[made.structure] <= made.budget_bytes
-            why = (
-                made.why
-                if fits or not made.structure
-                else f"the keyframe is larger than its storage: {made.why}"
-            )
-            self.assigned[device.id] = Assigned(
-                device=device.id,
-                structure=made.structure if fits else "",
-                budget_bytes=made.budget_bytes,
-                density=made.density,
-                why=why,
-            )
+            if made.structure and not fits:
+                why = f"the keyframe is larger than its storage: {made.why}"
+                made = replace(made, structure="", why=why)
+            self.assigned[device.id] = made
         self._store_plan()
 
     def _target(self, invited: int) -> int:
@@ -327,35 +310,27 @@ class Runner:
     def _quorum(self, invited: int) -> int:
         return max(1, int(np.ceil(self._target(max(invited, 1)) * self.job.rounds.quorum)))
 
-    def _invite(self, number: int, devices: list[Device]) -> list[Invited]:
+    def _invite(self, number: int, devices: list[Device]) -> list[deciding.Invitation]:
         chains = self.versions.now.chains
         found = []
         for device in devices:
-            assigned = self.assigned[device.id]
-            base = chains[assigned.structure][-1].digest
+            structure = self.assigned[device.id].structure
+            base = chains[structure][-1].digest
+            name = messages.update_id(device.id, self.job.name, number, base)
             found.append(
-                Invited(
-                    device=device.id,
-                    structure=assigned.structure,
-                    base=base,
-                    update_id=messages.update_id(device.id, self.job.name, number, base),
-                    density=assigned.density,
-                )
+                deciding.Invitation(device=device.id, structure=structure, base=base, update_id=name)
             )
         return found
 
-    async def _collect(self, row: RoundRow, invitations: list[Invited]) -> deciding.Close | deciding.Abandon:
+    async def _collect(
+        self, row: RoundRow, invitations: list[deciding.Invitation]
+    ) -> deciding.Close | deciding.Abandon:
         """Hold a round open until it decides to end."""
         # A restart gives the whole deadline again: the coordinator was away, not the devices.
         self.open_round = deciding.Round(
             job=self.job.name,
             number=row.round,
-            invitations={
-                i.device: deciding.Invitation(
-                    device=i.device, structure=i.structure, base=i.base, update_id=i.update_id
-                )
-                for i in invitations
-            },
+            invitations={invitation.device: invitation for invitation in invitations},
             target=self._target(len(invitations)),
             quorum=self._quorum(len(invitations)),
             closes_s=time.monotonic() + self.job.rounds.deadline_s,
@@ -391,7 +366,7 @@ class Runner:
             self._note_end(action)
         return [action for action in actions if not isinstance(action, deciding.Close | deciding.Abandon)]
 
-    async def _publish_task(self, number: int, invitation: Invited) -> None:
+    async def _publish_task(self, number: int, invitation: deciding.Invitation) -> None:
         now = self.versions.now
         keyframe, *deltas = now.chains[invitation.structure]
         task = Task(
@@ -405,7 +380,7 @@ class Runner:
             data=self.job.data,
             keyframe=keyframe,
             deltas=tuple(deltas),
-            density=invitation.density,
+            density=self.assigned[invitation.device].density,
             codec=CODEC,
             training=self.job.training,
             seed=self.job.seed,
@@ -416,7 +391,7 @@ class Runner:
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
-        stored = await asyncio.to_thread(self.ledger.updates, self.job.name, number)
+        stored = await self._long(self.ledger.updates, self.job.name, number)
         updates = [decode_update(update.frame) for update in stored]
         advanced = await self._long(
             aggregation.advance, self.job, now.number + 1, now.members, updates, self.public

@@ -21,8 +21,9 @@ from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_coordinator.fleet import Device, Fleet, Status
 from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, VersionRow
+from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import Assigned, round_views
+from liberatai_coordinator.records import round_views
 from liberatai_coordinator.repository import Repository, decode_manifest
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
@@ -541,7 +542,7 @@ class Service:
         stored = self.ledger.job_value(name, "plan")
         if stored is None:
             return await self._dry_run(msgspec.json.decode(row.spec, type=JobSpec))
-        assigned = msgspec.msgpack.decode(stored, type=list[Assigned])
+        assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
         sizes = msgspec.msgpack.decode(
             self.ledger.job_value(name, "keyframes") or b"\x80", type=dict[str, int]
         )
@@ -555,16 +556,7 @@ class Service:
         candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
         known = [d.capability for d in self.fleet.devices.values() if d.capability and d.status == "approved"]
         made = plan.make_plan(job, candidates, known)
-        assigned = [
-            Assigned(
-                device=a.device,
-                structure=a.structure,
-                budget_bytes=a.budget_bytes,
-                density=a.density,
-                why=a.why,
-            )
-            for a in made.assignments.values()
-        ]
+        assigned = list(made.assignments.values())
         views = tuple(
             StructureView(
                 id=c.id,
@@ -583,7 +575,7 @@ class Service:
             dry_run=True,
         )
 
-    def _assignment_view(self, assigned: Assigned, sizes: dict[str, int]) -> AssignmentView:
+    def _assignment_view(self, assigned: Assignment, sizes: dict[str, int]) -> AssignmentView:
         device = self.fleet.devices.get(assigned.device)
         capability = device.capability if device else None
         return AssignmentView(
@@ -597,7 +589,7 @@ class Service:
             why=assigned.why,
         )
 
-    def _structure_views(self, row: JobRow, assigned: list[Assigned]) -> tuple[StructureView, ...]:
+    def _structure_views(self, row: JobRow, assigned: list[Assignment]) -> tuple[StructureView, ...]:
         versions = self.ledger.versions(row.name)
         if not versions:
             return ()
@@ -671,7 +663,7 @@ class Service:
         made = self.runners.get(row.name)
         rounds = tuple(made.round_views()) if made else round_views(self.ledger, row.name)
         stored = self.ledger.job_value(row.name, "plan")
-        assigned = msgspec.msgpack.decode(stored, type=list[Assigned]) if stored else []
+        assigned = msgspec.msgpack.decode(stored, type=list[Assignment]) if stored else []
         versions = self.ledger.versions(row.name)
         return JobView(
             name=row.name,

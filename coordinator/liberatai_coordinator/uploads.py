@@ -25,7 +25,7 @@ class Uploads:
         """Take an offer, new or repeated, and say what may come.
 
         Raises:
-            QuotaError: too many uploads of this device at once, or larger than the job's updates can be.
+            QuotaError: larger than an update can be. (A third upload displaces the device's oldest.)
         """
         key = (offer.device, offer.transfer)
         if offer.size_bytes > self.max_bytes:

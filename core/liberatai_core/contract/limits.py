@@ -23,7 +23,6 @@ MAX_OBJECT_BYTES: Final = 64 * 1024 * 1024
 MAX_CONTROL_BYTES: Final = 65_536
 """Control messages hold structures (≤ 4096 tensors) and chains, never weights."""
 
-MAX_TENSOR_NAME: Final = 128
 MAX_CHAIN: Final = 1024
 """Deltas after one keyframe; a keyframe is published long before."""
 
