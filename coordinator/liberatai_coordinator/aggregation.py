@@ -2,9 +2,10 @@
 
     updates ─▶ mean per structure ─▶ ensemble over structures, guarded ─▶ taught back ─▶ deltas for devices
 
-Nothing here reads a clock, a network or a disk, and every seed is derived from the job's: the same set of
-updates gives byte-identical weights, whatever crashed in between (promise P4). The devices' view lags behind
-the coordinator's state by what a delta left out; the next difference contains it (EF21-P, DESIGN §5).
+Nothing here reads a network or a disk, the clock only measures the teaching, and every seed is derived from
+the job's: the same set of updates gives byte-identical weights, whatever crashed in between (promise P4). The
+devices' view lags behind the coordinator's state by what a delta left out; the next difference contains it
+(EF21-P, DESIGN §5).
 """
 
 import hashlib
@@ -182,10 +183,8 @@ def _of(updates: Sequence[Update], sid: str) -> list[Update]:
 
 
 def _server(job: JobSpec) -> optimizers.ServerOptimizer:
-    rate = job.aggregate.server_rate
-    return {"mean": optimizers.plain, "fedavgm": optimizers.fedavgm, "fedadam": optimizers.fedadam}[
-        job.aggregate.server_optimizer
-    ](rate)
+    build, rate = optimizers.SERVER_OPTIMIZERS[job.aggregate.server_optimizer], job.aggregate.server_rate
+    return build() if rate is None else build(rate)
 
 
 def _merge(job: JobSpec, member: Member, updates: Sequence[Update]) -> Member:
@@ -213,11 +212,7 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
     if public.unlabeled is None or number % job.teach.every:
         return members
     settings = DistillSettings(
-        **{
-            name: getattr(job.teach, name)
-            for name in DistillSettings.__struct_fields__
-            if hasattr(job.teach, name)
-        }
+        **{name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
     )
     masters = {sid: member.master for sid, member in members.items()}
     teacher = _ensemble(job, members, masters, public)
@@ -265,7 +260,7 @@ def _ensemble(
     held_out = outputs(members, weights, job.data, public.validation[0]) if public.validation else None
     labels = public.validation[1] if public.validation else None
     name, method = _method(job, known=bool(counts.sum() > 0))
-    pool = method(
+    found = method(
         Evidence(
             class_counts=counts, balance=job.training.balance, log_probs=held_out, y=labels, seed=job.seed
         )
@@ -273,10 +268,10 @@ def _ensemble(
     made = Ensemble(
         method=name,
         members=ids,
-        weights=_rows(pool.weights),
-        log_priors=() if pool.log_priors is None else _rows(pool.log_priors),
-        bias=() if pool.bias is None else tuple(map(float, pool.bias)),
-        kind=pool.kind,
+        weights=_rows(found.weights),
+        log_priors=() if found.log_priors is None else _rows(found.log_priors),
+        bias=() if found.bias is None else tuple(map(float, found.bias)),
+        kind=found.kind,
         guard="not checked: the job has no labelled validation data",
     )
     if held_out is None or labels is None:

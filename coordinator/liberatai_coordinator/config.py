@@ -87,7 +87,7 @@ class Aggregate(Settings, frozen=True, kw_only=True):
 
     Attributes:
         server_optimizer: what happens to the mean difference of a structure.
-        server_rate: step of the server optimiser.
+        server_rate: step of the server optimiser; None: the rule's own (1, of fedadam 0.01).
         sample_cap: a device weighs at most this many samples (sizes are self-reported).
         ensemble: how structures are combined.
         trials: trials of the search, for "tpe".
@@ -95,7 +95,7 @@ class Aggregate(Settings, frozen=True, kw_only=True):
     """
 
     server_optimizer: Literal["mean", "fedavgm", "fedadam"] = "mean"
-    server_rate: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    server_rate: Annotated[float, Meta(gt=0, le=100)] | None = None
     sample_cap: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 100_000
     ensemble: Literal["uniform", "label_free", "tpe"] = "label_free"
     trials: Annotated[int, Meta(ge=1, le=10_000)] = 50

@@ -364,6 +364,30 @@ def test_a_chain_that_grows_too_long_is_replaced_by_a_keyframe(tmp_path: Path) -
     run(scenario())
 
 
+@pytest.mark.parametrize("rule", ["fedavgm", "fedadam"])
+def test_the_state_of_a_server_optimiser_survives_a_restart(tmp_path: Path, rule: str) -> None:
+    """Its moments are part of the version: a crash between two rounds changes no weight."""
+
+    async def scenario() -> None:
+        text = job_yaml(rounds=3) + f"aggregate: {{server_optimizer: {rule}}}\n"
+        digests = []
+        for name in ("calm", "crashed"):
+            broker, folder = MemoryBroker(), tmp_path / name
+            async with devices(broker, "a", "b", "c"):
+                async with coordinator(broker, folder) as service:
+                    if name == "crashed":
+                        crash_at(service.ledger, "open_round", 3, after=False)
+                    await service.create_job(text, str(folder))
+                    await until(lambda: service._jobs["tiny"].done())
+                async with coordinator(broker, folder) as service:
+                    await until(lambda: finished(service))
+                    digests.append(await final_digests(service))
+        assert digests[0] == digests[1]
+        assert digests[0] != await undisturbed(tmp_path / "plain")
+
+    run(scenario())
+
+
 def test_a_full_disk_pauses_a_job_and_changes_nothing(tmp_path: Path) -> None:
     """P8: it goes on by itself when there is room again, with the weights of the undisturbed run."""
 

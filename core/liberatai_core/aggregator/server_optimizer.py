@@ -91,7 +91,7 @@ def fedadam(
 
 
 SERVER_OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {
-    "plain": plain,
+    "mean": plain,
     "fedavgm": fedavgm,
     "fedadam": fedadam,
 }
