@@ -17,6 +17,11 @@ from liberatai_coordinator.demo import dense_bytes
 BROKERS = ["amqtt", "mosquitto"]
 
 
+def listen() -> None:
+    """Let Ctrl-C through: a shell that runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(tmp_path: Path, *options: str) -> "subprocess.Popen[str]":
     """Start the demo with its temporary folder inside of ours."""
     scratch = tmp_path / "t"
@@ -27,6 +32,7 @@ def start(tmp_path: Path, *options: str) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "TMPDIR": str(scratch)},
+        preexec_fn=listen,  # noqa: PLW1509 - this process starts no threads before it
     )
 
 
