@@ -454,8 +454,10 @@ async def test_an_idle_link_pings_in_time_and_seldom(peer_of: Any) -> None:
         await peer.link.close()
 
 
-async def test_a_goodbye_arrives_even_if_much_was_not_read() -> None:
+async def test_a_goodbye_arrives_even_if_much_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket closed with unread bytes throws away what it was to send, and the broker says the will."""
+    monkeypatch.setattr(mqtt, "GOODBYE_TIMEOUT_S", 60.0)  # the machine may be busy: nothing depends on its speed
+    monkeypatch.setattr(mqtt, "LINGER_S", 50.0)
     heard: list[int] = []
     over = asyncio.Event()
 
@@ -471,6 +473,7 @@ async def test_a_goodbye_arrives_even_if_much_was_not_read() -> None:
         task = asyncio.create_task(flood())
         try:
             await asyncio.sleep(0.5)  # what the client sends stays with it meanwhile
+            task.cancel()  # else this loop's time goes to the flood; what is under way is much enough
             while True:
                 kind, _body = await client.read()
                 heard.append(kind)
@@ -486,7 +489,7 @@ async def test_a_goodbye_arrives_even_if_much_was_not_read() -> None:
             await asyncio.sleep(0.01)
         await asyncio.gather(*(link.publish("t", bytes(200_000), qos=0) for _ in range(5)))
         await link.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await over.wait()
     assert heard == [*5 * [PUBLISH], DISCONNECT]
 
