@@ -1,24 +1,28 @@
 """Blobs: content-addressed files of models, fetched from retained messages, resumable after any crash.
 
-A blob is asked for by its exact topics only: the manifest first, then at most WINDOW_CHUNKS chunks at
-once over all blobs, each unsubscribed when it is on disk. What is there after a crash is not asked for
-again. A file carries its final name only when its SHA-256 and its id are right.
+A blob is asked for by its exact topics only, each unsubscribed when its content is on disk. One that fits
+a message is its own chunk 0; of a longer one the manifest comes first, then at most WINDOW_CHUNKS chunks at
+once over all blobs. What is there after a crash is not asked for again. A file carries its final name only
+when its SHA-256 gives its id.
 """
 
 import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from liberatai_agent.files import sync_folder, write_durably
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Keys, expect
-from liberatai_core.contract.limits import WINDOW_CHUNKS
-from liberatai_core.contract.messages import BlobManifest, BlobRef
+from liberatai_core.contract.limits import MAX_CHAIN, MAX_SINGLE_BYTES, WINDOW_CHUNKS
+from liberatai_core.contract.messages import BlobManifest, BlobRef, Step
 from liberatai_core.contract.topics import Topics, blob_id
 from liberatai_core.errors import (
     DigestError,
@@ -51,6 +55,10 @@ _UNBELIEVED = (
 Answer = TypeVar("Answer")
 _MAP = ".map"
 _PART = ".part"
+_PATH = "path.msgpack"
+_PATH_BYTES = 128 * MAX_CHAIN
+"""A step takes some 60 bytes."""
+_STEPS = msgspec.msgpack.Decoder(tuple[Step, ...])
 
 
 class BlobStore:
@@ -96,6 +104,45 @@ class BlobStore:
             for path in list(self._folder.iterdir()):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
+
+    def read(self, blob: str, limit: int) -> bytes:
+        """Return a small blob; a damaged file is deleted, so that it is fetched again.
+
+        Raises:
+            NotFoundError: not here, or longer than `limit`.
+            DigestError: the file is damaged.
+        """
+        path = self.path(blob)
+        try:
+            with path.open("rb") as file:
+                content = file.read(limit + 1)
+        except OSError as error:
+            raise NotFoundError(f"blob {blob}: {error.strerror}") from error
+        if len(content) > limit:
+            raise NotFoundError(f"blob {blob}: longer than {limit} bytes")
+        if blob_id(content) != blob:
+            with _disk(blob):
+                path.unlink(missing_ok=True)
+            raise DigestError(f"blob {blob}: the file is damaged")
+        return content
+
+    def remember_path(self, path: tuple[Step, ...]) -> None:
+        """Store durably which blobs, in which order, lead to the weights that the device holds.
+
+        Raises:
+            DiskError: the disk refuses.
+        """
+        with _disk(_PATH):
+            write_durably(self._folder.parent / _PATH, msgspec.msgpack.encode(path), mode=0o600)
+
+    def recall_path(self) -> tuple[Step, ...]:
+        """Return what `remember_path` stored, up to the first blob that is not here any more."""
+        try:
+            with (self._folder.parent / _PATH).open("rb") as file:
+                stored = _STEPS.decode(file.read(_PATH_BYTES))
+        except (OSError, msgspec.MsgspecError):
+            return ()
+        return tuple(itertools.takewhile(lambda step: self.has(step.blob), stored))
 
     def partial(self, ref: BlobRef, chunk_bytes: int) -> "PartialBlob":
         """Open what is there of a blob that comes in chunks."""
@@ -242,11 +289,11 @@ class Fetcher:
         """
         if self._store.has(ref):
             return
+        if ref.size_bytes <= MAX_SINGLE_BYTES:
+            await self._single(ref)
+            return
         async with self._window:
             manifest = await self._manifest(ref)
-        if manifest.content is not None:
-            self._store.put(ref, manifest.content)
-            return
         partial = self._store.partial(ref, manifest.chunk_bytes)
         await self._chunks(ref, partial)
         await asyncio.to_thread(partial.finish)
@@ -267,15 +314,18 @@ class Fetcher:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
+    async def _single(self, ref: BlobRef) -> None:
+        def keep(payload: bytes) -> None:
+            self._store.put(ref, payload)
+
+        async with self._window:
+            await self._ask(self._topics.blob(ref.blob, 0), keep)
+
     async def _manifest(self, ref: BlobRef) -> BlobManifest:
         def read(payload: bytes) -> BlobManifest:
             manifest = expect(payload, BlobManifest, self._topics.fleet, self._keys)
             if manifest.blob != ref.blob or manifest.size_bytes != ref.size_bytes:
                 raise DigestError(f"manifest of {manifest.blob}, {manifest.size_bytes} bytes: not {ref.blob}")
-            if not _names(ref.blob, manifest.sha256):
-                raise DigestError(f"manifest of {ref.blob}: its SHA-256 gives another id")
-            if manifest.content is not None:
-                require_content(ref, manifest.content)
             return manifest
 
         return await self._ask(self._topics.blob(ref.blob), read)

@@ -207,6 +207,8 @@ def _probe(args: argparse.Namespace) -> int:
 
     from liberatai_agent import probe  # noqa: PLC0415
     from liberatai_agent.config import AgentConfig, load_config, load_profile  # noqa: PLC0415
+    from liberatai_agent.link_meter import NOTHING, announce  # noqa: PLC0415
+    from liberatai_agent.link_watch import read_link  # noqa: PLC0415
 
     if args.config is None:
         config = AgentConfig(fleet="none", device="this", coordinator_key="0" * 64, state_dir="/nonexistent")
@@ -215,7 +217,10 @@ def _probe(args: argparse.Namespace) -> int:
     folder = config.state_path if config.state_path.is_dir() else Path(tempfile.gettempdir())
     machine = probe.measure(folder)
     found = probe.bench(config.state_path, config.data, again=args.bench)
-    caps = probe.capability(config, load_profile(config), machine, found, session=0, public_key=bytes(32))
+    link = announce(read_link(config.state_path), NOTHING, 0.0)
+    caps = probe.capability(
+        config, load_profile(config), machine, found, session=0, public_key=bytes(32), link=link
+    )
     shown: dict[str, Any] = {
         # Without settings the question is what the machine could do if it had data.
         "tier": probe.tier_of(
@@ -231,7 +236,9 @@ def _probe(args: argparse.Namespace) -> int:
         "gflops": caps.gflops,
         "up_bits_s": caps.up_bits_s,
         "down_bits_s": caps.down_bits_s,
+        "link_measured": caps.link_measured,
         "metered": caps.metered,
+        "day_quota_bytes": caps.day_quota_bytes or None,
         "runtimes": list(caps.runtimes),
         "families": list(caps.families),
         "codecs": list(caps.codecs),
@@ -306,6 +313,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _check_machine(config: "AgentConfig") -> Checks:
     from liberatai_agent import gate, probe  # noqa: PLC0415
+    from liberatai_agent.link_watch import read_link  # noqa: PLC0415
     from liberatai_agent.outbox import device_seed  # noqa: PLC0415
     from liberatai_agent.service import snapshot  # noqa: PLC0415
 
@@ -332,6 +340,11 @@ def _check_machine(config: "AgentConfig") -> Checks:
             "waits" if reason else "",
         )
     )
+    quota, used = config.link.quota_bytes, read_link(config.state_path).day_bytes
+    if quota is not None:
+        is_left = not gate.quota_spent(used, quota)
+        text = f"link quota: {used / gate.MIB:.1f} of {quota / gate.MIB:.4g} MiB on its last day"
+        found.append((True if is_left else None, text, "" if is_left else "waits for the next day (UTC)"))
     return found
 
 

@@ -34,6 +34,28 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_free_memory_mb: Annotated[float, Meta(ge=0)] | None = 64.0
 
 
+class LinkSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of the link may be used.
+
+    Attributes:
+        metered: whether traffic costs money; None: as the profile says, or true if there is a quota.
+        quota_mb_per_day: MiB that a day (UTC) may move, both ways together; when they are used up, nothing
+            new is fetched or trained until the next day. None: any number.
+        up_mbit, down_mbit: Mbit/s that may be used; replace the profile's. What was measured counts where
+            it is less.
+    """
+
+    metered: bool | None = None
+    quota_mb_per_day: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    up_mbit: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    down_mbit: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """Bytes that a day may move; at least one, so that a tiny quota is not none."""
+        return None if self.quota_mb_per_day is None else max(1, int(self.quota_mb_per_day * (1 << 20)))
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `liberatai-agent run`.
 
@@ -54,6 +76,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         trainer_idle_s: the training process ends after so long without work.
         outbox_max_mb: MiB of updates that may wait for a receipt.
         gate: when the device may train.
+        link: what of the link may be used.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -77,6 +100,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trainer_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
     outbox_max_mb: Annotated[float, Meta(gt=0, le=65_536)] = 128.0
     gate: GateSettings = GateSettings()
+    link: LinkSettings = LinkSettings()
 
     @property
     def state_path(self) -> Path:

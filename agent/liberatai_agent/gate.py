@@ -18,6 +18,8 @@ class Snapshot:
         temperature_c: hottest sensor.
         disk_free_bytes: where the state lies.
         memory_available_bytes: on the machine or in its container.
+        day_bytes: that the link moved today.
+        day_quota_bytes: that it may move in a day.
     """
 
     load_others: float | None = None
@@ -26,6 +28,8 @@ class Snapshot:
     temperature_c: float | None = None
     disk_free_bytes: int | None = None
     memory_available_bytes: int | None = None
+    day_bytes: int | None = None
+    day_quota_bytes: int | None = None
 
 
 def decide(now: Snapshot, rules: GateSettings) -> tuple[bool, str]:
@@ -43,7 +47,20 @@ def decide(now: Snapshot, rules: GateSettings) -> tuple[bool, str]:
         broken.append(
             f"{_mib(now.memory_available_bytes)} MiB memory available (min {rules.min_free_memory_mb:g})"
         )
+    if quota_spent(now.day_bytes, now.day_quota_bytes):
+        broken.append(quota_words(now.day_bytes or 0, now.day_quota_bytes or 0))
     return not broken, "; ".join(broken)
+
+
+def quota_spent(day_bytes: int | None, quota_bytes: int | None) -> bool:
+    """Whether a day's quota of the link is used up."""
+    return day_bytes is not None and quota_bytes is not None and day_bytes >= quota_bytes
+
+
+def quota_words(day_bytes: int, quota_bytes: int) -> str:
+    """Return why nothing is fetched or trained when the quota is used up."""
+    used, whole = day_bytes / MIB, quota_bytes / MIB
+    return f"today's link quota is used up: {used:.1f} of {whole:.4g} MiB; goes on tomorrow (UTC)"
 
 
 def _above(value: float | None, limit: float | None) -> bool:

@@ -64,10 +64,12 @@ class Leftover:
 
     Attributes:
         residual: the sparsifier's state, None before the first round.
+        round: the round that left it.
         returned: (update id, body) of updates that were refused and so never counted.
     """
 
     residual: bytes | None
+    round: int = 0
     returned: tuple[tuple[bytes, bytes], ...]
 
 
@@ -164,13 +166,14 @@ class Outbox:
     def leftover(self, job: str, structure: str) -> Leftover:
         """Return what goes into the next training of this structure."""
         row = self._db.execute(
-            "SELECT state FROM residuals WHERE job = ? AND structure = ?", (job, structure)
+            "SELECT state, round FROM residuals WHERE job = ? AND structure = ?", (job, structure)
         ).fetchone()
         bodies = self._db.execute(
             "SELECT update_id, body FROM returned WHERE job = ? AND structure = ? ORDER BY update_id",
             (job, structure),
         )
-        return Leftover(residual=row[0] if row else None, returned=tuple(bodies.fetchall()))
+        state, number = row or (None, 0)
+        return Leftover(residual=state, round=number, returned=tuple(bodies.fetchall()))
 
     def commit_training(
         self, update: Update, *, task_id: bytes, residual: bytes, returned: tuple[bytes, ...] = ()

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.link_meter import NOTHING, Announced
 from liberatai_agent.session import CODECS, Tier
 from liberatai_agent.trainer_messages import CHILD_ENVIRONMENT
 from liberatai_core import __version__
@@ -352,8 +353,21 @@ def capability(
     *,
     session: int,
     public_key: bytes,
+    link: Announced = NOTHING,
+    quota_spent: bool = False,
 ) -> Capability:
-    """Return what the coordinator may count on: the smaller of measured and allowed, everywhere."""
+    """Return what the coordinator may count on: the smaller of measured and allowed, everywhere.
+
+    Args:
+        config: settings.
+        profile: the hardware class, if one is set.
+        machine: what was measured of it.
+        found: what the child process found.
+        session: number of this start.
+        public_key: the device's.
+        link: what was measured of the link.
+        quota_spent: whether the link's quota of today is used up.
+    """
     memory = _tightest(
         machine.memory_bytes,
         config.memory_mb * (1 << 20)
@@ -370,7 +384,12 @@ def capability(
         if config.storage_kb is not None
         else (profile.storage_bytes if profile else DEFAULT_STORAGE_BYTES),
     )
-    net = profile.net if profile else None
+    net, wished = profile.net if profile else None, config.link
+    up, up_measured = _rate(link.up_bits_s, wished.up_mbit or (net.up_mbit if net else None))
+    down, _ = _rate(link.down_bits_s, wished.down_mbit or (net.down_mbit if net else None))
+    metered = wished.metered
+    if metered is None:
+        metered = wished.quota_bytes is not None or (net is not None and net.metered)
     return Capability(
         device=config.device,
         public_key=public_key,
@@ -385,19 +404,30 @@ def capability(
         storage_bytes=int(storage),
         disk_free_bytes=machine.disk_free_bytes,
         gflops=_slower(found.gflops, profile),
-        up_bits_s=net.up_mbit * 1e6 if net else None,
-        down_bits_s=net.down_mbit * 1e6 if net else None,
-        metered=net.metered if net else False,
+        up_bits_s=up,
+        down_bits_s=down,
+        metered=metered,
         samples=found.samples,
         data=found.data,
         families=found.families[:64],
         runtimes=machine.runtimes,
         codecs=CODECS,
+        link_measured=up_measured,
+        day_quota_bytes=wished.quota_bytes or 0,
+        quota_spent=quota_spent,
     )
 
 
 def _tightest(measured: float, allowed: float | None) -> float:
     return measured if allowed is None else min(measured, allowed)
+
+
+def _rate(measured_bits_s: float | None, allowed_mbit: float | None) -> tuple[float | None, bool]:
+    """Return the rate that counts, bit/s, and whether it is the measured one."""
+    allowed = None if allowed_mbit is None else allowed_mbit * 1e6
+    if measured_bits_s is None or (allowed is not None and allowed < measured_bits_s):
+        return allowed, False
+    return measured_bits_s, True
 
 
 def _slower(measured: float | None, profile: Profile | None) -> float | None:

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from liberatai_agent import gate, probe
 from liberatai_agent import session as s
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.config import AgentConfig, load_profile
+from liberatai_agent.link_watch import LinkWatch
 from liberatai_agent.outbox import Outbox, StateLock, device_seed
 from liberatai_agent.trainer import Trainer
 from liberatai_agent.trainer_messages import File, Work
 from liberatai_core import __version__
 from liberatai_core.contract import chunks, topics
-from liberatai_core.contract.frame import Opened, Signer, key_id, open_frame, seal
-from liberatai_core.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES, MAX_SINGLE_BYTES
+from liberatai_core.contract.frame import Opened, Signer, decode_spec, key_id, open_frame, seal
+from liberatai_core.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES, MAX_SINGLE_BYTES, MAX_SPEC_BYTES
 from liberatai_core.contract.messages import (
     BlobRef,
     Cancel,
@@ -54,7 +55,7 @@ from liberatai_core.contract.messages import (
     update_id,
 )
 from liberatai_core.errors import LiberataiError, LinkError, SchemaError, TopicError
-from liberatai_core.link.link import Connected, Disconnected, Link, Received, Will
+from liberatai_core.link.link import Connected, Disconnected, Link, Received, Traffic, Will
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,10 @@ GOODBYE_S = 4.0
 HEADROOM_BYTES = 4096
 """Topic and properties of a packet."""
 REPORT_HOLD_S = 0.5
-"""Phases that last shorter are not worth a message: a round has two such, and links are metered."""
+"""What people wait for (a fault, a closed gate, the first word) is said unless it is over at once."""
+ROUTINE_HOLD_S = 20.0
+"""A phase of an ordinary round is told when it lasts: a report takes as many bytes as a small update, and a
+round that is over by then needs none."""
 MAX_EVENTS = 64
 """Events that may wait to be sent; older ones are only in the log."""
 
@@ -117,6 +121,8 @@ class Service:
         self._events: deque[s.Happened] = deque()
         self._handling = False
         self._letters = _Letters()
+        self._said: s.PublishReport | None = None
+        self._saying: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
         self._crash: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,6 +138,8 @@ class Service:
         self._last_training: dict[str, Any] = {}
         self._started_at = time.time()
         self._load = probe.LoadMeter()
+        self._may_fetch = asyncio.Event()
+        self._may_fetch.set()
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -160,10 +168,11 @@ class Service:
         self._number = self._outbox.next_session()
         self._refused = self._outbox.refusals()
         self._store = BlobStore(config.state_path / "blobs")
-        # Nothing else runs yet, so this may block: a thread for it would stay and take memory.
-        self._take_look(probe.bench(config.state_path, config.data))
         will = Will(topic=self._up("state"), payload=self._seal(self._state("lost")))
         self._link = self._make_link(will)
+        self._watch = LinkWatch(config.state_path, config.link.quota_bytes, self._traffic, _now_s)
+        # Nothing else runs yet, so this may block: a thread for it would stay and take memory.
+        self._take_look(probe.bench(config.state_path, config.data))
         self._fetcher = Fetcher(
             self._link, self._topics, self._key, self._store, self._refuse, timeout_s=self._blob_timeout_s
         )
@@ -172,6 +181,7 @@ class Service:
                 unsent=self._outbox.unsent(),
                 finished=self._outbox.finished(),
                 epoch=self._outbox.epoch,
+                path=self._store.recall_path(),
                 tier=self._caps.tier,
                 storage_bytes=self._caps.storage_bytes,
                 fault=self._found.fault,
@@ -201,6 +211,8 @@ class Service:
 
     async def _goodbye(self) -> None:
         notify("STOPPING=1")
+        if self._saying is not None:
+            self._saying.cancel()
         crashed = [t for t in (*self._tasks, *self._fetches.values(), self._training) if t is not None]
         for task in crashed:
             task.cancel()
@@ -208,6 +220,8 @@ class Service:
         await self._trainer.close()
         with contextlib.suppress(LiberataiError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
+                if self._connected is not None:
+                    await self._link.publish(self._up("tele"), self._seal(self._telemetry()), qos=0)
                 await self._link.publish(self._up("state"), self._seal(self._state("offline")), retain=True)
         with contextlib.suppress(LiberataiError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
@@ -216,6 +230,8 @@ class Service:
         self._session = msgspec.structs.replace(self._session, connected=False)
         with contextlib.suppress(LiberataiError):
             self._save_refused()
+        self._watch.count()
+        self._watch.save()
         self._write_status(stopped=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -267,7 +283,7 @@ class Service:
                 self._write(self._up("caps"), self._caps)
                 self._write(self._up("state"), self._state(state))
             case s.PublishReport():
-                self._write(self._up("rep"), self._report(action), hold_s=REPORT_HOLD_S)
+                self._say_later(action)
             case s.Emit():
                 self._emit(action)
             case s.FetchBlobs(refs=refs):
@@ -277,10 +293,14 @@ class Service:
                 for blob in [blob for blob in self._fetches if blob not in keep]:
                     self._fetches.pop(blob).cancel()
                 self._store.keep_only(keep)
+            case s.ReadSpec(blob=blob):
+                self._read_spec(blob)
+            case s.KeepPath(path=path):
+                self._store.remember_path(path)
             case s.WarmTrainer():
                 self._spawn(self._warm())
-            case s.StartTraining(task=task, update_id=uid):
-                self._training = self._spawn(self._train(task, uid, self._training))
+            case s.StartTraining():
+                self._training = self._spawn(self._train(action, self._training))
             case s.StopTraining(reason=reason):
                 log.info("training stopped: %s", reason)
                 if self._training is not None:
@@ -309,6 +329,7 @@ class Service:
                     log.info("connected to %s (%s)", self._config.broker, event.protocol)
                     self._connected = event
                     self._letters.clear()
+                    self._said = None
                     self._happen(s.LinkUp(session_present=event.session_present))
                 case Disconnected(reason=reason, retry_in_s=retry):
                     if self._connected is not None or reason != self._last_error.partition(": ")[2]:
@@ -391,13 +412,23 @@ class Service:
     def _seal(self, message: Message) -> bytes:
         return seal(message, self._signer)
 
-    def _write(self, topic: str, message: Message, hold_s: float = 0.0) -> None:
-        """Publish a retained message after `hold_s`, unless a newer one for the topic comes first."""
+    def _write(self, topic: str, message: Message) -> None:
+        """Publish a retained message, unless a newer one for the topic comes first."""
         self._letters.retained[topic] = self._seal(message)
-        if hold_s:
-            asyncio.get_running_loop().call_later(hold_s, self._letters.there.set)
-        else:
-            self._letters.there.set()
+        self._letters.there.set()
+
+    def _say_later(self, wished: s.PublishReport) -> None:
+        """Report a phase if it lasts, and if it is not what was reported last."""
+        if self._saying is not None:
+            self._saying.cancel()
+        routine = self._said is not None and _is_routine(self._said) and _is_routine(wished)
+        hold_s = ROUTINE_HOLD_S if routine else REPORT_HOLD_S
+        self._saying = asyncio.get_running_loop().call_later(hold_s, self._say, wished)
+
+    def _say(self, wished: s.PublishReport) -> None:
+        if self._connected is not None and wished != self._said:
+            self._said = wished
+            self._write(self._up("rep"), self._report(wished))
 
     def _emit(self, action: s.Emit) -> None:
         log.warning("%s %s %s", action.name, action.code, action.text)
@@ -428,7 +459,8 @@ class Service:
                 else:
                     topic, payload = letters.events.popleft()
                 try:
-                    await self._link.publish(topic, payload, retain=retain)
+                    with self._watch.sending(len(payload)):
+                        await self._link.publish(topic, payload, retain=retain)
                 except LinkError as error:
                     # LinkUp says everything again.
                     log.debug("%s", error)
@@ -458,25 +490,29 @@ class Service:
 
     async def _sample(self) -> None:
         """Send load and traffic now and then; lost samples are lost."""
-        process = psutil.Process()
         psutil.cpu_percent(None)
         while True:
             await asyncio.sleep(self._config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-            if self._connected is None:
+            if self._connected is None or self._watch.spent:
                 continue
-            traffic = self._link.traffic
-            sample = Telemetry(
-                device=self._config.device,
-                session=self._number,
-                cpu_percent=psutil.cpu_percent(None),
-                memory_available_bytes=psutil.virtual_memory().available,
-                rss_bytes=process.memory_info().rss,
-                sent_bytes=traffic.sent_bytes,
-                received_bytes=traffic.received_bytes,
-                temperature_c=probe.temperature_c(),
-            )
             with contextlib.suppress(LiberataiError):
-                await self._link.publish(self._up("tele"), self._seal(sample), qos=0)
+                await self._link.publish(self._up("tele"), self._seal(self._telemetry()), qos=0)
+
+    def _telemetry(self) -> Telemetry:
+        traffic = self._link.traffic
+        return Telemetry(
+            device=self._config.device,
+            session=self._number,
+            cpu_percent=psutil.cpu_percent(None),
+            memory_available_bytes=psutil.virtual_memory().available,
+            rss_bytes=psutil.Process().memory_info().rss,
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
+            temperature_c=probe.temperature_c(),
+        )
+
+    def _traffic(self) -> Traffic:
+        return self._link.traffic
 
     # --- blobs and training --------------------------------------------------------------------
 
@@ -487,7 +523,9 @@ class Service:
 
     async def _fetch_one(self, ref: BlobRef) -> None:
         try:
-            await self._fetcher.fetch(ref)
+            await self._may_fetch.wait()
+            with self._watch.fetching():
+                await self._fetcher.fetch(ref)
         except LiberataiError as error:
             self._forget_fetch(ref)
             self._note_error(error.code, str(error))
@@ -507,26 +545,40 @@ class Service:
         except LiberataiError as error:
             self._note_error(error.code, str(error))
 
-    async def _train(self, task: Task, uid: bytes, before: "asyncio.Task[None] | None") -> None:
+    def _read_spec(self, blob: str) -> None:
+        try:
+            spec = decode_spec(self._store.read(blob, MAX_SPEC_BYTES))
+        except LiberataiError as error:
+            self._note_error(error.code, str(error))
+            self._happen(s.BlobFailed(blob=blob, code=error.code, text=str(error)))
+        else:
+            self._happen(s.SpecRead(blob=blob, spec=spec))
+
+    async def _train(self, action: s.StartTraining, before: "asyncio.Task[None] | None") -> None:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
+        task, spec, uid = action.task, action.spec, action.update_id
         try:
-            left = self._outbox.leftover(task.job, task.structure.id)
+            left = self._outbox.leftover(task.job, spec.structure.id)
             work = Work(
                 device=task.device,
                 job=task.job,
                 round=task.round,
-                structure=task.structure,
-                data=task.data,
-                training=task.training,
-                seed=task.seed,
+                structure=spec.structure,
+                data=spec.data,
+                training=spec.training,
+                seed=spec.seed,
                 density=task.density,
-                keyframe=self._file(task.keyframe),
-                deltas=tuple(self._file(step) for step in task.deltas),
+                path=tuple(self._file(step) for step in action.path),
                 data_path=self._config.data or "",
+                codec=spec.codec,
                 residual=left.residual,
                 returned=left.returned,
-                share_class_counts=task.share_class_counts,
+                share_class_counts=spec.share_class_counts,
+                trained_share=spec.trained_share,
+                rounds_away=max(0, task.round - left.round - 1) if left.residual is not None else 0,
+                residual_decay=spec.residual_decay,
+                residual_limit=spec.residual_limit,
             )
             started = time.monotonic()
             result = await self._trainer.train(work)
@@ -537,7 +589,7 @@ class Service:
             return
         self._last_training = {
             "round": task.round,
-            "structure": task.structure.id,
+            "structure": spec.structure.id,
             "samples": result.samples,
             "loss": result.loss,
             "train_seconds": result.train_seconds,
@@ -557,10 +609,10 @@ class Service:
                 job=task.job,
                 round=task.round,
                 epoch=task.epoch,
-                structure=task.structure.id,
+                structure=action.spec.structure.id,
                 base=task.base,
                 samples=result.samples,
-                codec=task.codec,
+                codec=action.spec.codec,
                 body=result.body,
                 class_counts=result.class_counts,
                 evaluation=result.evaluation,
@@ -589,7 +641,8 @@ class Service:
                 self._outbox.count_attempt(uid)
                 xid = topics.blob_id(frame)
                 payload = frame if len(frame) <= self._single_bytes else self._offer(uid, frame, xid)
-                await self._link.publish(self._topics.upload(self._config.device, xid), payload)
+                with self._watch.sending(len(payload)):
+                    await self._link.publish(self._topics.upload(self._config.device, xid), payload)
         except LinkError as error:
             # The next connection, or the timer, sends it again.
             log.debug("%s", error)
@@ -627,7 +680,9 @@ class Service:
                 lacking = chunks.missing(action.have, chunks.count(len(frame), size))
                 for number in lacking[: action.chunks]:
                     topic = self._topics.upload(self._config.device, xid, number)
-                    await self._link.publish(topic, chunks.cut(frame, number, size))
+                    chunk = chunks.cut(frame, number, size)
+                    with self._watch.sending(len(chunk)):
+                        await self._link.publish(topic, chunk)
 
     @property
     def _packet_bytes(self) -> int:
@@ -667,9 +722,21 @@ class Service:
         if rules.max_load_others is not None:
             own = tuple(pid for pid in (os.getpid(), self._trainer.pid) if pid is not None)
             load = self._load.others(own)
-        is_open, reason = gate.decide(snapshot(self._config.state_path, load), rules)
+        is_open, reason = gate.decide(self._with_quota(snapshot(self._config.state_path, load)), rules)
         if is_open != self._session.gate_open or reason != self._session.gate_reason:
             self._happen(s.GateChanged(open=is_open, reason=reason))
+
+    def _with_quota(self, now: gate.Snapshot) -> gate.Snapshot:
+        """Add what the link moved today; downloads wait from here on when the quota is used up."""
+        self._watch.count()
+        if self._watch.spent:
+            self._may_fetch.clear()
+        else:
+            self._may_fetch.set()
+        if self._session.stage in ("training", "storing"):
+            # Its bytes are spent already; the update is small, and without it they were spent for nothing.
+            return now
+        return replace(now, day_bytes=self._watch.day_bytes, day_quota_bytes=self._watch.quota_bytes)
 
     def _take_look(self, found: probe.Bench) -> None:
         self._data_mark = probe.data_mark(self._config.data)
@@ -684,6 +751,8 @@ class Service:
             self._found,
             session=self._number,
             public_key=self._signer.public_key,
+            link=self._watch.look(),
+            quota_spent=self._watch.spent,
         )
 
     async def _look_again(self) -> None:
@@ -717,7 +786,8 @@ class Service:
     def status(self, *, stopped: bool = False) -> dict[str, Any]:
         """Return what `liberatai-agent status` shows."""
         state, report, traffic = self._session, s.report_of(self._session), self._link.traffic
-        structure = state.task.structure.id if state.task else self._last_training.get("structure", "")
+        structure = state.spec[1].structure.id if state.task and state.spec else ""
+        structure = structure or self._last_training.get("structure", "")
         return {
             "device": self._config.device,
             "fleet": self._config.fleet,
@@ -742,6 +812,7 @@ class Service:
             "storage_bytes": self._caps.storage_bytes,
             "sent_bytes": traffic.sent_bytes,
             "received_bytes": traffic.received_bytes,
+            "link": self._link_status(),
             "updates_waiting": len(state.pending),
             "last_training": self._last_training,
             "model": self._final_model(),
@@ -752,6 +823,21 @@ class Service:
             "data_warning": self._found.warning,
             "started_at": self._started_at,
             "updated_at": time.time(),
+        }
+
+    def _link_status(self) -> dict[str, Any]:
+        """Return what is measured and counted of the link; rates are null until they are measured."""
+        link = self._watch.link
+        return {
+            "up_bits_s": link.up_bits_s,
+            "down_bits_s": link.down_bits_s,
+            "latency_s": link.latency_s,
+            "metered": self._caps.metered,
+            "day_bytes": link.day_bytes,
+            "day_quota_bytes": self._watch.quota_bytes,
+            "quota_spent": self._watch.spent,
+            "ever_sent_bytes": link.sent_bytes,
+            "ever_received_bytes": link.received_bytes,
         }
 
     def _final_model(self) -> dict[str, Any]:
@@ -791,6 +877,10 @@ def _steady(caps: Capability) -> Capability:
     """Return a capability without what changes all the time: 16 MiB of disk are no news."""
     coarse = caps.storage_bytes >> 24 if caps.storage_bytes == caps.disk_free_bytes else caps.storage_bytes
     return msgspec.structs.replace(caps, disk_free_bytes=caps.disk_free_bytes >> 28, storage_bytes=coarse)
+
+
+def _is_routine(report: s.PublishReport) -> bool:
+    return report.phase not in ("failed", "gated") and not report.reason
 
 
 def _line(report: s.PublishReport) -> str:

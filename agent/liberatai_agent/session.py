@@ -6,25 +6,38 @@ that shall be done is an action. `service.py` makes it happen. The rules:
 - A task or word of a coordinator with a lower epoch than the highest seen is ignored (fencing).
 - The same task is never started twice; if its update waits in the outbox, that one is sent again.
 - A task for other work stops the training that runs.
+- The device keeps the path of files that leads to the weights it last worked from. A task goes on from any
+  point of it; one that goes on from elsewhere is answered with E_BASE until the whole path comes.
 - An update is sent until a receipt comes: at once, when the link or the coordinator comes back, and on a
   timer that doubles. Only a receipt makes the device forget it.
 - A refused update was not counted: its content goes back into what is left over (error feedback), unless
   another update of this device was counted in its place.
 """
 
+import math
 from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
 
-from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, update_id
+from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, TaskSpec, update_id
 
 Tier = Literal["full", "head", "observe"]
 Phase = Literal["idle", "gated", "fetching", "training", "sending", "failed"]
-Stage = Literal["none", "fetching", "ready", "training", "storing", "failed"]
+Stage = Literal["none", "baseless", "fetching", "ready", "training", "storing", "failed"]
 
-CODECS = ("topk1",)
-"""What this agent can write; a task that wants another codec is refused."""
+CODECS = (
+    "topk",
+    "topk_small_dense",
+    "dense",
+    "client_sampling",
+    "quantile",
+    "quantile_over_senders",
+    "random_k",
+    "random_k_feedback",
+    "ternary_no_feedback",
+)
+"""Sparse methods that this agent knows (`sparsifier.methods.METHODS`); a task with another one is refused."""
 RETRY_FIRST_S = 5.0
 RETRY_MAX_S = 120.0
 """Pauses double from 5 s to 2 min: a restarting coordinator is found soon, a dead one is not hammered."""
@@ -82,6 +95,7 @@ class Started(Value, frozen=True, kw_only=True):
         unsent: updates without a receipt.
         finished: ids of tasks whose update was stored, oldest first.
         epoch: highest coordinator epoch seen.
+        path: files on disk, in order, of the weights that the last update started from.
         tier, storage_bytes: of the machine.
         fault: why there is nothing to train on ("E_DATA: …"), "" if there is.
         note: a warning for the operator, shown while the device is idle.
@@ -90,6 +104,7 @@ class Started(Value, frozen=True, kw_only=True):
     unsent: tuple[Unsent, ...] = ()
     finished: tuple[bytes, ...] = ()
     epoch: int = 0
+    path: tuple[Step, ...] = ()
     tier: Tier = "full"
     storage_bytes: int = 1 << 62
     fault: str = ""
@@ -146,6 +161,13 @@ class BlobFailed(Value, frozen=True, kw_only=True):
     blob: str
     code: str
     text: str
+
+
+class SpecRead(Value, frozen=True, kw_only=True):
+    """What a task's spec says; it was on disk."""
+
+    blob: str
+    spec: TaskSpec
 
 
 class Trained(Value, frozen=True, kw_only=True):
@@ -221,6 +243,7 @@ Happened = (
     | CoordinatorChanged
     | BlobStored
     | BlobFailed
+    | SpecRead
     | Trained
     | TrainingFailed
     | OutboxStored
@@ -257,14 +280,22 @@ class FetchBlobs(Value, frozen=True, kw_only=True):
     refs: tuple[BlobRef, ...]
 
 
+class ReadSpec(Value, frozen=True, kw_only=True):
+    """Read a TaskSpec from the disk; answered with SpecRead, or BlobFailed if it cannot be read."""
+
+    blob: str
+
+
 class WarmTrainer(Value, frozen=True, kw_only=True):
     """Training is near: start its process now, so that its imports overlap with the download."""
 
 
 class StartTraining(Value, frozen=True, kw_only=True):
-    """Train; answered with Trained or TrainingFailed."""
+    """Train on the weights that `path` leads to; answered with Trained or TrainingFailed."""
 
     task: Task
+    spec: TaskSpec
+    path: tuple[Step, ...]
     update_id: bytes
 
 
@@ -278,6 +309,7 @@ class StoreUpdate(Value, frozen=True, kw_only=True):
     """Put update and residual on disk, in one transaction."""
 
     task: Task
+    spec: TaskSpec
     update_id: bytes
     result: TrainingResult
 
@@ -314,6 +346,12 @@ class DropBlobs(Value, frozen=True, kw_only=True):
     keep: frozenset[str]
 
 
+class KeepPath(Value, frozen=True, kw_only=True):
+    """Store which files, in which order, lead to the weights that the device holds."""
+
+    path: tuple[Step, ...]
+
+
 class RememberEpoch(Value, frozen=True, kw_only=True):
     """Store the highest epoch seen."""
 
@@ -333,6 +371,7 @@ Action = (
     PublishState
     | PublishReport
     | FetchBlobs
+    | ReadSpec
     | WarmTrainer
     | StartTraining
     | StopTraining
@@ -342,6 +381,7 @@ Action = (
     | Forget
     | RestoreResidual
     | DropBlobs
+    | KeepPath
     | RememberEpoch
     | Emit
 )
@@ -366,13 +406,17 @@ class Session(Value, frozen=True, kw_only=True):
     Attributes:
         device: own name.
         away: the coordinator said goodbye or was lost.
-        task, stage, deadline_s, attempts: the work under way.
-        refetched: the chain was fetched a second time, because a digest was wrong.
+        task, stage, attempts: the work under way.
+        began_s: when it began; its deadline counts from there, once the spec is known.
+        spec: what the newest task's spec says, with the id of its blob.
+        path: files on disk that lead to the weights of the last update, or of the finished model.
+        chain: files that lead to the weights of `task`.
+        refetched: the whole path was fetched a second time, because a digest was wrong.
         result: a training's result that the disk did not take yet.
         missing: blobs that are not on disk yet, for `task` or `final`.
         retry_at_s: when to try again what failed; None: nothing waits.
         reason: why it failed or waits.
-        final: chain of the finished model.
+        final: path of the finished model.
         reported: the last report that was published on this connection.
         events: number of events emitted.
         refusals: refused updates per code.
@@ -391,7 +435,10 @@ class Session(Value, frozen=True, kw_only=True):
     gate_reason: str = ""
     task: Task | None = None
     stage: Stage = "none"
-    deadline_s: float = 0.0
+    began_s: float = 0.0
+    spec: tuple[str, TaskSpec] | None = None
+    path: tuple[Step, ...] = ()
+    chain: tuple[Step, ...] = ()
     attempts: int = 0
     refetched: bool = False
     result: TrainingResult | None = None
@@ -435,11 +482,15 @@ def report_of(session: Session) -> PublishReport:
             return PublishReport(phase="training", job=job, round=number)
         case "storing":
             return PublishReport(phase="sending", job=job, round=number, reason=s.reason[:512])
+        case "baseless":
+            return PublishReport(phase="fetching", job=job, round=number, reason=s.reason[:512])
         case "ready":
             reason = s.reason if s.gate_open else s.gate_reason
             return PublishReport(phase="gated", job=job, round=number, reason=reason[:512])
-    if s.missing:
-        return PublishReport(phase="fetching", job=job, round=number, reason=s.reason[:512])
+    if s.missing or s.stage == "fetching":
+        # A used-up link quota holds downloads too; its reason is the gate's.
+        reason = s.reason or ("" if s.gate_open else s.gate_reason)
+        return PublishReport(phase="fetching", job=job, round=number, reason=reason[:512])
     if s.pending:
         first = s.pending[0]
         return PublishReport(phase="sending", job=first.job, round=first.round)
@@ -468,6 +519,8 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _stored_blob(s, blob)
         case BlobFailed():
             return _failed_blob(s, event)
+        case SpecRead():
+            return _spec_read(replace(s, spec=(event.blob, event.spec)))
         case Trained(update_id=uid, result=result):
             return _trained(s, uid, result)
         case TrainingFailed():
@@ -489,7 +542,8 @@ def _react(s: Session, event: Happened) -> Stepped:
         case Started():
             pending = tuple(Pending(update_id=u.update_id, job=u.job, round=u.round) for u in event.unsent)
             finished = event.finished[-MAX_FINISHED:]
-            return replace(_machine(s, event), epoch=event.epoch, pending=pending, finished=finished), ()
+            s = replace(_machine(s, event), epoch=event.epoch, path=event.path)
+            return replace(s, pending=pending, finished=finished), ()
 
 
 def _machine(s: Session, event: Started | MachineChanged) -> Session:
@@ -562,40 +616,81 @@ def _newest_task(s: Session, task: Task) -> Stepped:
         return s, (*stopped, *sends)
     if task.task_id in s.finished:
         return s, ()
-    if s.update_id == wanted:
+    if s.update_id == wanted and s.task is not None:
         # A restarted coordinator gives the same work again: it need not be done twice.
-        if s.task is None or task.epoch == s.task.epoch or s.stage == "none":
-            return s, ()
         if s.stage in ("ready", "training", "storing"):
-            return replace(s, task=task, deadline_s=s.now_s + task.deadline_s), ()
+            return (s if task.epoch == s.task.epoch else replace(s, task=task, began_s=s.now_s)), ()
+        if task == s.task and s.stage != "baseless":
+            return s, ()
+    again = s.refetched and s.update_id == wanted
     s, stopped = _stop(s, f"task for round {task.round} of {task.job}")
-    s, begun = _begin(s, task)
+    s, begun = _begin(replace(s, refetched=again), task)
     return s, (*stopped, *begun)
 
 
 def _begin(s: Session, task: Task) -> Stepped:
-    s = replace(s, task=task, deadline_s=s.now_s + task.deadline_s, final=())
-    refs = _refs((task.keyframe, *task.deltas))
-    size = sum(ref.size_bytes for ref in refs)
+    s = replace(s, task=task, began_s=s.now_s, final=(), missing=(), retry_at_s=None)
     if s.tier != "full":
         return _fail(s, "E_TIER", f"this device is of tier {s.tier} and cannot train")
-    if task.codec not in CODECS:
-        return _fail(s, "E_CODEC", f"unknown codec {task.codec}")
-    if size > s.storage_bytes:
+    chain = joined(s.path, task.held, task.steps)
+    if chain is None:
+        return _baseless(s)
+    if (size := _bytes(chain)) > s.storage_bytes:
         return _fail(s, "E_QUOTA", f"the model's files take {size} bytes, {s.storage_bytes} are allowed")
-    s = replace(s, stage="fetching", missing=refs, reason="", retry_at_s=None)
-    return s, (DropBlobs(keep=frozenset(r.blob for r in refs)), WarmTrainer(), FetchBlobs(refs=refs))
+    s = replace(_making_room(s, chain), stage="fetching", chain=chain, reason="")
+    refs = (*_refs(task.steps), *(() if s.spec and s.spec[0] == task.spec.blob else (task.spec,)))
+    s = replace(s, missing=refs)
+    s, on = (s, ()) if refs else _all_there(s)
+    fetch = (FetchBlobs(refs=refs),) if refs else ()
+    return s, (DropBlobs(keep=_kept(s)), WarmTrainer(), *fetch, *on)
+
+
+def joined(path: tuple[Step, ...], held: bytes, steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
+    """Return the path to where `steps` lead, None if the device does not hold what they go on from."""
+    if not held:
+        return steps
+    for number, one in enumerate(path):
+        if one.digest == held:
+            return (*path[: number + 1], *steps)
+    return None
+
+
+def _baseless(s: Session) -> Stepped:
+    """Ask for the whole path; the coordinator gives the task again with it."""
+    s = _wait(replace(s, stage="baseless", missing=()), "E_BASE", "its files are not here")
+    return _emit(s, "base_missing", "E_BASE", "what the task goes on from is not here")
+
+
+def _making_room(s: Session, chain: tuple[Step, ...]) -> Session:
+    """Keep the old path until the new one is worked from, unless both together are too much."""
+    both = {one.blob.blob: one.blob.size_bytes for one in (*s.path, *chain)}
+    if sum(both.values()) <= s.storage_bytes:
+        return s
+    shared = 0
+    while shared < min(len(s.path), len(chain)) and s.path[shared] == chain[shared]:
+        shared += 1
+    return replace(s, path=s.path[:shared])
+
+
+def _kept(s: Session) -> frozenset[str]:
+    """Return the blobs that must stay on disk."""
+    specs = [s.task.spec.blob] if s.task is not None else [] if s.spec is None else [s.spec[0]]
+    return frozenset([*(one.blob.blob for one in (*s.path, *s.chain, *s.final)), *specs])
 
 
 def _refs(steps: tuple[Step, ...]) -> tuple[BlobRef, ...]:
     return tuple({one.blob.blob: one.blob for one in steps}.values())
 
 
+def _bytes(path: tuple[Step, ...]) -> int:
+    return sum(ref.size_bytes for ref in _refs(path))
+
+
 def _stop(s: Session, reason: str) -> Stepped:
     if s.task is None:
         return s, ()
     stopping = (StopTraining(reason=reason),) if s.stage == "training" else ()
-    idle = replace(s, task=None, stage="none", missing=(), retry_at_s=None, reason="")
+    idle = replace(s, task=None, stage="none", chain=(), missing=(), retry_at_s=None, reason="")
     return replace(idle, result=None, attempts=0, refetched=False), stopping
 
 
@@ -613,24 +708,33 @@ def _cancelled(s: Session, cancel: Cancel) -> Stepped:
     task = s.task
     if task is not None and (task.job != cancel.job or task.round > cancel.round):
         return s, actions
-    if task is None and cancel.final == s.final:
-        return s, actions
-    s, stopped = _stop(s, "the round is over")
-    if not cancel.final or cancel.final == s.final:
+    s, stopped = _stop(s, "the round is over") if task is not None else (s, ())
+    if not cancel.final and not cancel.held:
         return s, (*actions, *stopped)
-    s, fetched = _fetch_final(s, cancel.final)
+    s, fetched = _fetch_final(s, cancel)
     return s, (*actions, *stopped, *fetched)
 
 
-def _fetch_final(s: Session, final: tuple[Step, ...]) -> Stepped:
-    refs = _refs(final)
-    size = sum(ref.size_bytes for ref in refs)
-    if size > s.storage_bytes:
+def _fetch_final(s: Session, cancel: Cancel) -> Stepped:
+    chain = joined(s.path, cancel.held, cancel.final)
+    if chain is None:
+        return _emit(s, "base_missing", "E_BASE", "what the final model goes on from is not here")
+    if chain == s.final:
+        return s, ()
+    if (size := _bytes(chain)) > s.storage_bytes:
         return _emit(
             s, "final_model", "E_QUOTA", f"its files take {size} bytes, {s.storage_bytes} are allowed"
         )
-    s = replace(s, final=final, missing=refs)
-    return s, (DropBlobs(keep=frozenset(r.blob for r in refs)), FetchBlobs(refs=refs))
+    s = replace(_making_room(s, chain), final=chain, missing=_refs(cancel.final))
+    drop = DropBlobs(keep=_kept(s))
+    if s.missing:
+        return s, (drop, FetchBlobs(refs=s.missing))
+    s, kept = _final_there(s)
+    return s, (drop, *kept)
+
+
+def _final_there(s: Session) -> Stepped:
+    return replace(s, path=s.final), (KeepPath(path=s.final),)
 
 
 # --- blobs and training ------------------------------------------------------------------------
@@ -641,15 +745,41 @@ def _stored_blob(s: Session, blob: str) -> Stepped:
     if len(left) == len(s.missing):
         return s, ()
     s = replace(s, missing=left)
-    if left or s.stage != "fetching":
+    if left:
         return s, ()
-    return _start(replace(s, stage="ready", retry_at_s=None, reason="", attempts=0))
+    if s.stage == "fetching":
+        return _all_there(s)
+    return _final_there(s) if s.final else (s, ())
+
+
+def _all_there(s: Session) -> Stepped:
+    s = replace(s, retry_at_s=None, reason="", attempts=0)
+    if s.task is not None and (s.spec is None or s.spec[0] != s.task.spec.blob):
+        return s, (ReadSpec(blob=s.task.spec.blob),)
+    return _spec_read(s)
+
+
+def _spec_read(s: Session) -> Stepped:
+    """Go on with a task whose files are here, now that it is known what they are for."""
+    task = s.task
+    if s.stage != "fetching" or s.missing or task is None or s.spec is None or s.spec[0] != task.spec.blob:
+        return s, ()
+    spec = s.spec[1]
+    if spec.codec not in CODECS:
+        return _fail(s, "E_CODEC", f"unknown sparse method {spec.codec}")
+    if spec.job != task.job:
+        return _fail(s, "E_SCHEMA", f"a spec of job {spec.job}")
+    return _start(replace(s, stage="ready"))
 
 
 def _failed_blob(s: Session, event: BlobFailed) -> Stepped:
-    if all(ref.blob != event.blob for ref in s.missing):
+    task = s.task
+    unread = task is not None and s.stage == "fetching" and event.blob == task.spec.blob
+    if task is not None and unread and not s.missing:
+        s = replace(s, missing=(task.spec,))  # it was there, and cannot be read any more
+    elif all(ref.blob != event.blob for ref in s.missing):
         return s, ()
-    if event.code == "E_QUOTA" and s.stage == "fetching":
+    if event.code in ("E_QUOTA", "E_SCHEMA") and s.stage == "fetching":
         return _fail(s, event.code, event.text)
     return _wait(s, event.code, event.text), ()
 
@@ -671,7 +801,10 @@ def _pause(attempts: int) -> float:
 def _start(s: Session) -> Stepped:
     if s.stage != "ready" or not s.gate_open or s.task is None or s.retry_at_s is not None:
         return s, ()
-    return replace(s, stage="training", reason=""), (StartTraining(task=s.task, update_id=s.update_id),)
+    if s.spec is None:
+        return s, ()
+    start = StartTraining(task=s.task, spec=s.spec[1], path=s.chain, update_id=s.update_id)
+    return replace(s, stage="training", reason=""), (start,)
 
 
 def _gate(s: Session) -> Stepped:
@@ -683,21 +816,26 @@ def _gate(s: Session) -> Stepped:
 
 
 def _trained(s: Session, uid: bytes, result: TrainingResult) -> Stepped:
-    task = s.task
-    if s.stage != "training" or task is None or s.update_id != uid:
+    task, spec = s.task, s.spec
+    if s.stage != "training" or task is None or spec is None or s.update_id != uid:
         return s, ()
     s = replace(s, stage="storing", result=result, attempts=0)
-    return s, (StoreUpdate(task=task, update_id=uid, result=result),)
+    return s, (StoreUpdate(task=task, spec=spec[1], update_id=uid, result=result),)
 
 
 def _training_failed(s: Session, event: TrainingFailed) -> Stepped:
-    if s.stage != "training" or s.task is None or s.update_id != event.update_id:
+    task = s.task
+    if s.stage != "training" or task is None or s.update_id != event.update_id:
         return s, ()
     if event.code == "E_DIGEST" and not s.refetched:
-        # A file may have rotted on the card: fetch the chain again, once.
-        refs = _refs((s.task.keyframe, *s.task.deltas))
-        s = replace(s, stage="fetching", missing=refs, refetched=True)
-        return s, (DropBlobs(keep=frozenset()), FetchBlobs(refs=refs))
+        # A file may have rotted on the card: fetch the whole path again, once.
+        s = replace(s, path=(), refetched=True)
+        drop = DropBlobs(keep=frozenset({task.spec.blob}))
+        if task.held:
+            s, asked = _baseless(replace(s, chain=()))
+            return s, (drop, *asked)
+        refs = _refs(s.chain)
+        return replace(s, stage="fetching", missing=refs), (drop, FetchBlobs(refs=refs))
     if event.code in RETRYABLE and s.attempts + 1 < MAX_ATTEMPTS:
         return _wait(replace(s, stage="ready"), event.code, event.text), ()
     return _fail(replace(s, stage="ready"), event.code, event.text)
@@ -718,8 +856,11 @@ def _outboxed(s: Session, uid: bytes) -> Stepped:
         return s, ()
     finished = (*s.finished, task.task_id)[-MAX_FINISHED:]
     pending = (*s.pending, Pending(update_id=uid, job=task.job, round=task.round))
-    s, _ = _stop(s, "")
-    return _send(replace(s, finished=finished, pending=pending), uid)
+    # On disk before the update is sent: the coordinator goes on from what it was made from.
+    keep = () if s.path == s.chain else (KeepPath(path=s.chain),)
+    s, _ = _stop(replace(s, path=s.chain), "")
+    s, sends = _send(replace(s, finished=finished, pending=pending), uid)
+    return s, (*keep, DropBlobs(keep=_kept(s)), *sends)
 
 
 def _send_all(s: Session) -> Stepped:
@@ -792,7 +933,7 @@ def _dropped(s: Session, event: UpdateDropped) -> Stepped:
 
 def _ticked(s: Session) -> Stepped:
     actions: tuple[Action, ...] = ()
-    if s.stage in ("fetching", "ready", "training", "storing") and s.now_s > s.deadline_s:
+    if s.now_s > _deadline_s(s) and s.stage in ("baseless", "fetching", "ready", "training", "storing"):
         s, failed = _fail(s, "E_TRAIN", "the deadline passed")
         actions += failed
     if s.retry_at_s is not None and s.now_s >= s.retry_at_s:
@@ -805,9 +946,17 @@ def _ticked(s: Session) -> Stepped:
     return s, actions
 
 
+def _deadline_s(s: Session) -> float:
+    if s.task is None or s.spec is None or s.spec[0] != s.task.spec.blob:
+        return math.inf
+    return s.began_s + s.spec[1].deadline_s
+
+
 def _retry(s: Session) -> Stepped:
-    if s.stage == "storing" and s.task is not None and s.result is not None:
-        return s, (StoreUpdate(task=s.task, update_id=s.update_id, result=s.result),)
+    if s.stage == "storing" and s.task is not None and s.spec is not None and s.result is not None:
+        return s, (StoreUpdate(task=s.task, spec=s.spec[1], update_id=s.update_id, result=s.result),)
+    if s.stage == "baseless":
+        return _baseless(s)
     if s.missing:
         return s, (FetchBlobs(refs=s.missing),)
     return _start(s)

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -32,7 +32,15 @@ from liberatai_agent.trainer_messages import (
     require_length,
 )
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
-from liberatai_core.errors import ConfigError, DataError, DigestError, LiberataiError, TooLargeError
+from liberatai_core.contract.messages import part_seed, weights_name, work_seed
+from liberatai_core.errors import (
+    CodecError,
+    ConfigError,
+    DataError,
+    DigestError,
+    LiberataiError,
+    TooLargeError,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
 
     from liberatai_core.learning.dataset import Samples
     from liberatai_core.learning.training import TrainSettings
+    from liberatai_core.sparsifier.subspace import Subspace
+    from liberatai_core.structure import Structure
     from liberatai_core.weights import Vector
 
 NICE = 10
@@ -77,7 +87,11 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     import numpy as np  # noqa: PLC0415 - the parent imports this module's neighbours
 
     from liberatai_core.learning import training  # noqa: PLC0415
-    from liberatai_core.sparsifier import top_k  # noqa: PLC0415
+    from liberatai_core.sparsifier import methods, schedule, top_k  # noqa: PLC0415
+
+    if task.codec not in methods.METHODS:
+        raise CodecError(f"unknown sparse method {task.codec}")
+    method, seed = methods.METHODS[task.codec], work_seed(task.seed, task.device, task.job, task.round)
 
     base = base_weights(task, memory)
     samples = _samples(task, memory)
@@ -86,14 +100,17 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     held = holdout(task, len(samples), samples.test)
     x, y = samples.x[~held], samples.y[~held]
     evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
-    trained = training.train(task.structure, task.data, base, x, y, _settings(task), _seed(task))
-    difference = trained.weights - base
-    for _, body in task.returned:
-        difference += top_k.densify(body, task.structure)
-    state = top_k.init(task.structure.parameters)
+    chosen = trained_part(task)
+    trained = training.train(task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain)
+    difference = chosen.gather(trained.weights) - chosen.gather(base)
+    if method.feedback:
+        for lost in _given_back(task, chosen.part):
+            difference += lost
+    state = top_k.init(chosen.part.parameters)
     if task.residual is not None:
-        state = top_k.state_from_bytes(task.residual, task.structure.parameters)
-    state, body = top_k.sparsify(state, difference, task.structure, task.density)
+        state = top_k.state_from_bytes(task.residual, chosen.part.parameters)
+    worth = schedule.decay(task.rounds_away, task.residual_decay, task.residual_limit)
+    state, body = method.sparsify(state, difference, chosen.part, task.density, seed=seed, decay=worth)
     counts = np.bincount(y, minlength=task.data.classes).tolist() if task.share_class_counts else None
     return TrainingResult(
         body=body,
@@ -107,31 +124,61 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     )
 
 
-def base_weights(task: Work, memory: Memory) -> "Vector":
-    """Return the weights that the chain leads to; every step is checked against its digest.
+def trained_part(task: Work) -> "Subspace":
+    """Return the coordinates that the task trains; the coordinator draws the same ones."""
+    from liberatai_core.sparsifier.subspace import subspace  # noqa: PLC0415
 
-    The base of the last round is the start if the chain contains it.
+    seed = part_seed(task.seed, task.job, task.structure.id)
+    return subspace(task.structure, task.trained_share, seed)
+
+
+def _given_back(task: Work, part: "Structure") -> "Iterator[Vector]":
+    """Yield what refused updates meant; one whose coordinates were drawn for its own round is let go."""
+    from liberatai_core.sparsifier import methods, random_k  # noqa: PLC0415
+
+    for _, body in task.returned:
+        if body[:1] != bytes([random_k.RANDOM]):
+            yield methods.densify(body, part)
+
+
+def base_weights(task: Work, memory: Memory) -> "Vector":
+    """Return the weights that the path leads to.
+
+    The base of the last round is the start if the path goes through it. Only where the path ends is checked:
+    a file that rotted on the way leads elsewhere.
 
     Raises:
-        DigestError: a step gives other weights than its digest names.
-        CodecError and others: a file is damaged.
+        DigestError: it leads to other weights than the task names, or a file cannot be read.
     """
     from liberatai_core.compressor.artifact import restore  # noqa: PLC0415
     from liberatai_core.sparsifier.top_k import densify  # noqa: PLC0415
+    from liberatai_core.weights import digest  # noqa: PLC0415
 
     weights: Vector | None = None
-    deltas = task.deltas
-    chain = [task.keyframe.digest, *(step.digest for step in task.deltas)]
-    if memory.base is not None and memory.base[0] in chain:
-        known = len(chain) - 1 - chain[::-1].index(memory.base[0])
-        weights, deltas = memory.base[1], task.deltas[known:]
-    if weights is None or weights.shape != (task.structure.parameters,):
-        weights, deltas = restore(_read(task.keyframe), task.structure), task.deltas
-        _require_digest(weights, task.keyframe, "keyframe")
-    for number, step in enumerate(deltas):
-        weights = weights + densify(_read(step), task.structure)
-        _require_digest(weights, step, f"delta {len(task.deltas) - len(deltas) + number + 1}")
-    memory.base = (chain[-1], weights)
+    steps = task.path
+    names = [step.digest for step in steps]
+    if memory.base is not None and memory.base[0] in names:
+        known = len(names) - 1 - names[::-1].index(memory.base[0])
+        if memory.base[1].shape == (task.structure.parameters,):
+            weights, steps = memory.base[1], steps[known + 1 :]
+    memory.base = None
+    chosen = trained_part(task)
+    for step in steps:
+        content = _read(step)
+        try:
+            if weights is None:
+                weights = restore(content, task.structure)
+            else:
+                weights = chosen.added(weights, densify(content, chosen.part))
+        except LiberataiError as error:
+            # Its SHA-256 was checked when it was stored.
+            raise DigestError(f"{Path(step.path).name}: damaged: {error}") from error
+    if weights is None:
+        raise DigestError("no file leads to the base")
+    found = weights_name(digest(weights))
+    if found != names[-1]:
+        raise DigestError(f"the files give weights {found.hex()}, wanted {names[-1].hex()}")
+    memory.base = (names[-1], weights)
     return weights
 
 
@@ -143,14 +190,6 @@ def _read(step: File) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DigestError(f"{path.name}: {error.strerror}") from error
-
-
-def _require_digest(weights: "Vector", step: File, what: str) -> None:
-    from liberatai_core.weights import digest  # noqa: PLC0415
-
-    found = digest(weights)
-    if found != step.digest:
-        raise DigestError(f"{what}: gives weights {found.hex()[:16]}…, wanted {step.digest.hex()[:16]}…")
 
 
 def _samples(task: Work, memory: Memory) -> "Samples":
@@ -200,10 +239,6 @@ def _settings(task: Work) -> "TrainSettings":
         return TrainSettings(**msgspec.structs.asdict(task.training))
     except ConfigError as error:
         raise DataError(f"the task cannot be trained here: {'; '.join(error.faults)}") from error
-
-
-def _seed(task: Work) -> int:
-    return _number("training", str(task.seed), task.device, task.job, str(task.round))
 
 
 def _number(*parts: str) -> int:

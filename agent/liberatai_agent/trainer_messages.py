@@ -5,7 +5,7 @@ import struct
 import msgspec
 
 from liberatai_agent.session import TrainingResult
-from liberatai_core.contract.limits import MAX_OBJECT_BYTES
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
 from liberatai_core.structure import DataContract, Structure
@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 16 * MAX_OBJECT_BYTES
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
-    """A blob on disk, and the digest of the weights that it leads to."""
+    """A blob on disk, and the name of the weights that it leads to (16 bytes of their SHA-256)."""
 
     path: str
     digest: bytes
@@ -35,7 +35,11 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     """One training.
 
     Attributes:
-        keyframe, deltas: the chain to the base weights.
+        path: files that lead to the base weights: a keyframe, then deltas.
+        codec: name of the sparse method.
+        trained_share: share of every large tensor that is trained (`sparsifier.subspace`).
+        rounds_away: rounds that the device missed since `residual` was made.
+        residual_decay, residual_limit: what that leaves of the residual, see `sparsifier.schedule.decay`.
         data_path: private .npz.
         residual: the sparsifier's state, None before the first round.
         returned: (update id, body) of refused updates: their content is added to the difference.
@@ -49,12 +53,16 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     training: Training
     seed: int
     density: float
-    keyframe: File
-    deltas: tuple[File, ...]
+    path: tuple[File, ...]
     data_path: str
+    codec: str = "topk"
     residual: bytes | None = None
     returned: tuple[tuple[bytes, bytes], ...] = ()
     share_class_counts: bool = False
+    trained_share: float = 1.0
+    rounds_away: int = 0
+    residual_decay: float = 1.0
+    residual_limit: int = MAX_ROUND
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):

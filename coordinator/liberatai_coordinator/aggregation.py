@@ -26,10 +26,14 @@ from liberatai_core.aggregator.guard import guard
 from liberatai_core.aggregator.label_free import label_free
 from liberatai_core.aggregator.tpe import tpe
 from liberatai_core.aggregator.uniform import uniform
-from liberatai_core.contract.messages import Update
+from liberatai_core.compressor.artifact import FULL, Coding, write
+from liberatai_core.contract.messages import Update, part_seed, work_seed
 from liberatai_core.errors import NonFiniteError
 from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
 from liberatai_core.learning.training import log_probabilities
+from liberatai_core.sparsifier import methods
+from liberatai_core.sparsifier.schedule import density_at
+from liberatai_core.sparsifier.subspace import Subspace, subspace
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector, require_finite
@@ -110,19 +114,38 @@ class Advanced:
 
     Attributes:
         deltas: per structure, what devices apply to their view.
+        keyframes: the same of methods whose downlink is the whole model: what replaces the view.
         ensemble: of the devices' views.
         teach_seconds: wall time of the distillation (advisory; part of no digest).
     """
 
     members: Mapping[str, Member]
     deltas: Mapping[str, bytes]
+    keyframes: Mapping[str, bytes]
     ensemble: Ensemble
     teach_seconds: float
 
 
-def difference(update: Update, structure: Structure) -> Vector:
-    """Return what an update means; raises a LiberataiError for every stream that no device writes."""
-    return densify(update.body, structure)
+def trained_share(job: JobSpec, structure: Structure) -> float:
+    """Return the share of a structure's large tensors that the job trains."""
+    choice = job.choice(structure.family, structure.params)
+    return (choice.trained_share if choice else None) or job.sparsify.trained_share
+
+
+def trained_part(job: JobSpec, structure: Structure) -> Subspace:
+    """Return the coordinates of a structure that the job trains."""
+    return subspace(structure, trained_share(job, structure), part_seed(job.seed, job.name, structure.id))
+
+
+def difference(job: JobSpec, update: Update, part: Structure) -> Vector:
+    """Return what an update means in the trained part of its structure, shape (part.parameters,).
+
+    Raises:
+        LiberataiError: for every stream that no device writes.
+    """
+    methods.require_stream(job.sparsify.method, update.body)
+    seed = work_seed(job.seed, update.device, update.job, update.round)
+    return methods.densify(update.body, part, seed)
 
 
 def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
@@ -132,7 +155,7 @@ def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
         master=view,
         view=view,
         class_counts=np.zeros(job.data.classes),
-        optimizer=_server(job).init(structure.parameters),
+        optimizer=_server(job).init(trained_part(job, structure).part.parameters),
     )
 
 
@@ -152,14 +175,17 @@ def advance(
     started = time.perf_counter()
     taught = _teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
-    last = number >= job.rounds.count
-    published = {
-        sid: _publish(member, _density(job, member.structure, last=last)) for sid, member in taught.items()
-    }
-    members_after = {sid: member for sid, (member, _) in published.items()}
+    members_after, deltas, keyframes = {}, {}, {}
+    for sid, member in taught.items():
+        if methods.METHODS[job.sparsify.method].whole_downlink:
+            members_after[sid], keyframes[sid] = replace(member, view=member.master), plain(member)
+        else:
+            density = _density(job, number, member.structure)
+            members_after[sid], deltas[sid] = _publish(job, member, density)
     return Advanced(
         members=members_after,
-        deltas={sid: delta for sid, (_, delta) in published.items()},
+        deltas=deltas,
+        keyframes=keyframes,
         ensemble=combine(job, members_after, public),
         teach_seconds=teach_seconds,
     )
@@ -190,17 +216,20 @@ def _server(job: JobSpec) -> optimizers.ServerOptimizer:
 def _merge(job: JobSpec, member: Member, updates: Sequence[Update]) -> Member:
     if not updates:
         return member
+    part = trained_part(job, member.structure)
     decoded = [
         mean.Update(
             id=update.update_id.hex(),
-            difference=difference(update, member.structure),
+            difference=difference(job, update, part.part),
             samples=update.samples,
         )
         for update in updates
     ]
-    together = mean.aggregate(mean.mean(job.aggregate.sample_cap), member.structure.parameters, decoded)
-    optimizer, master = _server(job).step(member.optimizer, member.master, together)
-    require_finite(master, member.structure.id)
+    rule = mean.RULES[methods.METHODS[job.sparsify.method].rule]
+    together = mean.aggregate(rule(job.aggregate.sample_cap), part.part.parameters, decoded)
+    optimizer, moved = _server(job).step(member.optimizer, part.gather(member.master), together)
+    require_finite(moved, member.structure.id)
+    master = part.replaced(member.master, moved)
     counts = [update.class_counts for update in updates if update.class_counts is not None]
     usable = [c for c in counts if len(c) == len(member.class_counts)]
     class_counts = np.array(usable, dtype=np.float64).sum(axis=0) if usable else member.class_counts
@@ -230,26 +259,38 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
                 targets,
                 settings,
                 derive_seed(job.seed, f"teach|{sid}", number),
+                gain=trained_part(job, member.structure).gain,
             ),
         )
         for sid, member in members.items()
     }
 
 
-def _density(job: JobSpec, structure: Structure, *, last: bool) -> float:
-    """Return the share of a structure's parameters that goes down; nothing follows the last version."""
-    usual = job.density(structure.family, structure.params) or job.sparsify.down_density
-    return max(usual, job.sparsify.final_density) if last else usual
+def _density(job: JobSpec, number: int, structure: Structure) -> float:
+    """Return the share of the trained part that goes down; nothing follows the last version."""
+    choice, rounds = job.choice(structure.family, structure.params), job.rounds.count
+    usual = (choice.density if choice else None) or job.sparsify.down_density
+    warm = density_at(
+        min(number, rounds), rounds, usual, job.sparsify.warmup_rounds, job.sparsify.warmup_factor
+    )
+    return max(warm, job.sparsify.final_density) if number >= rounds else warm
 
 
-def _publish(member: Member, density: float) -> tuple[Member, bytes]:
+def _publish(job: JobSpec, member: Member, density: float) -> tuple[Member, bytes]:
     """Return the member with the next view, and the delta that leads there."""
-    behind = member.master - member.view
+    part = trained_part(job, member.structure)
+    behind = part.gather(member.master) - part.gather(member.view)
     if not np.isfinite(behind).all():
         raise NonFiniteError(f"{member.structure.id}: the state is not finite")
-    _, delta = sparsify(init(member.structure.parameters), behind, member.structure, density)
-    view = (member.view + densify(delta, member.structure)).astype(np.float32)
-    return replace(member, view=view), delta
+    # Powers of two: sums of deltas are exact, so that several can be merged into one (`sparsifier.merge`).
+    _, delta = sparsify(init(part.part.parameters), behind, part.part, density, power_of_two=True)
+    return replace(member, view=part.added(member.view, densify(delta, part.part))), delta
+
+
+def plain(member: Member) -> bytes:
+    """Return the whole state of a structure as a file of float32 values: the downlink of plain averaging."""
+    structure, state = member.structure, member.master
+    return write([Coding(FULL, values=state[place]) for _, place in structure.slices()], structure)
 
 
 def _ensemble(

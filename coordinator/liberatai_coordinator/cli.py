@@ -396,6 +396,7 @@ def _show_job(job: JobView, output: Output) -> None:
         _show_one(job, output)
         return
     print(_job_line(job))
+    print(_bytes_line(job))
     if job.structures:
         print()
         _show(job.structures, _STRUCTURE_COLUMNS, output)
@@ -407,6 +408,14 @@ def _show_job(job: JobView, output: Output) -> None:
 def _job_line(job: JobView) -> str:
     reason = f" ({_clean(job.reason)})" if job.reason else ""
     return f"job {job.name}: {job.state}{reason}, {job.rounds_done} of {job.rounds_total} rounds"
+
+
+def _bytes_line(job: JobView) -> str:
+    told = f"all rounds: {_size(job.up_bytes)} up, {_size(job.down_bytes)} down"
+    if not job.updates:
+        return told
+    each = f"{_size(job.up_bytes / job.updates)} up, {_size(job.down_bytes / job.updates)} down"
+    return f"{told}; per update: {each}"
 
 
 def _round_line(view: RoundView) -> str:
@@ -664,6 +673,15 @@ def _rate(bits_s: float | None) -> str:
     return f"{bits_s / 1e6:.1f} Mbit/s" if bits_s >= 1e6 else f"{bits_s / 1e3:.1f} kbit/s"
 
 
+def _link_words(device: DeviceView) -> str:
+    words = ["measured" if device.link_measured else "by profile" if device.up_bits_s else "unknown"]
+    if device.metered:
+        words.append("metered")
+    if device.day_quota_bytes:
+        words.append(f"{_size(device.day_quota_bytes)} a day{', used up' if device.quota_spent else ''}")
+    return ", ".join(words)
+
+
 def _ago(seen_s: float) -> str:
     if not seen_s:
         return "never"
@@ -707,9 +725,12 @@ _DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("CPU", lambda row: f"{row.cpu_share:g} of {row.cores} {row.arch}", wide=True),
     Column("GFLOPS", lambda row: "-" if row.gflops is None else f"{row.gflops:.1f}", wide=True, right=True),
     Column("UPLINK", lambda row: _rate(row.up_bits_s), wide=True, right=True),
+    Column("DOWNLINK", lambda row: _rate(row.down_bits_s), wide=True, right=True),
+    Column("LINK", _link_words, wide=True),
     Column("SAMPLES", lambda row: str(row.samples), wide=True, right=True),
     Column("SENT", lambda row: _size(row.sent_bytes), wide=True, right=True),
     Column("RECEIVED", lambda row: _size(row.received_bytes), wide=True, right=True),
+    Column("UPDATES", lambda row: str(row.updates), wide=True, right=True),
     Column("VERSION", lambda row: row.agent_version, wide=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
     Column("REASON", lambda row: row.reason, wide=True),
@@ -722,6 +743,8 @@ _JOB_COLUMNS: list[Column[JobView]] = [
     Column("STRUCTURES", lambda row: str(len(row.structures)), right=True),
     Column("CREATED", lambda row: _when(row.created_s)),
     Column("REASON", lambda row: row.reason),
+    Column("UP", lambda row: _size(row.up_bytes), wide=True, right=True),
+    Column("DOWN", lambda row: _size(row.down_bytes), wide=True, right=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
 ]
 _ROUND_COLUMNS: list[Column[RoundView]] = [
@@ -753,7 +776,7 @@ _ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
     Column("VARIANT", lambda row: _size(row.variant_bytes), right=True),
     Column("BUDGET", lambda row: _size(row.budget_bytes), right=True),
     Column("DENSITY", lambda row: f"{row.density:.2%}", right=True),
-    Column("WHY", lambda row: row.why),
+    Column("WHY", lambda row: "; ".join(part for part in (row.why, row.link) if part)),
 ]
 _VERSION_COLUMNS: list[Column[VersionView]] = [
     Column("MODEL", lambda row: row.model),
@@ -803,7 +826,9 @@ def _field(name: str, value: Any, width: int) -> str:
         return ("\n" + " " * (width + 2)).join(lines) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(str(inner) for inner in value) or "-"
-    if name.endswith("_s") and name != "up_bits_s" and isinstance(value, int | float):
+    if name.endswith("_bits_s"):
+        return _rate(value)
+    if name.endswith("_s") and isinstance(value, int | float):
         return _when(value) if value else "never"
     if name.rsplit("_", maxsplit=1)[-1] == "bytes" and isinstance(value, int):
         return f"{value} ({_size(value)})"

@@ -15,6 +15,18 @@ from liberatai_core.settings import faults, parse_mapping
 from liberatai_core.structure import DataContract, Parameter
 
 Share = Annotated[float, Meta(gt=0, le=1)]
+Method = Literal[
+    "topk",
+    "topk_small_dense",
+    "dense",
+    "client_sampling",
+    "quantile",
+    "quantile_over_senders",
+    "random_k",
+    "random_k_feedback",
+    "ternary_no_feedback",
+]
+"""Names of `sparsifier.methods.METHODS`; a test holds the two together."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,11 +40,13 @@ class StructureChoice(Settings, frozen=True, kw_only=True):
         family, params: what the family's builder is given.
         density: share of its parameters that travels per round in either direction; None: the job's.
             Small structures need more, large ones less.
+        trained_share: share of its large tensors that is trained at all; None: the job's.
     """
 
     family: Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}\\Z")]
     params: dict[str, Parameter] = {}
     density: Share | None = None
+    trained_share: Share | None = None
 
 
 class Rounds(Settings, frozen=True, kw_only=True):
@@ -59,14 +73,27 @@ class Sparsify(Settings, frozen=True, kw_only=True):
     """Which share of the parameters travels per round.
 
     Attributes:
+        method: how updates are made, see `sparsifier.methods`.
         up_density: from devices; a slow link may get less (the plan says so).
         down_density: to devices.
         final_density: to devices after the last round, when nothing follows that could catch up.
+        trained_share: share of every large tensor that is trained, drawn by the job's seed; the densities
+            count in what is trained (`sparsifier.subspace`).
+        warmup_rounds, warmup_factor: densities start `warmup_factor` times as high and come down to their
+            value in so many rounds.
+        residual_decay: what is left of a device's residual per round that it missed.
+        residual_limit: rounds missed after which nothing of it is left.
     """
 
+    method: Method = "topk"
     up_density: Share = 0.05
     down_density: Share = 0.05
     final_density: Share = 0.2
+    trained_share: Share = 1.0
+    warmup_rounds: Annotated[int, Meta(ge=0, le=MAX_ROUND)] = 0
+    warmup_factor: Annotated[float, Meta(ge=1, le=1000)] = 4.0
+    residual_decay: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    residual_limit: Annotated[int, Meta(ge=0, le=MAX_ROUND)] = MAX_ROUND
 
 
 class Compress(Settings, frozen=True, kw_only=True):
@@ -149,11 +176,11 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
-    def density(self, family: str, params: Mapping[str, Parameter]) -> float | None:
-        """Return the density that the job sets for a structure, or None."""
+    def choice(self, family: str, params: Mapping[str, Parameter]) -> StructureChoice | None:
+        """Return what the job says about a structure, None if it does not list it."""
         for choice in self.structures:
             if choice.family == family and choice.params.items() <= params.items():
-                return choice.density
+                return choice
         return None
 
 

@@ -22,13 +22,55 @@ from liberatai_core.errors import (
 Status = Literal["pending", "approved", "quarantined"]
 Enrolment = Literal["approve", "allowlist", "open"]
 
+MAX_TOTAL = 2**53
+"""Totals stop here: counters come from devices, and a database's integers end at 2^63."""
+
 MAX_PENDING = 1000
 """Devices that wait for approval: a stranger cannot fill the memory with names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTraffic:
+    """Bytes of a device over all its starts.
+
+    Attributes:
+        sent_bytes, received_bytes: in total.
+        session, session_sent, session_received: the last counters heard, which begin at zero at every start.
+    """
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    session: int = 0
+    session_sent: int = 0
+    session_received: int = 0
+
+    def heard(self, session: int, sent: int, received: int) -> "DeviceTraffic":
+        """Return the totals after the device told its counters.
+
+        Samples may be lost, doubled or late: within a session only what exceeds the last word is added.
+        """
+        if session < self.session:
+            return self
+        last_sent, last_received = (
+            (self.session_sent, self.session_received) if session == self.session else (0, 0)
+        )
+        return DeviceTraffic(
+            sent_bytes=min(MAX_TOTAL, self.sent_bytes + max(0, sent - last_sent)),
+            received_bytes=min(MAX_TOTAL, self.received_bytes + max(0, received - last_received)),
+            session=session,
+            session_sent=max(sent, last_sent),
+            session_received=max(received, last_received),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device as the coordinator knows it."""
+    """One device as the coordinator knows it.
+
+    Attributes:
+        traffic: what its socket carried, as far as it said so.
+        updates: of this device that were stored, in all jobs.
+    """
 
     id: str
     public_key: bytes
@@ -41,6 +83,8 @@ class Device:
     last_event: Event | None = None
     last_seen_s: float = 0.0
     reason: str = ""
+    traffic: DeviceTraffic = DeviceTraffic()
+    updates: int = 0
 
     @property
     def online(self) -> bool:
@@ -145,11 +189,20 @@ class Fleet:
         self.refusals.setdefault(device, Counter())[error.code] += 1
 
     def ready(self) -> list[Device]:
-        """Return devices that can get work: approved, online, introduced; by name."""
+        """Return devices that can get work: approved, online, introduced, with quota left; by name."""
         return sorted(
-            (d for d in self.devices.values() if d.status == "approved" and d.online and d.capability),
+            (
+                d
+                for d in self.devices.values()
+                if d.status == "approved" and d.online and d.capability and not d.capability.quota_spent
+            ),
             key=lambda device: device.id,
         )
+
+    def count_update(self, device: str) -> None:
+        """Note that one more update of a device is stored."""
+        known = self.require(device)
+        self.devices[device] = replace(known, updates=known.updates + 1)
 
     def _introduce(self, message: Message, signer: bytes) -> Device:
         if not isinstance(message, Capability):
@@ -173,7 +226,8 @@ def _heard(device: Device, message: Message, session: int, now_s: float) -> Devi
         case Report():
             return replace(device, report=message)
         case Telemetry():
-            return replace(device, telemetry=message)
+            traffic = device.traffic.heard(session, message.sent_bytes, message.received_bytes)
+            return replace(device, telemetry=message, traffic=traffic)
         case Event():
             return replace(device, last_event=message)
         case _:

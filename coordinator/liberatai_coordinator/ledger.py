@@ -188,6 +188,25 @@ _REFUSALS = sa.Table(
     _whole("count"),
     **_STRICT,
 )
+_TRAFFIC = sa.Table(
+    "traffic",
+    _METADATA,
+    _text("device", primary_key=True),
+    _whole("sent_bytes"),
+    _whole("received_bytes"),
+    _whole("session"),
+    _whole("session_sent"),
+    _whole("session_received"),
+    **_STRICT,
+)
+_PATHS = sa.Table(
+    "paths",
+    _METADATA,
+    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
+    _text("device", primary_key=True),
+    _blob("path"),
+    **_STRICT,
+)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -199,6 +218,8 @@ class StoredUpdate:
 
     Attributes:
         sha256: digest of `frame`, 32 bytes.
+        path: what the device holds, now that it made this update (the runner's own record); written in the
+            same transaction, empty: nothing to note.
     """
 
     update_id: bytes
@@ -210,6 +231,7 @@ class StoredUpdate:
     sha256: bytes
     frame: bytes
     received_s: float
+    path: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +246,18 @@ class DeviceRow:
     first_seen_s: float
     last_seen_s: float
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficRow:
+    """What a device's socket carried in all, and the counters of its last start that are in it."""
+
+    device: str
+    sent_bytes: int
+    received_bytes: int
+    session: int
+    session_sent: int
+    session_received: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,6 +460,17 @@ class Ledger:
         with self._read() as connection:
             return _ids(connection, job, number)
 
+    def paths(self, job: str) -> dict[str, bytes]:
+        """Return what each device of a job holds, by device (`StoredUpdate.path`)."""
+        query = sa.select(_PATHS.c.device, _PATHS.c.path).where(_PATHS.c.job == job)
+        with self._read() as connection:
+            return {device: path for device, path in connection.execute(query)}  # noqa: C416 - rows
+
+    def forget_path(self, job: str, device: str) -> None:
+        """Forget what a device holds: it said that it does not."""
+        with self._write() as connection:
+            connection.execute(sa.delete(_PATHS).where(_PATHS.c.job == job, _PATHS.c.device == device))
+
     # --- devices ---
 
     def upsert_device(self, device: DeviceRow) -> None:
@@ -451,6 +496,26 @@ class Ledger:
         with self._write() as connection:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"device {device}: not known (see `liberatai devices list`)")
+
+    def set_traffic(self, rows: Sequence[TrafficRow]) -> None:
+        """Remember what devices' sockets carried, all in one transaction."""
+        with self._write() as connection:
+            for row in rows:
+                values = _values(row)
+                new = {key: value for key, value in values.items() if key != "device"}
+                connection.execute(_upsert(connection, _TRAFFIC, values, ["device"], new))
+
+    def traffic(self) -> dict[str, TrafficRow]:
+        """Return what `set_traffic` remembered, by device."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_TRAFFIC)).mappings().all()
+        return {row["device"]: TrafficRow(**row) for row in rows}
+
+    def update_counts(self) -> dict[str, int]:
+        """Return how many updates of each device were ever stored."""
+        query = sa.select(_UPDATES.c.device, sa.func.count()).group_by(_UPDATES.c.device)
+        with self._read() as connection:
+            return {device: int(number) for device, number in connection.execute(query)}
 
     # --- jobs ---
 
@@ -952,7 +1017,13 @@ def _insert(connection: sa.Connection, updates: list[StoredUpdate]) -> list[Outc
             taken.add(slot)
             new.append(update)
     if new:
-        connection.execute(sa.insert(_UPDATES), [_values(update) for update in new])
+        rows = [_values(update) for update in new]
+        paths = [row.pop("path") for row in rows]
+        connection.execute(sa.insert(_UPDATES), rows)
+        for update, path in zip(new, paths, strict=True):
+            if path:
+                row = {"job": update.job, "device": update.device, "path": path}
+                connection.execute(_upsert(connection, _PATHS, row, ["job", "device"], {"path": path}))
     return results
 
 

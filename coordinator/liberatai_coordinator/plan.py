@@ -1,15 +1,19 @@
 """Which device gets which variant, and why. Pure: values in, a plan that explains itself out.
 
 The job lists its structures from the most to the least wanted; a device gets the first one that fits its
-storage, its memory and the round's deadline. All devices of a structure share one keyframe and delta chain
-(DESIGN §5), so the tightest storage among them sizes the keyframe.
+storage, its memory, its link and the round's deadline. The share of the parameters that its updates carry
+follows its link: what a slow link leaves out stays in the device's residual and is sent later. All devices
+of a structure share one keyframe and delta chain (DESIGN §5), so the tightest storage among them sizes the
+keyframe.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.contract.messages import Capability
+from liberatai_core.sparsifier.schedule import density_at
 
 MIN_KEYFRAME_BITS = 2.0
 """Below two bits per weight a keyframe without retraining loses too much (compressor benchmark)."""
@@ -21,8 +25,22 @@ DEADLINE_SHARE = 0.5
 """Half of the deadline for training; the rest for transfers, other load and retries."""
 LINK_SHARE = 0.1
 """A tenth of the deadline for the update's way up: the link serves other purposes too."""
+DEADLINE_MARGIN = 0.8
+"""Download, training and upload together: a fifth is left for retries and for what was estimated wrongly."""
 UPDATE_BITS = 10.0
-"""Bits per carried coordinate, position and value (sparsifier at 1-10 %: 7-10)."""
+"""Bits per carried coordinate, position and value (sparsifier at 1-10 %: 7-10): room for chains."""
+VALUE_BITS = 2.0
+"""Bits per carried value, sign included: ternary takes one, a few levels one more."""
+OVERHEAD_BYTES = 1024
+"""Task, reports, headers and receipt of one participation, per direction."""
+MIN_DENSITY = 0.0005
+"""With less, a parameter waits thousands of rounds for its turn and what is sent is out of date; it is also
+the lowest density that the codec is measured at. A job that wants less gets less."""
+DAY_S = 86_400.0
+LONGEST = 0.8
+"""The density of the longest update, with VALUE_BITS: beyond it positions cost less than they save."""
+BISECTIONS = 40
+"""Halvings of the interval: far finer than any density that matters."""
 EFFICIENCY = 0.15
 """Share of the measured matrix product that small networks reach in training."""
 
@@ -37,6 +55,8 @@ class Candidate:
         macs: multiply-adds per sample, forward.
         activation_bytes: memory of one sample's activations in training.
         density: share of the parameters that an update carries.
+        down_density: the same of what is published; None: as `density`.
+        trained: how many of them are trained and travel, None: all. Densities count in these.
     """
 
     id: str
@@ -46,6 +66,13 @@ class Candidate:
     smallest_bytes: int
     macs: int
     activation_bytes: int
+    down_density: float | None = None
+    trained: int | None = None
+
+    @property
+    def travelling(self) -> int:
+        """Values that updates and deltas are about."""
+        return self.parameters if self.trained is None else self.trained
 
     def keyframe_bytes(self, bits: float) -> int:
         """Return about how long a keyframe is at so many bits per weight."""
@@ -54,13 +81,20 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """One device's part. `structure` "" means: it does not take part, and `why` says so."""
+    """One device's part. `structure` "" means: it does not take part, and `why` says so.
+
+    Attributes:
+        density: share of the parameters that its updates carried when the plan was made.
+        why: what speaks for the structure, and against the more wanted ones.
+        link: how the density came about, in words.
+    """
 
     device: str
     structure: str
     budget_bytes: int
     density: float
     why: str
+    link: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +132,7 @@ def keyframe_budget(job: JobSpec, candidate: Candidate, storage_bytes: int) -> i
 
 def chain_bytes(candidate: Candidate) -> int:
     """Return about how much room the deltas take before a new keyframe is due."""
-    return int(CHAIN_ROUNDS * candidate.parameters * candidate.density * UPDATE_BITS / 8)
+    return int(CHAIN_ROUNDS * candidate.travelling * candidate.density * UPDATE_BITS / 8)
 
 
 def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) -> Assignment:
@@ -113,15 +147,16 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
         reason = _too_much(job, candidate, device)
         if reason is None:
             size = keyframe_budget(job, candidate, device.storage_bytes)
-            density, link = _density(job, candidate, device)
+            share, link = density(job, candidate, device)
             limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
             fits = f"{candidate.id} fits: {_kib(size)} keyframe in {limit}"
             return Assignment(
                 device=device.device,
                 structure=candidate.id,
                 budget_bytes=device.storage_bytes,
-                density=density,
-                why="; ".join([*against, fits, *link]),
+                density=share,
+                why="; ".join([*against, fits]),
+                link=link,
             )
         against.append(f"{candidate.id}: {reason}")
     return Assignment(
@@ -160,28 +195,197 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     )
     if device.memory_bytes and memory > device.memory_bytes:
         return f"training takes {_mib(memory)} of {_mib(device.memory_bytes)} memory"
-    if device.gflops:
-        passes = 3 * job.training.epochs * device.samples
-        speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
-        seconds = passes * 2 * candidate.macs / speed
-        if seconds > job.rounds.deadline_s * DEADLINE_SHARE:
-            return f"training takes about {seconds:.0f} s of the {job.rounds.deadline_s:.0f} s deadline"
-    return None
+    seconds = _training_s(job, candidate, device)
+    if seconds > job.rounds.deadline_s * DEADLINE_SHARE:
+        return f"training takes about {seconds:.0f} s of the {job.rounds.deadline_s:.0f} s deadline"
+    if device.day_quota_bytes and keyframe > device.day_quota_bytes:
+        return f"{_kib(keyframe)} keyframe is more than a day's quota of {_kib(device.day_quota_bytes)}"
+    share, words = density(job, candidate, device)
+    return None if share else words
 
 
-def _density(job: JobSpec, candidate: Candidate, device: Capability) -> tuple[float, list[str]]:
-    """Return the share of parameters that the link can carry in time, and a remark if it is less."""
+def _training_s(job: JobSpec, candidate: Candidate, device: Capability) -> float:
+    """Return about how long the training takes; 0 where nobody measured."""
+    if not device.gflops:
+        return 0.0
+    passes = 3 * job.training.epochs * device.samples
+    speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
+    return passes * 2 * candidate.macs / speed
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def density(
+    job: JobSpec,
+    candidate: Candidate,
+    device: Capability,
+    *,
+    download_bytes: int | None = None,
+    round_s: float | None = None,
+) -> tuple[float, str]:
+    """Return the share of the parameters that an update of this device may carry, and why in words.
+
+    It is the structure's own density, or less where the link is slow or its quota small: download, training
+    and upload must end before the deadline, the upload takes at most LINK_SHARE of it, and the bytes of a
+    day's rounds stay within the quota. Call it at every invitation: what a device says of its link changes.
+
+    Args:
+        job: settings.
+        candidate: the structure that the device trains.
+        device: what it says of itself.
+        download_bytes: that it must fetch for this round; None: one delta of the job's density.
+        round_s: how long rounds last, for the quota; None: until the deadline.
+
+    Returns:
+        (density, words). Density 0.0: it cannot take part now, and the words say why.
+    """
     wanted = candidate.density
-    if not device.up_bits_s:
-        return wanted, []
-    bits = device.up_bits_s * job.rounds.deadline_s * LINK_SHARE
-    possible = bits / (candidate.parameters * UPDATE_BITS)
-    if possible >= wanted:
-        return wanted, []
-    density = max(possible, 1.0 / candidate.parameters)
-    link = f"link of {device.up_bits_s / 1e3:.0f} kbit/s"
-    remark = f"{link}: {density:.2%} of the parameters per round, not {wanted:.2%}"
-    return density, [remark]
+    if download_bytes is None:
+        down_density = candidate.down_density or wanted
+        download_bytes = update_bytes(candidate.travelling, down_density) + OVERHEAD_BYTES
+    possible, words = wanted, "link not measured"
+    if device.up_bits_s is not None:
+        source = "measured" if device.link_measured else "by its profile"
+        words = f"link of {_rate(device.up_bits_s)} {source}"
+        seconds = _upload_s(job, candidate, device, download_bytes)
+        possible = _carried(candidate.travelling, device.up_bits_s * max(0.0, seconds) / 8 - OVERHEAD_BYTES)
+    if device.day_quota_bytes:
+        rounds = DAY_S / (round_s or job.rounds.deadline_s)
+        room = device.day_quota_bytes / rounds - download_bytes - OVERHEAD_BYTES
+        affordable = _carried(candidate.travelling, room)
+        if affordable < min(possible, wanted):
+            possible, words = affordable, f"quota of {_mib(device.day_quota_bytes)} per day"
+    least = max(min(MIN_DENSITY, wanted), 1.0 / candidate.travelling)
+    if possible < least:
+        return 0.0, _too_slow(job, candidate, device, f"{words}: ", possible, least, download_bytes)
+    share = min(possible, wanted)
+    return share, _explained(candidate, device, words, share)
+
+
+def warmed(job: JobSpec, candidate: Candidate, number: int) -> Candidate:
+    """Return a candidate with the densities of round `number`, 1 …: higher in the job's first rounds."""
+    rules, rounds = job.sparsify, job.rounds.count
+
+    def at(density: float) -> float:
+        return density_at(min(number, rounds), rounds, density, rules.warmup_rounds, rules.warmup_factor)
+
+    down = None if candidate.down_density is None else at(candidate.down_density)
+    return replace(candidate, density=at(candidate.density), down_density=down)
+
+
+def by_link(
+    job: JobSpec, candidates: Sequence[Candidate], given: Assignment, device: Capability | None
+) -> Assignment:
+    """Return an assignment with the density that its device's link allows now.
+
+    Args:
+        job: settings.
+        candidates: the job's structures.
+        given: the assignment.
+        device: what is known of the device; None: nothing, and the assignment stays.
+    """
+    candidate = next((c for c in candidates if c.id == given.structure), None)
+    if candidate is None or device is None:
+        return given
+    share, words = density(job, candidate, device)
+    return replace(given, density=share, link=words)
+
+
+def update_bytes(parameters: int, density: float) -> int:
+    """Return about how long an update is: the entropy of its positions, and its values."""
+    return math.ceil(parameters * _bits(density) / 8)
+
+
+def _bits(density: float) -> float:
+    """Return the bits per parameter of an update that carries this share of them."""
+    rest = 1.0 - density
+    entropy = -density * math.log2(density) if density else 0.0
+    return entropy - (rest * math.log2(rest) if rest else 0.0) + VALUE_BITS * density
+
+
+def _carried(parameters: int, size_bytes: float) -> float:
+    """Return the largest density whose update fits into so many bytes; 0.0 if none does."""
+    room = 8.0 * size_bytes / parameters
+    if room <= 0.0:
+        return 0.0
+    low, high = 0.0, LONGEST
+    if _bits(high) <= room:
+        return 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if _bits(middle) <= room else (low, middle)
+    return low
+
+
+def _upload_s(job: JobSpec, candidate: Candidate, device: Capability, download_bytes: int) -> float:
+    """Return how long the upload may take; not positive: nothing is left of the deadline."""
+    deadline_s = job.rounds.deadline_s
+    left = deadline_s * DEADLINE_MARGIN - _training_s(job, candidate, device)
+    return min(deadline_s * LINK_SHARE, left - _download_s(device, download_bytes))
+
+
+def _download_s(device: Capability, download_bytes: int) -> float:
+    if device.down_bits_s is None:
+        return 0.0
+    return 8.0 * download_bytes / device.down_bits_s if device.down_bits_s else math.inf
+
+
+def _too_slow(
+    job: JobSpec,
+    candidate: Candidate,
+    device: Capability,
+    words: str,
+    possible: float,
+    least: float,
+    download_bytes: int,
+) -> str:
+    """Say why a device cannot take part."""
+    deadline_s = job.rounds.deadline_s
+    if device.up_bits_s is not None and _upload_s(job, candidate, device, download_bytes) <= 0:
+        down = _download_s(device, download_bytes)
+        training = _training_s(job, candidate, device)
+        return (
+            f"{words}{_kib(download_bytes)} to download take about {_seconds(down)} and training "
+            f"{_seconds(training)}: nothing is left for an update of the {deadline_s:.0f} s deadline"
+        )
+    smallest = update_bytes(candidate.travelling, least)
+    return (
+        f"{words}room for {_percent(possible)} of the parameters per round, at least {_percent(least)} "
+        f"({_kib(smallest)}) is needed: a longer rounds.deadline_s or a smaller structure would do"
+    )
+
+
+def _explained(candidate: Candidate, device: Capability, words: str, share: float) -> str:
+    """Say what the device sends per round, and how long it takes."""
+    size = update_bytes(candidate.travelling, share)
+    told = f"{words}: {_percent(share)} of the parameters per round"
+    if share < candidate.density:
+        told = (
+            f"{words}: {_percent(share)} instead of {_percent(candidate.density)} of the parameters per round"
+        )
+    if device.up_bits_s:
+        told += f", about {_seconds(8.0 * (size + OVERHEAD_BYTES) / device.up_bits_s)} per update"
+    else:
+        told += f", about {_kib(size)} per update"
+    return f"{told}; the rest follows in later rounds" if share < candidate.density else told
+
+
+def _rate(bits_s: float) -> str:
+    for unit, scale in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
+        if bits_s >= scale:
+            return f"{bits_s / scale:.3g} {unit}"
+    return f"{bits_s:.3g} bit/s"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if share >= 0.0001 or not share else f"{100 * share:.1g} %"
+
+
+def _seconds(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "for ever"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"
 
 
 def _kib(size_bytes: int) -> str:

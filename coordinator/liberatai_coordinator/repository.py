@@ -70,11 +70,13 @@ class Member(Record, frozen=True, kw_only=True):
         view: blob with the float32 weights that devices hold after decoding.
         digest: SHA-256 (hex) of those decoded weights, as in a Task's `base`.
         keyframe: the whole model, compressed.
-        deltas: what was published since the keyframe, oldest first.
+        deltas: what leads from the keyframe to this version: one merged delta, or several where no single
+            one is exact.
         class_counts: samples per class of the devices that train this structure; () if not shared.
         samples: samples behind the updates of this version.
         updates: number of updates of this structure in this version.
         optimizer: blobs with the float32 moments of the server optimiser; () if it has none.
+        delta: what leads here from the version before; None if a keyframe does.
     """
 
     structure: Structure
@@ -87,6 +89,12 @@ class Member(Record, frozen=True, kw_only=True):
     samples: Annotated[int, Meta(ge=0, le=MAX_SAMPLES * MAX_SAMPLES)] = 0
     updates: Annotated[int, Meta(ge=0)] = 0
     optimizer: Annotated[tuple[Sha, ...], Meta(max_length=4)] = ()
+    delta: StepRecord | None = None
+
+    @property
+    def files(self) -> tuple[StepRecord, ...]:
+        """Every file that devices may fetch for this version."""
+        return (self.keyframe, *self.deltas, *(() if self.delta is None else (self.delta,)))
 
 
 class EnsembleRecord(Record, frozen=True, kw_only=True):
@@ -155,7 +163,7 @@ class Manifest(Record, frozen=True, kw_only=True):
                 member.master,
                 member.view,
                 *member.optimizer,
-                *(step.blob for step in (member.keyframe, *member.deltas)),
+                *(step.blob for step in member.files),
             )
         )
 
@@ -313,7 +321,7 @@ class Repository:
 
 def _steps(manifest: Manifest) -> Iterator[StepRecord]:
     for member in manifest.structures.values():
-        yield from (member.keyframe, *member.deltas)
+        yield from member.files
 
 
 def _holds(path: Path, content: bytes) -> bool:

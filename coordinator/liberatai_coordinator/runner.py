@@ -5,11 +5,12 @@ crash the runner reads where it was and goes on from there. See `docs/architectu
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path as Folder
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ import numpy as np
 from liberatai_coordinator import aggregation, plan
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.aggregation import Public, derive_seed
+from liberatai_coordinator.catch_up import Path, Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
 from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow
@@ -27,9 +29,9 @@ from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import RoundView
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import messages
-from liberatai_core.contract.frame import HEADER_BYTES
+from liberatai_core.contract.frame import HEADER_BYTES, encode_spec
 from liberatai_core.contract.limits import MAX_SAMPLES
-from liberatai_core.contract.messages import Cancel, Head, Task, Update
+from liberatai_core.contract.messages import BlobRef, Cancel, Head, Step, Task, TaskSpec, Update
 from liberatai_core.errors import (
     BusyError,
     CodecError,
@@ -41,15 +43,11 @@ from liberatai_core.errors import (
 )
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
 from liberatai_core.learning.families import cost, structure_of
-from liberatai_core.sparsifier.codec import GOLOMB
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-CODEC = "topk1"
-"""The codec of updates that tasks ask for."""
 
 MAX_FAILURES = 3
 """Rounds in a row that may fail in the aggregation; then the fault is not one of their updates."""
@@ -75,6 +73,9 @@ class Runner:
         fleet_changed: set when a device came, went or changed.
         counters: last known socket counters of every device, (sent, received).
         public: the coordinator's own data.
+        candidates: what the plan knows of the job's structures, by id.
+        paths: what devices surely hold: the files of the last update of theirs that was stored.
+        ways: in the open round, or at the end: what every device was told to fetch.
     """
 
     job: JobSpec
@@ -92,6 +93,11 @@ class Runner:
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     public: Public = field(default_factory=Public)
+    candidates: dict[str, plan.Candidate] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
+    _structures: dict[str, Structure] = field(default_factory=dict)
+    _specs: dict[str, BlobRef] = field(default_factory=dict)
     _working: "asyncio.Future[Any] | None" = None
     _failures: int = 0
     _at_broker: set[str] = field(default_factory=set)
@@ -106,7 +112,11 @@ class Runner:
         Raises:
             LiberataiError: the job cannot go on; the ledger still has everything.
         """
-        self.public = await self._long(load_public, self.job, Path(self.row.base_dir))
+        self.public = await self._long(load_public, self.job, Folder(self.row.base_dir))
+        candidates, self._structures = await self._long(candidates_of, self.job)
+        self.candidates = {candidate.id: candidate for candidate in candidates}
+        stored = self.ledger.paths(self.job.name)
+        self.paths = {device: _decode_path(path) for device, path in stored.items()}
         await self._restore_or_start()
         rows = self.ledger.rounds(self.job.name)
         if not rows or rows[-1].state != "open":
@@ -132,7 +142,8 @@ class Runner:
                 self.ledger.set_aggregated(self.job.name, row.round, newest.id)
             elif row.state in {"open", "closed"}:
                 self.ledger.abandon_round(self.job.name, row.round, f"job {state}")
-        await self._clear_slots(final=False)
+        self.ways = {}
+        await self._clear_slots()
         if self.versions.newest is not None:
             await self._publish_head("aborted")
 
@@ -162,23 +173,21 @@ class Runner:
         if newest:
             row = max(newest, key=lambda version: version.number)
             await self._long(self.versions.restore, row)
-            await self._publish_blobs()
+            await self._publish_chains()
             await self._publish_head("running")
             return
         await self._wait_for_devices(self.job.rounds.min_devices)
-        candidates, structures = await self._long(candidates_of, self.job)
-        made = plan.make_plan(
-            self.job, candidates, [d.capability for d in self.fleet.ready() if d.capability]
-        )
+        known = [d.capability for d in self.fleet.ready() if d.capability]
+        made = plan.make_plan(self.job, list(self.candidates.values()), known)
         self.assigned = dict(made.assignments)
         if not made.keyframe_bytes:
             reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
             raise DataError(f"no device can take part: {reasons}")
         self.keyframe_bytes = dict(made.keyframe_bytes)
         self._store_plan()
-        chosen = {sid: structures[sid] for sid in made.keyframe_bytes}
+        chosen = {sid: self._structures[sid] for sid in made.keyframe_bytes}
         await self._long(self.versions.start, chosen, self.keyframe_bytes, self.public)
-        await self._publish_blobs()
+        await self._publish_chains()
         await self._publish_head("running")
 
     def _store_plan(self) -> None:
@@ -193,9 +202,19 @@ class Runner:
 
     # --- versions ------------------------------------------------------------------------------
 
-    async def _publish_blobs(self) -> None:
-        names = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
-        contents = [self.versions.content(name) for name in names if name not in self.publisher.blobs]
+    async def _publish_chains(self) -> None:
+        """Let the newest version stand at the broker: tasks' specs, keyframes and what leads from them."""
+        for sid, member in self.versions.now.members.items():
+            spec = encode_spec(spec_of(self.job, member.structure))
+            self._specs[sid] = await self.publisher.add_blob(spec)
+        await self._publish_steps([step for chain in self.versions.now.chains.values() for step in chain])
+
+    async def _publish_steps(self, steps: Iterable[Step]) -> None:
+        """Publish files that somebody needs, once for all devices."""
+        names = {step.blob.blob for step in steps}
+        new = sorted(name for name in names if name not in self.publisher.blobs)
+        contents = [self.versions.content(name) for name in new]
+        self._at_broker |= names
         await asyncio.gather(*(self.publisher.add_blob(content) for content in contents))
 
     async def _publish_head(self, state: str) -> None:
@@ -245,7 +264,7 @@ class Runner:
                 self._round_over()
                 return
             self._failures = 0
-        await self._publish_blobs()
+        await self._publish_chains()
         await self._publish_head("running")
         self.ledger.set_published(self.job.name, row.round)
         await self._long(self.ledger.prune, self.job.name, 2)
@@ -256,6 +275,7 @@ class Runner:
 
     def _round_over(self) -> None:
         self.open_round = None
+        self.ways = {}
 
     async def _open(self) -> tuple[RoundRow, list[deciding.Invitation]]:
         await self._wait_for_devices(self.job.rounds.min_devices)
@@ -276,7 +296,7 @@ class Runner:
         """Return the devices of this round: a seeded draw from those that are there and have a part."""
         while True:
             self._assign_newcomers()
-            ready = [d for d in self.fleet.ready() if d.id in self.assigned and self.assigned[d.id].structure]
+            ready = [d for d in self.fleet.ready() if self._takes_part(d.id)]
             if len(ready) >= self._quorum(len(ready)) and ready:
                 break
             self.fleet_changed.clear()
@@ -286,13 +306,16 @@ class Runner:
         chosen = sorted(draw.choice(len(ready), size=wanted, replace=False).tolist())
         return [ready[place] for place in chosen]
 
+    def _takes_part(self, device: str) -> bool:
+        assigned = self.assigned.get(device)
+        return assigned is not None and bool(assigned.structure) and self._density(device) > 0
+
     def _assign_newcomers(self) -> None:
         """Give devices that came later one of the structures that the job already has."""
         new = [d for d in self.fleet.ready() if d.id not in self.assigned and d.capability]
         if not new:
             return
-        candidates, _ = candidates_of(self.job)
-        present = [c for c in candidates if c.id in self.keyframe_bytes]
+        present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
         for device in new:
             if device.capability is None:
                 continue
@@ -340,7 +363,9 @@ class Runner:
             stored = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome="stored")
             for action in self.open_round.handle(stored):
                 self._note_end(action)
+        self.ways = await self._long(self._ways, [(one.device, one.structure) for one in invitations])
         self.resumed.set()
+        await self._publish_steps([step for way in self.ways.values() for step in way.steps])
         await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in invitations))
         while not self._ended.is_set():
             try:
@@ -361,14 +386,48 @@ class Runner:
         """Let the open round decide about an event; returns what the service must do."""
         if self.open_round is None:
             return []
+        if isinstance(event, deciding.UpdateStored) and event.outcome != "conflict":
+            self._note_path(event.device)
         actions = self.open_round.handle(event)
         for action in actions:
             self._note_end(action)
         return [action for action in actions if not isinstance(action, deciding.Close | deciding.Abandon)]
 
+    def _ways(self, wanted: Sequence[tuple[str, str]]) -> dict[str, Way]:
+        """Return how each of these (device, structure) gets to the newest version."""
+        return {
+            device: self.versions.way(sid, self.paths.get(device, ()), self.assigned[device].budget_bytes)
+            for device, sid in wanted
+        }
+
+    def path_after(self, device: str) -> bytes:
+        """Return what the ledger notes with an update of the open round: what its device holds now."""
+        way = self.ways.get(device)
+        return b"" if way is None else msgspec.msgpack.encode(way.path)
+
+    def _note_path(self, device: str) -> None:
+        """Its update was made from the newest weights: the device holds what leads there."""
+        if device in self.ways:
+            self.paths[device] = self.ways[device].path
+
+    async def base_missing(self, device: str) -> None:
+        """Give a device that does not hold what it was told to go on from the whole path, once per task."""
+        way = self.ways.get(device)
+        if way is None or not way.held:
+            return
+        self.paths.pop(device, None)
+        with contextlib.suppress(DiskError, BusyError):
+            # Read again after a restart, it costs the device another question.
+            self.ledger.forget_path(self.job.name, device)
+        self.ways[device] = self.versions.way(self.assigned[device].structure, (), 0)
+        await self._publish_steps(self.ways[device].steps)
+        if self.open_round is None:
+            await self._publish_cancel(device, self.ways[device])
+        elif device in self.open_round.invitations and device not in self.open_round.stored:
+            await self._publish_task(self.open_round.number, self.open_round.invitations[device])
+
     async def _publish_task(self, number: int, invitation: deciding.Invitation) -> None:
-        now = self.versions.now
-        keyframe, *deltas = now.chains[invitation.structure]
+        way, assigned = self.ways[invitation.device], self.assigned[invitation.device]
         task = Task(
             task_id=invitation.update_id,
             epoch=self.ledger.epoch,
@@ -376,18 +435,24 @@ class Runner:
             device=invitation.device,
             job=self.job.name,
             round=number,
-            structure=now.members[invitation.structure].structure,
-            data=self.job.data,
-            keyframe=keyframe,
-            deltas=tuple(deltas),
-            density=self.assigned[invitation.device].density,
-            codec=CODEC,
-            training=self.job.training,
-            seed=self.job.seed,
-            deadline_s=self.job.rounds.deadline_s,
-            share_class_counts=self.job.share_class_counts,
+            spec=self._specs[invitation.structure],
+            # A download that is too much for now is no reason to let an invited device send nothing.
+            density=self._density(invitation.device, way.size_bytes)
+            or self._density(invitation.device)
+            or assigned.density,
+            held=way.held,
+            steps=way.steps,
         )
         await self.publisher.retain(self.publisher.topics.down(invitation.device, "task"), task)
+
+    def _density(self, device: str, download_bytes: int | None = None) -> float:
+        """Return the share of the parameters that a device's link carries now; 0: it cannot take part."""
+        assigned, known = self.assigned[device], self.fleet.devices.get(device)
+        candidate = self.candidates.get(assigned.structure)
+        if candidate is None or known is None or known.capability is None:
+            return assigned.density
+        candidate = plan.warmed(self.job, candidate, self._published() + 1)
+        return plan.density(self.job, candidate, known.capability, download_bytes=download_bytes)[0]
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
@@ -436,27 +501,28 @@ class Runner:
 
     async def _finish(self) -> None:
         await self._publish_head("finished")
-        await self._clear_slots(final=True)
+        taking = [(device, one.structure) for device, one in self.assigned.items() if one.structure]
+        self.ways = await self._long(self._ways, taking)
+        await self._publish_steps([step for way in self.ways.values() for step in way.steps])
+        await self._clear_slots()
 
-    async def _clear_slots(self, *, final: bool) -> None:
-        chains = self.versions.now.chains if final else {}
-        await asyncio.gather(
-            *(
-                self.publisher.retain(
-                    self.publisher.topics.down(assigned.device, "task"),
-                    Cancel(
-                        device=assigned.device,
-                        epoch=self.ledger.epoch,
-                        coordinator=self.coordinator,
-                        job=self.job.name,
-                        round=max((row.round for row in self.ledger.rounds(self.job.name)), default=0),
-                        final=chains.get(assigned.structure, ()),
-                    ),
-                )
-                for assigned in self.assigned.values()
-                if assigned.structure
-            )
+    async def _clear_slots(self) -> None:
+        taking = [device for device, one in self.assigned.items() if one.structure]
+        await asyncio.gather(*(self._publish_cancel(device, self.ways.get(device)) for device in taking))
+        await self.publisher.drop_blobs({spec.blob for spec in self._specs.values()})
+
+    async def _publish_cancel(self, device: str, way: Way | None) -> None:
+        """Take a device's slot; with a way, it leads to the finished model."""
+        cancel = Cancel(
+            device=device,
+            epoch=self.ledger.epoch,
+            coordinator=self.coordinator,
+            job=self.job.name,
+            round=max((row.round for row in self.ledger.rounds(self.job.name)), default=0),
+            held=b"" if way is None else way.held,
+            final=() if way is None else way.steps,
         )
+        await self.publisher.retain(self.publisher.topics.down(device, "task"), cancel)
 
     # --- what others want to see ---------------------------------------------------------------
 
@@ -469,21 +535,45 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     """Refuse an update that means nothing in its structure.
 
     Raises:
-        CodecError: another codec than the task's, or a stream that it cannot have written.
+        CodecError: another method than the task's, or a stream that it does not make.
         LiberataiError: whatever the decoder refuses (positions, counts, values).
         SchemaError: class counts of another number of classes, or more than the samples.
     """
-    if update.codec != CODEC:
-        raise CodecError(f"codec {update.codec}, the task named {CODEC}")
-    if not update.body or update.body[0] != GOLOMB:
-        raise CodecError(f"a stream of another kind than {CODEC}")
-    if np.abs(aggregation.difference(update, structure)).max() > LARGEST:
+    if update.codec != job.sparsify.method:
+        raise CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
+    part = aggregation.trained_part(job, structure).part
+    if np.abs(aggregation.difference(job, update, part)).max() > LARGEST:
         raise NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
     if counts is not None and (len(counts) != job.data.classes or sum(counts) > MAX_SAMPLES):
         raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
     if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
         raise SchemaError("more correct answers than questions")
+
+
+def spec_of(job: JobSpec, structure: Structure) -> TaskSpec:
+    """Return what all tasks of a job say about one structure."""
+    return TaskSpec(
+        job=job.name,
+        structure=structure,
+        data=job.data,
+        codec=job.sparsify.method,
+        training=job.training,
+        seed=job.seed,
+        deadline_s=job.rounds.deadline_s,
+        share_class_counts=job.share_class_counts,
+        trained_share=aggregation.trained_share(job, structure),
+        residual_decay=job.sparsify.residual_decay,
+        residual_limit=job.sparsify.residual_limit,
+    )
+
+
+def _decode_path(path: bytes) -> Path:
+    """Return a path of the ledger; one of another release is worth nothing: the device fetches anew."""
+    try:
+        return msgspec.msgpack.decode(path, type=Path)
+    except msgspec.MsgspecError:
+        return ()
 
 
 def decode_update(frame: bytes) -> Update:
@@ -504,15 +594,17 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
                 family=structure.family,
                 density=choice.density or job.sparsify.up_density,
                 parameters=structure.parameters,
+                trained=aggregation.trained_part(job, structure).part.parameters,
                 smallest_bytes=smallest_bytes(structure),
                 macs=price.macs_per_sample,
                 activation_bytes=price.activation_bytes_per_sample,
+                down_density=choice.density or job.sparsify.down_density,
             )
         )
     return candidates, structures
 
 
-def load_public(job: JobSpec, base_dir: Path) -> Public:
+def load_public(job: JobSpec, base_dir: Folder) -> Public:
     """Return the coordinator's own data.
 
     Raises:

@@ -19,8 +19,8 @@ import msgspec
 from liberatai_coordinator import plan, runner
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
-from liberatai_coordinator.fleet import Device, Fleet, Status
-from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, VersionRow
+from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, TrafficRow, VersionRow
 from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import round_views
@@ -57,6 +57,7 @@ from liberatai_core.contract.messages import (
 )
 from liberatai_core.contract.topics import Place, Topics, parse
 from liberatai_core.errors import (
+    BaseMissingError,
     BusyError,
     DiskError,
     FrameError,
@@ -81,6 +82,10 @@ DISK_RETRY_S = 10.0
 RESUME_S = 10.0
 """How long an update waits for a restarted job to find its round, before the device is told to try again."""
 
+TRAFFIC_S = 60.0
+"""Between two writes of what devices' sockets carried. Their counters are totals: a crash loses nothing
+but the last words of an agent that started anew in the meantime."""
+
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
 
@@ -104,12 +109,17 @@ class Service:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _jobs: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
 
     # --- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        self.fleet.restore([_device(row) for row in self.ledger.devices()])
+        traffic, updates = self.ledger.traffic(), self.ledger.update_counts()
+        self.fleet.restore(
+            [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in self.ledger.devices()]
+        )
+        self._spawn(self._remember_traffic())
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
         await self.link.subscribe(*self.topics.from_devices)
@@ -136,6 +146,8 @@ class Service:
     async def _stop(self, presence: str) -> None:
         for task in [*self._jobs.values(), *self._tasks]:
             task.cancel()
+        with contextlib.suppress(LiberataiError):
+            self._save_traffic()
         with contextlib.suppress(TimeoutError, LiberataiError):
             await asyncio.wait_for(
                 self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
@@ -150,6 +162,21 @@ class Service:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _remember_traffic(self) -> None:
+        while True:
+            await asyncio.sleep(TRAFFIC_S)
+            try:
+                self._save_traffic()
+            except LiberataiError as error:
+                log.warning("traffic of devices is not written: %s %s", error.code, error)
+
+    def _save_traffic(self) -> None:
+        known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
+        changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
+        if changed:
+            self.ledger.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
+            self._saved_traffic |= changed
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -207,6 +234,9 @@ class Service:
         # A stranger that waits for approval may say what it likes; it is written down once.
         if lasting and (before is None or device.status != "pending"):
             self.ledger.upsert_device(_row(device))
+        if isinstance(message, Event) and message.code == BaseMissingError.code:
+            for job in self.runners.values():
+                self._spawn(job.base_missing(device.id))
         if before is None and device.status == "pending":
             log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
         if before is None or before.online != device.online or before.capability != device.capability:
@@ -352,12 +382,15 @@ class Service:
             sha256=hashlib.sha256(frame).digest(),
             frame=frame,
             received_s=time.time(),
+            path=job.path_after(update.device),
         )
         try:
             outcome = await self.ledger.store_update(stored)
         except LiberataiError:
             job.decide(deciding.StoreFailed(device=update.device, update_id=update.update_id))
             raise
+        if outcome == "stored":
+            self.fleet.count_update(update.device)
         event = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome=outcome)
         for action in job.decide(event):
             await self._act(action, frame)
@@ -546,9 +579,14 @@ class Service:
         sizes = msgspec.msgpack.decode(
             self.ledger.job_value(name, "keyframes") or b"\x80", type=dict[str, int]
         )
+        job = msgspec.json.decode(row.spec, type=JobSpec)
+        candidates = list(self.runners[name].candidates.values()) if name in self.runners else []
+        if not candidates:
+            candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
+        current = [plan.by_link(job, candidates, a, self._capability(a.device)) for a in assigned]
         return PlanView(
             job=name,
-            assignments=tuple(self._assignment_view(a, sizes) for a in assigned),
+            assignments=tuple(self._assignment_view(a, sizes) for a in current),
             structures=self._structure_views(row, assigned),
         )
 
@@ -576,8 +614,7 @@ class Service:
         )
 
     def _assignment_view(self, assigned: Assignment, sizes: dict[str, int]) -> AssignmentView:
-        device = self.fleet.devices.get(assigned.device)
-        capability = device.capability if device else None
+        capability = self._capability(assigned.device)
         return AssignmentView(
             device=assigned.device,
             profile=capability.profile if capability else "",
@@ -587,7 +624,12 @@ class Service:
             budget_bytes=assigned.budget_bytes,
             density=assigned.density,
             why=assigned.why,
+            link=assigned.link,
         )
+
+    def _capability(self, name: str) -> Capability | None:
+        device = self.fleet.devices.get(name)
+        return device.capability if device else None
 
     def _structure_views(self, row: JobRow, assigned: list[Assignment]) -> tuple[StructureView, ...]:
         versions = self.ledger.versions(row.name)
@@ -675,10 +717,13 @@ class Service:
             version=versions[-1].number if versions else 0,
             structures=self._structure_views(row, assigned),
             rounds=rounds,
+            updates=sum(view.updates for view in rounds),
+            up_bytes=sum(view.up_bytes for view in rounds),
+            down_bytes=sum(view.down_bytes for view in rounds),
         )
 
     def _device_view(self, device: Device) -> DeviceView:
-        capability, report, telemetry = device.capability, device.report, device.telemetry
+        capability, report = device.capability, device.report
         structure = ""
         for made in self.runners.values():
             if device.id in made.assigned:
@@ -698,14 +743,22 @@ class Service:
             storage_bytes=capability.storage_bytes if capability else 0,
             gflops=capability.gflops if capability else None,
             up_bits_s=capability.up_bits_s if capability else None,
+            down_bits_s=capability.down_bits_s if capability else None,
+            link_measured=capability.link_measured if capability else False,
+            metered=capability.metered if capability else False,
+            day_quota_bytes=capability.day_quota_bytes if capability else 0,
+            quota_spent=capability.quota_spent if capability else False,
             samples=capability.samples if capability else 0,
             job=report.job if report else "",
             structure=structure,
             round=report.round if report else 0,
             last_seen_s=device.last_seen_s,
             agent_version=capability.agent_version if capability else "",
-            sent_bytes=telemetry.sent_bytes if telemetry else 0,
-            received_bytes=telemetry.received_bytes if telemetry else 0,
+            sent_bytes=device.traffic.sent_bytes,
+            received_bytes=device.traffic.received_bytes,
+            updates=device.updates,
+            round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
+            round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
             refusals=dict(self.fleet.refusals.get(device.id, {})),
         )
 
@@ -726,7 +779,7 @@ def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> 
     return seal(body, signer)
 
 
-def _device(row: DeviceRow) -> Device:
+def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
     capability = msgspec.msgpack.decode(row.capability, type=Capability) if row.capability else None
     return Device(
         id=row.id,
@@ -736,6 +789,29 @@ def _device(row: DeviceRow) -> Device:
         session=row.session,
         last_seen_s=row.last_seen_s,
         reason=row.reason,
+        traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
+        updates=updates,
+    )
+
+
+def _traffic(row: TrafficRow) -> DeviceTraffic:
+    return DeviceTraffic(
+        sent_bytes=row.sent_bytes,
+        received_bytes=row.received_bytes,
+        session=row.session,
+        session_sent=row.session_sent,
+        session_received=row.session_received,
+    )
+
+
+def _traffic_row(device: str, told: DeviceTraffic) -> TrafficRow:
+    return TrafficRow(
+        device=device,
+        sent_bytes=told.sent_bytes,
+        received_bytes=told.received_bytes,
+        session=told.session,
+        session_sent=told.session_sent,
+        session_received=told.session_received,
     )
 
 

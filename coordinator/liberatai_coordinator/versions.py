@@ -12,6 +12,7 @@ import numpy as np
 
 from liberatai_coordinator import aggregation
 from liberatai_coordinator.aggregation import Advanced, Ensemble, Member, Public, derive_seed
+from liberatai_coordinator.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.ledger import Ledger, VersionRow
 from liberatai_coordinator.repository import (
@@ -27,18 +28,36 @@ from liberatai_coordinator.repository import Member as MemberRecord
 from liberatai_core.aggregator.server_optimizer import ServerState
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
-from liberatai_core.contract.messages import BlobRef, Step
+from liberatai_core.compressor.drawn import draw
+from liberatai_core.contract.messages import BlobRef, Step, weights_name
 from liberatai_core.contract.topics import blob_id, blob_id_of
 from liberatai_core.errors import DataError
 from liberatai_core.learning.families import initial_weights
+from liberatai_core.sparsifier.merge import exact_delta
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
 
 MAX_STEPS = 512
-"""Files of all chains together: a Head names every one of them and must fit one message."""
+"""Files of all chains together: a Head names every one of them and must fit one message. Only chains whose
+deltas have no exact sum grow at all."""
 
 RENEWED_SHARE = 0.6
 """Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """One structure of one version, without its weights.
+
+    Attributes:
+        digest: 32-byte SHA-256 of the devices' view.
+        view: SHA-256 (hex) of the blob that holds it.
+        delta: what leads here from the version before; None if a keyframe does.
+    """
+
+    digest: bytes
+    view: str
+    delta: Step | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,15 +65,17 @@ class Current:
     """The newest version in memory.
 
     Attributes:
-        chains: per structure, keyframe first, then deltas.
+        chains: per structure, keyframe first, then what leads from there: usually one merged delta.
+        deltas: per structure, what leads here from the version before; absent if a keyframe does.
         round: the round that made it; 0 for initial weights.
     """
 
     number: int
     id: str
     members: dict[str, Member]
-    chains: dict[str, tuple[Step, ...]]
+    chains: dict[str, Path]
     ensemble: Ensemble
+    deltas: dict[str, Step] = field(default_factory=dict)
     round: int = 0
 
 
@@ -64,7 +85,8 @@ class Versions:
 
     Attributes:
         newest: in memory; None before the first one.
-        shas: blob id -> SHA-256 (hex) of every file in the newest chains.
+        shas: blob id -> SHA-256 (hex) of every file that devices may need.
+        history: version -> structure id -> mark.
     """
 
     job: JobSpec
@@ -72,6 +94,9 @@ class Versions:
     repository: Repository
     newest: Current | None = None
     shas: dict[str, str] = field(default_factory=dict)
+    history: dict[int, dict[str, Mark]] = field(default_factory=dict)
+    _merged: dict[tuple[str, int], Step | None] = field(default_factory=dict)
+    _loose: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def now(self) -> Current:
@@ -83,14 +108,14 @@ class Versions:
     def start(
         self, structures: Mapping[str, Structure], keyframe_bytes: Mapping[str, int], public: Public
     ) -> None:
-        """Make version 0: seeded initial weights, compressed into every structure's budget."""
+        """Make version 0: seeded initial weights, as the recipe that draws them on every device."""
         members: dict[str, Member] = {}
-        chains: dict[str, tuple[Step, ...]] = {}
+        chains: dict[str, Path] = {}
         blobs: list[bytes] = []
         for sid, structure in sorted(structures.items()):
             seed = derive_seed(self.job.seed, f"initial|{sid}", 0)
-            artifact = compress(
-                initial_weights(structure, self.job.data, seed), structure, keyframe_bytes[sid]
+            artifact = _first_keyframe(
+                initial_weights(structure, self.job.data, seed), structure, seed, keyframe_bytes[sid]
             )
             view = restore(artifact, structure)
             members[sid] = aggregation.first(self.job, structure, view)
@@ -116,12 +141,13 @@ class Versions:
             storage_bytes: per structure, what its chain may take on the tightest device.
             keyframe_bytes: per structure, what a new keyframe may take.
         """
-        chains, blobs, members = self._extend(advanced, storage_bytes, keyframe_bytes)
+        chains, deltas, blobs, members = self._extend(advanced, storage_bytes, keyframe_bytes)
         made = Current(
             number=self.now.number + 1,
             id="",
             members=members,
             chains=chains,
+            deltas=deltas,
             ensemble=advanced.ensemble,
             round=number,
         )
@@ -131,7 +157,7 @@ class Versions:
     def _write(self, made: Current, updates: Sequence[bytes], blobs: Iterable[bytes]) -> None:
         for content in blobs:
             self.shas[blob_id(content)] = self.repository.put(content)
-        records = {sid: self._record(member, made.chains[sid]) for sid, member in made.members.items()}
+        records = {sid: self._record(made, sid) for sid in made.members}
         parent = self.newest.id if self.newest else None
         manifest = Manifest(
             model=self.job.name,
@@ -156,17 +182,34 @@ class Versions:
         self.ledger.add_version(row)
         made.id = row.id
         self.newest = made
+        self._mark(made.number, records)
 
-    def _record(self, member: Member, chain: tuple[Step, ...]) -> MemberRecord:
-        keyframe, *deltas = [
-            StepRecord(
+    def _mark(self, number: int, records: Mapping[str, MemberRecord]) -> None:
+        """Note a version that exists now; what was merged for the one before is let go."""
+        self.history[number] = {
+            sid: Mark(
+                digest=bytes.fromhex(record.digest),
+                view=record.view,
+                delta=None if record.delta is None else step_from(record.delta),
+            )
+            for sid, record in records.items()
+        }
+        self._merged, self._loose = {}, {}
+
+    def _record(self, made: Current, sid: str) -> MemberRecord:
+        member, delta = made.members[sid], made.deltas.get(sid)
+
+        def record(step: Step) -> StepRecord:
+            new = step.version == made.number
+            found = digest(member.view) if new else self.history[step.version][sid].digest
+            return StepRecord(
                 version=step.version,
                 blob=self.shas[step.blob.blob],
                 size=step.blob.size_bytes,
-                digest=step.digest.hex(),
+                digest=found.hex(),
             )
-            for step in chain
-        ]
+
+        keyframe, *deltas = [record(step) for step in made.chains[sid]]
         return MemberRecord(
             structure=member.structure,
             master=self.repository.put(to_bytes(member.master)),
@@ -180,6 +223,7 @@ class Versions:
                 for moment in (member.optimizer.first, member.optimizer.second)
                 if moment.size
             ),
+            delta=None if delta is None else record(delta),
         )
 
     def restore(self, row: VersionRow) -> None:
@@ -191,47 +235,106 @@ class Versions:
         manifest = decode_manifest(row.manifest)
         records = manifest.structures
         members = {sid: load_member(self.repository, record) for sid, record in records.items()}
-        for record in records.values():
-            for kept in (record.keyframe, *record.deltas):
-                self.shas[blob_id_of(bytes.fromhex(kept.blob))] = kept.blob
+        for older in self.ledger.versions(self.job.name):
+            if older.number <= row.number:
+                marked = decode_manifest(older.manifest).structures
+                self._mark(older.number, marked)
+                self.shas |= {
+                    blob_id_of(bytes.fromhex(one.blob)): one.blob
+                    for record in marked.values()
+                    for one in record.files
+                }
         chains = {
-            sid: tuple(
-                Step(
-                    version=step.version,
-                    blob=BlobRef(blob=blob_id_of(bytes.fromhex(step.blob)), size_bytes=step.size),
-                    digest=bytes.fromhex(step.digest),
-                )
-                for step in (record.keyframe, *record.deltas)
-            )
+            sid: tuple(step_from(step) for step in (record.keyframe, *record.deltas))
             for sid, record in records.items()
         }
+        deltas = {sid: step_from(r.delta) for sid, r in records.items() if r.delta is not None}
         ensemble = msgspec.convert(msgspec.structs.asdict(manifest.ensemble), Ensemble)
         self.newest = Current(
             number=row.number,
             id=row.id,
             members=members,
             chains=chains,
+            deltas=deltas,
             ensemble=ensemble,
             round=manifest.round,
         )
 
     def content(self, blob: str) -> bytes:
-        """Return a file of the newest chains by its blob id."""
-        return self.repository.get(self.shas[blob])
+        """Return a file that devices may need, by its blob id."""
+        return self._loose[blob] if blob in self._loose else self.repository.get(self.shas[blob])
+
+    def way(self, sid: str, path: Path, storage_bytes: int) -> Way:
+        """Return how a device that holds `path` gets to the newest version of a structure.
+
+        Args:
+            sid: the structure.
+            path: what the device surely holds, of whichever structure; empty: nothing.
+            storage_bytes: what its files may take; 0: no limit.
+        """
+        newest = self.now.chains[sid]
+        if not path or not self._knows(sid, path[-1]):
+            return choose((), newest)
+        since = path[-1].version
+        return choose(
+            path,
+            newest,
+            merged=self._merge(sid, since),
+            singles=self._singles(sid, since),
+            storage_bytes=storage_bytes,
+        )
+
+    def _knows(self, sid: str, step: Step) -> bool:
+        """Whether a device's weights are those of a version; a ledger from a backup may know fewer."""
+        mark = self.history.get(step.version, {}).get(sid)
+        return mark is not None and weights_name(mark.digest) == step.digest
+
+    def _view(self, sid: str, version: int) -> Vector:
+        return from_bytes(self.repository.get(self.history[version][sid].view))
+
+    def _merge(self, sid: str, since: int) -> Step | None:
+        """Return the exact delta from a version to the newest one, made once for all devices."""
+        key = (sid, since)
+        if key not in self._merged and since != self.now.number:
+            member = self.now.members[sid]
+            content = self._delta(self._view(sid, since), member)
+            self._merged[key] = None
+            if content is not None:
+                self._loose[blob_id(content)] = content
+                self._merged[key] = step_of(self.now.number, content, member.view)
+        return self._merged.get(key)
+
+    def _delta(self, before: Vector, member: Member) -> bytes | None:
+        """Return what turns a device's weights into a member's view, bit for bit; None: no delta does."""
+        trained = aggregation.trained_part(self.job, member.structure)
+        after = trained.gather(member.view)
+        if to_bytes(trained.replaced(before, after)) != to_bytes(member.view):
+            return None  # a renewed keyframe lies between, which changed all weights
+        return exact_delta(trained.gather(before), after, trained.part)
+
+    def _singles(self, sid: str, since: int) -> Path | None:
+        steps = [self.history[number][sid].delta for number in range(since + 1, self.now.number + 1)]
+        return None if None in steps else tuple(step for step in steps if step is not None)
 
     def _extend(
         self, advanced: Advanced, storage_bytes: Mapping[str, int], keyframe_bytes: Mapping[str, int]
-    ) -> tuple[dict[str, tuple[Step, ...]], list[bytes], dict[str, Member]]:
-        """Append the deltas to the chains; where a chain outgrows its devices, start a new keyframe."""
+    ) -> tuple[dict[str, Path], dict[str, Step], list[bytes], dict[str, Member]]:
+        """Lead every keyframe to the new version; where that outgrows the devices, make a new keyframe."""
         now = self.now
-        chains: dict[str, tuple[Step, ...]] = {}
+        chains: dict[str, Path] = {}
+        deltas: dict[str, Step] = {}
         blobs, members = [], dict(advanced.members)
+        for sid, content in advanced.keyframes.items():
+            blobs.append(content)
+            chains[sid] = (step_of(now.number + 1, content, members[sid].view),)
         for sid, delta in advanced.deltas.items():
-            old, member = now.chains[sid], members[sid]
-            taken = sum(step.blob.size_bytes for step in old) + len(delta)
-            if len(old) < MAX_STEPS // len(members) and taken <= storage_bytes.get(sid, taken):
-                blobs.append(delta)
-                chains[sid] = (*old, step_of(now.number + 1, delta, member.view))
+            member = members[sid]
+            step = step_of(now.number + 1, delta, member.view)
+            chain, content = self._lead(sid, step, delta, member)
+            taken = size_of(chain)
+            if len(chain) <= MAX_STEPS // len(members) and taken <= storage_bytes.get(sid, taken):
+                blobs += [delta, content]
+                chains[sid], deltas[sid] = chain, step
                 continue
             wished = int(member.structure.parameters * self.job.compress.renewed_bits / 8) + 512
             limit = int(storage_bytes[sid] * RENEWED_SHARE) if sid in storage_bytes else wished
@@ -240,13 +343,34 @@ class Versions:
             members[sid] = replace(member, view=restore(artifact, member.structure))
             blobs.append(artifact)
             chains[sid] = (step_of(now.number + 1, artifact, members[sid].view),)
-        return chains, blobs, members
+        return chains, deltas, blobs, members
+
+    def _lead(self, sid: str, step: Step, delta: bytes, member: Member) -> tuple[Path, bytes]:
+        """Return the way from the keyframe to the new version, and the content of its last file."""
+        old = self.now.chains[sid]
+        if len(old) > 1:
+            merged = self._delta(self._view(sid, old[0].version), member)
+            if merged is not None:
+                return (old[0], step_of(step.version, merged, member.view)), merged
+        return (*old, step), delta
+
+
+def _first_keyframe(weights: Vector, structure: Structure, seed: int, budget_bytes: int) -> bytes:
+    """Return the file of a new model; what is not drawn travels compressed if it is too much otherwise."""
+    recipe = draw(weights, structure, seed)
+    return recipe if len(recipe) <= budget_bytes else compress(weights, structure, budget_bytes)
 
 
 def step_of(version: int, content: bytes, view: Vector) -> Step:
     """Return the link of a chain that `content` makes."""
     ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
-    return Step(version=version, blob=ref, digest=digest(view))
+    return Step(version=version, blob=ref, digest=weights_name(digest(view)))
+
+
+def step_from(record: StepRecord) -> Step:
+    """Return what devices are told of a file in a manifest."""
+    ref = BlobRef(blob=blob_id_of(bytes.fromhex(record.blob)), size_bytes=record.size)
+    return Step(version=record.version, blob=ref, digest=weights_name(bytes.fromhex(record.digest)))
 
 
 def load_member(repository: Repository, record: MemberRecord) -> Member:

@@ -12,7 +12,16 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceView(View, frozen=True, kw_only=True):
-    """One device as the coordinator knows it. Times are Unix seconds of the coordinator."""
+    """One device as the coordinator knows it. Times are Unix seconds of the coordinator.
+
+    Attributes:
+        up_bits_s, down_bits_s: link; `link_measured`: from real transfers, not from the profile.
+        day_quota_bytes: that the link may move in a day; 0: no quota.
+        sent_bytes, received_bytes: of its socket, over all its starts.
+        updates: stored updates, in all jobs: the rounds it took part in.
+        round_sent_bytes, round_received_bytes: the totals per update; everything that the socket carried
+            is in them, telemetry and pings too.
+    """
 
     id: str
     status: Literal["pending", "approved", "quarantined"]
@@ -28,6 +37,11 @@ class DeviceView(View, frozen=True, kw_only=True):
     storage_bytes: int = 0
     gflops: float | None = None
     up_bits_s: float | None = None
+    down_bits_s: float | None = None
+    link_measured: bool = False
+    metered: bool = False
+    day_quota_bytes: int = 0
+    quota_spent: bool = False
     samples: int = 0
     job: str = ""
     structure: str = ""
@@ -36,11 +50,19 @@ class DeviceView(View, frozen=True, kw_only=True):
     agent_version: str = ""
     sent_bytes: int = 0
     received_bytes: int = 0
+    updates: int = 0
+    round_sent_bytes: int = 0
+    round_received_bytes: int = 0
     refusals: dict[str, int] = {}
 
 
 class AssignmentView(View, frozen=True, kw_only=True):
-    """Which variant a device gets, and why. structure "" means: none."""
+    """Which variant a device gets, and why. structure "" means: none.
+
+    Attributes:
+        density: share of the parameters that an update carries, by the link as it is now.
+        link: how the density came about, in words.
+    """
 
     device: str
     profile: str
@@ -50,6 +72,7 @@ class AssignmentView(View, frozen=True, kw_only=True):
     budget_bytes: int
     density: float
     why: str
+    link: str = ""
 
 
 class StructureView(View, frozen=True, kw_only=True):
@@ -96,7 +119,11 @@ class RoundView(View, frozen=True, kw_only=True):
 
 
 class JobView(View, frozen=True, kw_only=True):
-    """One job."""
+    """One job.
+
+    Attributes:
+        updates, up_bytes, down_bytes: of all rounds together.
+    """
 
     name: str
     state: JobState
@@ -108,6 +135,9 @@ class JobView(View, frozen=True, kw_only=True):
     structures: tuple[StructureView, ...] = ()
     rounds: tuple[RoundView, ...] = ()
     refusals: dict[str, int] = {}
+    updates: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
 
 
 class VersionView(View, frozen=True, kw_only=True):

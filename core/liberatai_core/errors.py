@@ -105,6 +105,12 @@ class BaseModelError(LiberataiError):
     code = "E_BASE_MODEL"
 
 
+class BaseMissingError(LiberataiError):
+    """The device does not hold the weights that a task goes on from: it needs the whole path."""
+
+    code = "E_BASE"
+
+
 class TierError(LiberataiError):
     """The device may not do what it tried in its tier."""
 

@@ -93,7 +93,7 @@ tests="tests/golden"
 for name in errors weights structure topics messages frame chunks limits; do
     tests="$tests tests/unit/core/test_$name.py"
 done
-for more in tests/property tests/unit/core/test_sparsifier*.py tests/unit/core/test_compressor*.py \
+for more in tests/property tests/unit/core/test_codec.py tests/unit/core/test_sparsifier*.py tests/unit/core/test_compressor*.py \
     tests/unit/core/sparsifier tests/unit/core/compressor; do
     [ -e "$more" ] && tests="$tests $more"
 done

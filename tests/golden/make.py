@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from liberatai_core.contract import messages as m
-from liberatai_core.contract.frame import Signer, seal
+from liberatai_core.contract.frame import Signer, encode_spec, seal
 from liberatai_core.structure import DataContract, Structure, Tensor
 
 FOLDER = Path(__file__).parent / "wire"
@@ -34,8 +34,25 @@ STRUCTURE = Structure(
 ID16 = bytes(range(16))
 ID32 = bytes(range(100, 132))
 BLOB = "abcdefghijklmnopqrstuvwxyz"
-KEYFRAME = m.Step(version=3, blob=m.BlobRef(blob=BLOB, size_bytes=1234), digest=ID32)
-DELTA = m.Step(version=4, blob=m.BlobRef(blob=BLOB[::-1], size_bytes=99), digest=ID32[::-1])
+BASE = ID32[:16]
+KEYFRAME = m.Step(version=3, blob=m.BlobRef(blob=BLOB, size_bytes=1234), digest=BASE)
+DELTA = m.Step(version=4, blob=m.BlobRef(blob=BLOB[::-1], size_bytes=99), digest=BASE[::-1])
+SPEC = m.TaskSpec(job="digits", structure=STRUCTURE, data=DATA)
+FULL_SPEC = m.TaskSpec(
+    job="digits",
+    structure=STRUCTURE,
+    data=DATA,
+    codec="random_k",
+    training=m.Training(epochs=2, batch_size=16, learning_rate=0.5, optimizer="adam", momentum=0.5),
+    seed=42,
+    deadline_s=60.5,
+    share_class_counts=True,
+    residual_decay=0.5,
+    residual_limit=7,
+)
+
+SPECS = {"TaskSpec": SPEC, "TaskSpec-full": FULL_SPEC}
+"""What tasks have in common: blobs, not messages."""
 
 MINIMAL: dict[type[m.Message], m.Message] = {
     m.State: m.State(device="dev-1", state="online", session=7),
@@ -62,9 +79,9 @@ MINIMAL: dict[type[m.Message], m.Message] = {
         round=5,
         epoch=2,
         structure="mlp-hidden4",
-        base=ID32,
+        base=BASE,
         samples=60,
-        codec="topk1",
+        codec="topk",
         body=b"\x00\x01\x02\xff",
     ),
     m.Task: m.Task(
@@ -74,14 +91,14 @@ MINIMAL: dict[type[m.Message], m.Message] = {
         device="dev-1",
         job="digits",
         round=5,
-        structure=STRUCTURE,
-        data=DATA,
-        keyframe=KEYFRAME,
+        spec=m.BlobRef(blob=BLOB[1:] + "2", size_bytes=567),
+        density=0.125,
+        steps=(KEYFRAME,),
     ),
     m.Cancel: m.Cancel(device="dev-1", epoch=2, coordinator="co1", job="digits", round=5),
     m.Credit: m.Credit(device="dev-1", transfer=BLOB, have=b"\x05", chunks=4),
     m.Receipt: m.Receipt(device="dev-1", update_id=ID16, accepted=True),
-    m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000, sha256=ID32),
+    m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000),
     m.Head: m.Head(job="digits", epoch=2, version=4, state="running", chains={}),
     m.CoordinatorState: m.CoordinatorState(coordinator="co1", state="online", epoch=2),
 }
@@ -110,7 +127,10 @@ FULL: dict[type[m.Message], m.Message] = {
         data=DATA,
         families=("cnn", "mlp"),
         runtimes=("onnxruntime",),
-        codecs=("topk1",),
+        codecs=("topk", "dense"),
+        link_measured=True,
+        day_quota_bytes=50 * 2**20,
+        quota_spent=True,
     ),
     m.Report: m.Report(
         device="dev-1", session=7, phase="training", job="digits", round=5, reason="epoch 1 of 5"
@@ -135,23 +155,12 @@ FULL: dict[type[m.Message], m.Message] = {
         sent_bytes=1000,
         received_bytes=2000,
     ),
-    m.Task: msgspec.structs.replace(
-        MINIMAL[m.Task],
-        deltas=(DELTA,),
-        density=0.125,
-        codec="topk2",
-        training=m.Training(epochs=2, batch_size=16, learning_rate=0.5, optimizer="adam", momentum=0.5),
-        seed=42,
-        deadline_s=60.5,
-        share_class_counts=True,
-    ),
-    m.Cancel: msgspec.structs.replace(MINIMAL[m.Cancel], final=(KEYFRAME, DELTA)),
+    m.Task: msgspec.structs.replace(MINIMAL[m.Task], held=BASE, steps=(DELTA,)),
+    m.Cancel: msgspec.structs.replace(MINIMAL[m.Cancel], held=BASE, final=(DELTA,)),
     m.Receipt: m.Receipt(
         device="dev-1", update_id=ID16, accepted=False, code="E_BUSY", text="try again later", retry=True
     ),
-    m.BlobManifest: m.BlobManifest(
-        blob=BLOB, size_bytes=4, sha256=ID32, chunk_bytes=65_536, content=b"\xde\xad\xbe\xef"
-    ),
+    m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000, chunk_bytes=65_536),
     m.Head: m.Head(
         job="digits", epoch=2, version=4, state="finished", chains={"mlp-hidden4": (KEYFRAME, DELTA)}
     ),
@@ -167,17 +176,34 @@ def cases() -> dict[str, m.Message]:
     return found
 
 
+def changed(message: Any, field: str, value: Any) -> Any:
+    """Return the plain body of a message with one field set to anything; an unknown field is one too many."""
+    plain = msgspec.to_builtins(message, builtin_types=(bytes,))
+    if isinstance(plain, dict):
+        return plain | {field: value}
+    names = type(message).__struct_fields__
+    place = names.index(field) if field in names else len(names)
+    return [*plain[:place], value, *plain[place + 1 :]]
+
+
+def where(kind: Any, field: str) -> str:
+    """Return a pattern of how an error names a field: by its place in an array."""
+    names = kind.__struct_fields__
+    return rf"\$\[{names.index(field)}\]" if kind.__struct_config__.array_like else field
+
+
 def schema() -> dict[str, Any]:
-    """Return, per message, its kind byte, largest body, and fields in wire order with their defaults.
+    """Return, per message, its kind byte, largest body, form, and fields in wire order with their defaults.
 
     A field that has its default is left out on the wire. So a default is part of the protocol: changed, it
     means something else to a reader of another release, without any byte that would tell.
     """
-    parts: list[Any] = [m.Training, m.Step, m.BlobRef, Structure, Tensor, DataContract]
+    parts: list[Any] = [m.TaskSpec, m.Training, m.Step, m.BlobRef, Structure, Tensor, DataContract]
     return {
         struct.__name__: {
             "kind": m.KIND_OF.get(struct),
             "max_body_bytes": m.MAX_BYTES.get(struct),
+            "array": struct.__struct_config__.array_like,
             "fields": {field.encode_name: _default(field) for field in msgspec.structs.fields(struct)},
         }
         for struct in [*m.KIND_OF, *parts]
@@ -197,11 +223,19 @@ def hex_lines(frame: bytes) -> str:
     return "\n".join(part.hex() for part in parts) + "\n"
 
 
+def spec_lines(spec: m.TaskSpec) -> str:
+    """Return a TaskSpec as text, 32 bytes per line."""
+    data = encode_spec(spec)
+    return "\n".join(data[start : start + 32].hex() for start in range(0, len(data), 32)) + "\n"
+
+
 def main() -> None:
     """Write all files."""
     FOLDER.mkdir(exist_ok=True)
     for name, message in cases().items():
         (FOLDER / f"{name}.hex").write_text(hex_lines(seal(message, SIGNER)))
+    for name, spec in SPECS.items():
+        (FOLDER / f"{name}.hex").write_text(spec_lines(spec))
     (FOLDER / "schema.json").write_text(json.dumps(schema(), indent=1) + "\n")
 
 

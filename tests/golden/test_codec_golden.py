@@ -87,39 +87,54 @@ def model() -> tuple[list[Coding], Structure]:
     return codings, Structure(family="mlp", params={}, tensors=tensors)
 
 
+def clustered_update() -> codec.Sparse:
+    """Runs of one sign, dense at first and rare later: signs are modelled, tables are several."""
+    draw = numbers(600)
+    positions = np.cumsum(np.where(np.arange(600) < 400, draw % 7 // 5, draw % 5 // 4 * (draw >> 6) % 97) + 1)
+    signs = 1 - 2 * (np.cumsum(draw % 9 == 0) & 1)
+    return codec.Sparse(positions, signs.astype(np.int16), np.array([600]), np.array([0.25], np.float32))
+
+
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-SMALL_UPDATE = "01882705030202003c03c03fc40d0402000100f08000400d57c232a0"
+SMALL_UPDATE = "038827051202003cc03f000a081c3422e432c94d88"
 """Hexadecimal, whole."""
 LARGE_UPDATES = {
     # (density in percent, levels): SHA-256 of the update, SHA-256 of the values
     (1, 1): (
-        "2baa8b52082ffb4337c491a0663484b986ba1f5e0cddb0bbc15d41a2ae35c7ab",
+        "0cfa7872f63c1cdbb4412840dbfb4855ab83f68c1fa80dd86038801c2356edf4",
         "3609cb98504aa8f98fc1617296b7245528246220e2228526f8601da40ca96b3f",
     ),
     (10, 1): (
-        "54a2d4794202cfd8e7ca6cb23e1719364d5ef9583568b943e5580e7a01e3b673",
+        "cbef384732092437e3442323b53783498528e372ddcf7886dff033e0ef303e33",
         "7ef83270859d9bd18e4edf9f74cb7c0a423e442fccd510c98175c4d29a9907e1",
     ),
     (10, 3): (
-        "13e276c2664cdfffef0b62eb328295861367fc794644b17a8f91fbb97fd72cf8",
+        "de7b0bed82a40fbc8079a8fe0e935db24961087409d226b8484d191d80a0cec7",
         "dac7a7aa2beb589dcce8b96256e1c7d49d2896275255c268ffbb9e95cc86772d",
     ),
     (45, 2): (
-        "875e23281040da2686481e216fd35fbc92adebe5f67a0e2fcebb3dbc30c9858b",
+        "ae56466912706f5bca4770c4b3782330952346d55a07560678955264f175e0f7",
         "5e7c7b754d06539cd8795816e6c04fb08bf2f506dc3e7646529675eeaf8bcbc0",
     ),
     (80, 11): (
-        "3bab753f742bd1aed62bf06c44185864f73e398fe54d4433cd535d95f4335be9",
+        "9a430a4833ac8e907ed30def223d8a1e5a8b22daa03976900d17814cb94b1d9f",
         "7141dedbfcf3c32231b7697a662afd5dc8eec17f8c205296a4e812858b4456bf",
     ),
     (100, 11): (
-        "670d5c724253751e91e9b8748ec651e1c0dbf41e828a6f804fc04f3df370c80b",
+        "468c89d529bf3c48beb732c95857ddca8bed512f161483c18a3e34df83a771f7",
         "967de8598cbb3f90845ec1777d8e1810133359207e14c484ce50c40231a7e981",
     ),
 }
+CLUSTERED_UPDATE = (
+    "157a55429ac44821a30ae627885827cccfcddc59818b688bb9b2cd06b1df8465",
+    "eb0316ca1cd3373afc2b08acd75222aea230378d447b453af18b55b7d3823161",
+)
+"""SHA-256 of the update, SHA-256 of the values."""
+PLAIN_UPDATE = "02ad020301000000030000002c0100000000003f000000c0cdcccc3d"
+DENSE_UPDATE = "04030000003f000000c0cdcccc3d"
 MODEL = (
     "6188bce8ae0c8025c261519e940c751d0a84c4e05b9ebf205596b7ac59ce9c25",
     "85990dc9138ca72cc32d5b6d6b587648631d1883712d923588cedfdb1902430d",
@@ -154,6 +169,20 @@ def test_a_small_update_has_these_bytes() -> None:
     assert values.tolist() == [0.0078125, -0.0078125, 3.0, -4.5, 1.5]
 
 
+def test_a_clustered_update_has_these_bytes_and_values() -> None:
+    data = codec.encode(clustered_update(), 20_000)
+    positions, values = codec.decode(data, 20_000)
+    dense = np.zeros(20_000, np.float32)
+    dense[positions] = values
+    assert (sha(data), digest(dense).hex()) == CLUSTERED_UPDATE
+
+
+def test_plain_and_dense_updates_have_these_bytes() -> None:
+    values = np.array([0.5, -2, 0.1], np.float32)
+    assert codec.encode_plain(np.array([1, 3, 300]), values, 301).hex() == PLAIN_UPDATE
+    assert codec.encode_dense(values).hex() == DENSE_UPDATE
+
+
 @pytest.mark.parametrize(("density", "levels"), LARGE_UPDATES)
 def test_large_updates_have_these_bytes_and_values(density: int, levels: int) -> None:
     data = codec.encode(large_update(density, levels), PARAMETERS)
@@ -186,6 +215,13 @@ def show() -> None:
         sparse = large_update(density, levels)
         data = codec.encode(sparse, PARAMETERS)
         lines.append(f"LARGE {density} {levels} {sha(data)} {digest(values_of(sparse)).hex()}")
+    sparse = clustered_update()
+    dense = np.zeros(20_000, np.float32)
+    dense[sparse.positions] = sparse.values()
+    lines.append(f"CLUSTERED {sha(codec.encode(sparse, 20_000))} {digest(dense).hex()}")
+    values = np.array([0.5, -2, 0.1], np.float32)
+    lines.append(f"PLAIN {codec.encode_plain(np.array([1, 3, 300]), values, 301).hex()}")
+    lines.append(f"DENSE {codec.encode_dense(values).hex()}")
     codings, structure = model()
     file = artifact.write(codings, structure)
     lines.append(f"MODEL {sha(file)} {digest(artifact.restore(file, structure)).hex()}")

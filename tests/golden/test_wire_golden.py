@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from tests.golden import make
 
-from liberatai_core.contract.frame import open_frame, seal
+from liberatai_core.contract.frame import decode_spec, open_frame, seal
 from liberatai_core.contract.messages import KINDS
 
 CASES = make.cases()
@@ -32,14 +32,27 @@ def test_golden_bytes_open_as_exactly_the_golden_message(name: str) -> None:
 
 def test_every_kind_has_a_golden_message_and_no_file_is_left_over() -> None:
     assert set(make.MINIMAL) == set(KINDS.values())
-    assert {path.stem for path in make.FOLDER.glob("*.hex")} == set(CASES)
+    assert {path.stem for path in make.FOLDER.glob("*.hex")} == set(CASES) | set(make.SPECS)
+
+
+@pytest.mark.parametrize("name", make.SPECS)
+def test_what_tasks_have_in_common_is_written_to_exactly_the_golden_bytes(name: str) -> None:
+    assert make.spec_lines(make.SPECS[name]) == (make.FOLDER / f"{name}.hex").read_text()
+    assert decode_spec(_on_disk(name)) == make.SPECS[name]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.__name__)
 def test_every_optional_field_stands_in_a_full_golden_message(kind: Any) -> None:
-    optional = {f.encode_name for f in msgspec.structs.fields(kind) if not f.required}
-    if optional:
-        assert optional <= set(msgspec.msgpack.decode(_on_disk(f"{kind.__name__}-full")[76:]))
+    fields = msgspec.structs.fields(kind)
+    optional = {f.encode_name for f in fields if not f.required}
+    if not optional:
+        return
+    body = msgspec.msgpack.decode(_on_disk(f"{kind.__name__}-full")[76:])
+    if isinstance(body, list):
+        assert len(body) == len(fields)
+        assert all(v != f.default for v, f in zip(body, fields, strict=True) if not f.required)
+    else:
+        assert optional <= set(body)
 
 
 def test_kind_bytes_field_names_and_defaults_are_those_of_the_protocol() -> None:

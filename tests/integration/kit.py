@@ -16,19 +16,22 @@ from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.repository import Repository
 from liberatai_coordinator.service import Service, presence_frame
 from liberatai_core.compressor.artifact import restore
-from liberatai_core.contract.frame import Signer, open_frame, seal
+from liberatai_core.contract.frame import Signer, decode_spec, open_frame, seal
 from liberatai_core.contract.messages import (
-    BlobManifest,
     Cancel,
     Capability,
+    Event,
     Message,
     Receipt,
     State,
+    Step,
     Task,
+    TaskSpec,
     Update,
     update_id,
+    weights_name,
 )
-from liberatai_core.contract.topics import Topics
+from liberatai_core.contract.topics import Topics, blob_id, parse
 from liberatai_core.errors import LinkError
 from liberatai_core.link.link import Connected, Received, Will
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
@@ -84,12 +87,17 @@ async def coordinator(broker: MemoryBroker, folder: Path) -> AsyncIterator[Servi
 
 @dataclass
 class ScriptedDevice:
-    """A device that trains by adding seeded noise: real frames, no torch, every message recorded."""
+    """A device that trains by adding seeded noise: real frames, no torch, every message recorded.
+
+    It forgets no file, and remembers the path of its last update, as an agent does.
+    """
 
     broker: MemoryBroker
     name: str
     samples: int = 10
     answers: bool = True
+    storage_bytes: int = 100_000
+    path: tuple[Step, ...] = ()
     receipts: list[Receipt] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
@@ -126,7 +134,7 @@ class ScriptedDevice:
             session=1,
             agent_version="test",
             tier="full",
-            storage_bytes=100_000,
+            storage_bytes=self.storage_bytes,
             memory_bytes=2**30,
             samples=self.samples,
             data=DATA,
@@ -141,54 +149,76 @@ class ScriptedDevice:
     async def _received(self, event: Received) -> None:
         if not event.payload:
             return
+        if parse(event.topic, FLEET).leaf == "b":
+            self.blobs[blob_id(event.payload)] = event.payload
+            if self.tasks:
+                await self._answer(self.tasks[-1])
+            self.changed.set()
+            return
         opened = open_frame(event.payload, FLEET, lambda _: self.coordinator_key)
         match opened.message:
             case Task() as task:
                 self.tasks.append(task)
-                missing = [step.blob.blob for step in (task.keyframe, *task.deltas)]
-                await self.link.subscribe(*(self.topics.blob(b) for b in missing if b not in self.blobs))
+                if task.held and self.joined(task.held, task.steps) is None:
+                    missing = Event(device=self.name, session=1, number=1, name="base_missing", code="E_BASE")
+                    await self.say(self.topics.up(self.name, "ev"), missing)
+                    return
+                needed = [task.spec.blob, *(step.blob.blob for step in task.steps)]
+                await self.link.subscribe(*(self.topics.blob(b, 0) for b in needed if b not in self.blobs))
                 await self._answer(task)
-            case BlobManifest(content=content, blob=blob) if content is not None:
-                self.blobs[blob] = content
-                if self.tasks:
-                    await self._answer(self.tasks[-1])
             case Receipt() as receipt:
                 self.receipts.append(receipt)
             case Cancel() as cancel:
                 self.cancels.append(cancel)
         self.changed.set()
 
+    def joined(self, held: bytes, steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
+        """Return the files that lead to where these steps lead, None if what they go on from is not here."""
+        if not held:
+            return steps
+        names = [step.digest for step in self.path]
+        return (*self.path[: names.index(held) + 1], *steps) if held in names else None
+
+    def spec(self, task: Task) -> TaskSpec:
+        return decode_spec(self.blobs[task.spec.blob])
+
     async def _answer(self, task: Task) -> None:
-        steps = (task.keyframe, *task.deltas)
-        if not self.answers or any(step.blob.blob not in self.blobs for step in steps):
+        path = self.joined(task.held, task.steps)
+        ready = path is not None and task.spec.blob in self.blobs
+        if not self.answers or path is None or not ready or any(s.blob.blob not in self.blobs for s in path):
             return
         if task.round not in self.sent:
             self.sent[task.round] = seal(self.train(task), self.signer)
+            self.path = path
         await self.link.publish(self.topics.upload(self.name, "a" * 26), self.sent[task.round])
 
     def base(self, task: Task) -> np.ndarray:
-        weights = restore(self.blobs[task.keyframe.blob.blob], task.structure)
-        assert digest(weights) == task.keyframe.digest
-        for step in task.deltas:
-            weights = (weights + densify(self.blobs[step.blob.blob], task.structure)).astype(np.float32)
-            assert digest(weights) == step.digest
+        """Return the weights that a task names; every file on the way is checked against its name."""
+        path, structure = self.joined(task.held, task.steps), self.spec(task).structure
+        assert path
+        weights = restore(self.blobs[path[0].blob.blob], structure)
+        assert weights_name(digest(weights)) == path[0].digest
+        for step in path[1:]:
+            weights = (weights + densify(self.blobs[step.blob.blob], structure)).astype(np.float32)
+            assert weights_name(digest(weights)) == step.digest
+        assert path[-1].digest == task.base
         return weights
 
     def train(self, task: Task) -> Update:
-        base = self.base(task)
+        base, spec = self.base(task), self.spec(task)
         noise = np.random.default_rng([task.round, len(self.name), ord(self.name[-1])])
         difference = noise.normal(0, 0.01, len(base)).astype(np.float32)
-        _, body = sparsify(init(len(base)), difference, task.structure, task.density)
+        _, body = sparsify(init(len(base)), difference, spec.structure, task.density)
         return Update(
             update_id=update_id(self.name, task.job, task.round, task.base),
             device=self.name,
             job=task.job,
             round=task.round,
             epoch=task.epoch,
-            structure=task.structure.id,
+            structure=spec.structure.id,
             base=task.base,
             samples=self.samples,
-            codec=task.codec,
+            codec=spec.codec,
             body=body,
             class_counts=(4, 3, 3),
         )

@@ -21,7 +21,7 @@ from liberatai_agent.trainer import Trainer
 from liberatai_agent.trainer_messages import Work
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
-from liberatai_core.contract.frame import Signer, open_frame, seal
+from liberatai_core.contract.frame import Signer, encode_spec, open_frame, seal
 from liberatai_core.contract.limits import CHUNK_BYTES, MAX_SINGLE_BYTES
 from liberatai_core.contract.messages import (
     BlobManifest,
@@ -38,9 +38,11 @@ from liberatai_core.contract.messages import (
     State,
     Step,
     Task,
+    TaskSpec,
     Training,
     Update,
     update_id,
+    weights_name,
 )
 from liberatai_core.contract.topics import Place, Topics, blob_id, parse
 from liberatai_core.errors import LockedError
@@ -56,6 +58,7 @@ SIGNER = Signer.from_seed(b"c" * 32, FLEET)
 STRANGER = Signer.from_seed(b"x" * 32, FLEET)
 DATA = DataContract(input_shape=(4,), classes=3)
 SHAPELESS = Structure(family="mlp", params={"hidden": 1}, tensors=(Tensor(name="w", shape=(64,)),))
+SPEC = TaskSpec(job="job", structure=SHAPELESS, data=DATA)
 
 
 REAL_PROBE = (
@@ -128,36 +131,35 @@ class Coordinator:
         message = CoordinatorState(coordinator="co1", state=state, epoch=self.epoch)
         await self.say(self.topics.coordinator("co1"), message)
 
-    async def blob(self, content: bytes, *, inline: bool = True) -> BlobRef:
+    async def blob(self, content: bytes) -> BlobRef:
         name = blob_id(content)
-        if not inline:
-            for number in range(chunks.count(len(content), CHUNK_BYTES)):
-                part = chunks.cut(content, number, CHUNK_BYTES)
-                await self.link.publish(self.topics.blob(name, number), part, retain=True)
-        message = BlobManifest(
-            blob=name,
-            size_bytes=len(content),
-            sha256=hashlib.sha256(content).digest(),
-            content=content if inline else None,
-        )
-        await self.say(self.topics.blob(name), message)
+        for number in range(chunks.count(len(content), CHUNK_BYTES)):
+            part = chunks.cut(content, number, CHUNK_BYTES)
+            await self.link.publish(self.topics.blob(name, number), part, retain=True)
+        if len(content) > CHUNK_BYTES:
+            await self.say(self.topics.blob(name), BlobManifest(blob=name, size_bytes=len(content)))
         return BlobRef(blob=name, size_bytes=len(content))
 
     async def task(
-        self, keyframe: Step, deltas: tuple[Step, ...] = (), number: int = 1, **changes: Any
+        self,
+        *steps: Step,
+        number: int = 1,
+        held: bytes = b"",
+        spec: TaskSpec = SPEC,
+        **changes: Any,
     ) -> Task:
-        base = (deltas[-1] if deltas else keyframe).digest
+        base = steps[-1].digest if steps else held
         fields: dict[str, Any] = {
             "task_id": update_id(DEVICE, "job", number, base),
+            "spec": await self.blob(encode_spec(spec)),
+            "density": 0.05,
+            "held": held,
+            "steps": steps,
             "epoch": self.epoch,
             "coordinator": "co1",
             "device": DEVICE,
             "job": "job",
             "round": number,
-            "structure": SHAPELESS,
-            "data": DATA,
-            "keyframe": keyframe,
-            "deltas": deltas,
         }
         task = Task(**(fields | changes))
         await self.say(self.topics.down(DEVICE, "task"), task)
@@ -243,11 +245,8 @@ async def an_agent(
             running.result()
 
 
-async def a_keyframe(
-    coordinator: Coordinator, content: bytes = b"keyframe" * 10, *, inline: bool = True
-) -> Step:
-    ref = await coordinator.blob(content, inline=inline)
-    return Step(version=0, blob=ref, digest=b"d" * 32)
+async def a_keyframe(coordinator: Coordinator, content: bytes = b"keyframe" * 10) -> Step:
+    return Step(version=0, blob=await coordinator.blob(content), digest=b"d" * 16)
 
 
 @pytest.fixture(autouse=True)
@@ -289,11 +288,11 @@ async def test_an_agent_introduces_itself_works_and_says_goodbye(tmp_path: Path)
             await co.first(Report, phase="idle")
             task = await co.task(await a_keyframe(co))
             update = await co.first(Update)
-            assert (update.update_id, update.base, update.samples) == (task.task_id, b"d" * 32, 5)
+            assert (update.update_id, update.base, update.samples) == (task.task_id, b"d" * 16, 5)
             assert update.sent_bytes > 0
             await co.receipt(update)
-            await co.first(Report, phase="idle", number=2)
-            assert not agent._outbox.unsent()
+            await co.until(lambda: not agent._outbox.unsent())
+            assert [report.phase for report in co.all(Report)] == ["idle"], "a short round needs no report"
         await co.first(State, state="offline")
     found = status_file(tmp_path)
     assert (found["running"], found["phase"], found["connected"]) == (False, "stopped", False)
@@ -411,7 +410,7 @@ async def test_a_long_blob_comes_in_chunks_and_is_resumed_after_a_restart(tmp_pa
     again = False
     broker.drop = lose
     async with Coordinator(broker) as co:
-        keyframe = await a_keyframe(co, content, inline=False)
+        keyframe = await a_keyframe(co, content)
         async with an_agent(broker, config, die=True):
             await co.first(Report, phase="idle")
             await co.task(keyframe)
@@ -426,33 +425,48 @@ async def test_a_long_blob_comes_in_chunks_and_is_resumed_after_a_restart(tmp_pa
     assert len(numbers) <= 13, "chunks that were on disk were fetched again"
     stored = tmp_path / "state" / "blobs" / name
     assert stored.read_bytes() == content
-    assert trainer.works[0].keyframe.path == str(stored)
-    assert sorted(path.name for path in stored.parent.iterdir()) == [name]
+    assert trainer.works[0].path[0].path == str(stored)
+    assert {path.name for path in stored.parent.iterdir()} == {name, blob_id(encode_spec(SPEC))}
 
 
 @scenario
-async def test_false_manifests_and_chunks_are_refused_and_the_true_ones_used(tmp_path: Path) -> None:
+async def test_content_that_is_not_what_its_name_says_is_refused_and_the_right_one_used(
+    tmp_path: Path,
+) -> None:
     broker = MemoryBroker()
     content = b"the model" * 1000
     name = blob_id(content)
     async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
         await co.first(Report, phase="idle")
-        topic = co.topics.blob(name)
-        fake = BlobManifest(blob=name, size_bytes=len(content), sha256=b"0" * 32, content=b"evil")
-        await co.say(topic, fake)
+        topic = co.topics.blob(name, 0)
+        await co.link.publish(topic, b"evil", retain=True)
         ref = BlobRef(blob=name, size_bytes=len(content))
-        await co.task(Step(version=0, blob=ref, digest=b"d" * 32))
+        await co.task(Step(version=0, blob=ref, digest=b"d" * 16))
         await co.until(lambda: agent.status()["refusals"].get("E_DIGEST") == 1)
-        honest = BlobManifest(
-            blob=name,
-            size_bytes=len(content),
-            sha256=hashlib.sha256(content).digest(),
-            content=content,
-        )
-        await co.say(topic, honest, signer=STRANGER)
+        await co.link.publish(topic, content[:-1] + b"x", retain=True)
+        await co.until(lambda: agent.status()["refusals"].get("E_DIGEST") == 2)
+        await co.link.publish(topic, b"", retain=True)
+        assert not co.all(Update)
+        await co.link.publish(topic, content, retain=True)
+        await co.first(Update)
+
+
+@scenario
+async def test_a_false_manifest_is_refused_and_the_true_one_used(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    content = np.random.default_rng(1).bytes(CHUNK_BYTES + 77)
+    name = blob_id(content)
+    ref = BlobRef(blob=name, size_bytes=len(content))
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
+        await co.first(Report, phase="idle")
+        topic = co.topics.blob(name)
+        await co.say(topic, BlobManifest(blob=name, size_bytes=len(content) + 1))
+        await co.task(Step(version=0, blob=ref, digest=b"d" * 16))
+        await co.until(lambda: agent.status()["refusals"].get("E_DIGEST") == 1)
+        await co.say(topic, BlobManifest(blob=name, size_bytes=len(content)), signer=STRANGER)
         await co.until(lambda: agent.status()["refusals"].get("E_UNKNOWN_DEVICE") == 1)
         assert not co.all(Update)
-        await co.say(topic, honest)
+        await co.blob(content)
         await co.first(Update)
 
 
@@ -466,7 +480,7 @@ async def test_a_blob_that_is_not_there_is_reported_and_asked_for_again(tmp_path
     ):
         await co.first(Report, phase="idle")
         ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
-        await co.task(Step(version=0, blob=ref, digest=b"d" * 32))
+        await co.task(Step(version=0, blob=ref, digest=b"d" * 16))
         await co.until(lambda: any("E_NOT_FOUND" in r.reason for r in co.all(Report)))
         await co.blob(content)
         broker.kill(DEVICE)  # a new connection tries again at once
@@ -553,7 +567,7 @@ async def test_a_refused_update_comes_back_into_the_next_training(tmp_path: Path
 async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path: Path) -> None:
     broker, trainer = MemoryBroker(), QuickTrainer()
     trainer.hold = asyncio.Event()
-    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer):
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer) as agent:
         await co.first(Report, phase="idle")
         keyframe = await a_keyframe(co)
         await co.task(keyframe)
@@ -563,13 +577,51 @@ async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path: Pa
         final = await a_keyframe(co, b"final model")
         cancel = Cancel(device=DEVICE, epoch=1, coordinator="co1", job="job", round=2, final=(final,))
         await co.say(co.topics.down(DEVICE, "task"), cancel)
-        await co.first(Report, phase="idle", number=2)
+        await co.until(lambda: agent._session.stage == "none")
         trainer.hold.set()
         await co.until((tmp_path / "state" / "blobs" / final.blob.blob).exists)
         assert not co.all(Update)
     model = status_file(tmp_path)["model"]
     assert model["complete"]
     assert model["digest"] == final.digest.hex()
+
+
+@scenario
+async def test_what_the_device_holds_is_known_after_a_restart_and_not_fetched_again(tmp_path: Path) -> None:
+    broker, config = MemoryBroker(), a_config(tmp_path)
+    async with Coordinator(broker) as co:
+        keyframe = await a_keyframe(co)
+        async with an_agent(broker, config, die=True):
+            await co.first(Report, phase="idle")
+            await co.task(keyframe)
+            await co.receipt(await co.first(Update))
+        await co.link.publish(co.topics.blob(keyframe.blob.blob, 0), b"", retain=True)
+        delta = Step(version=3, blob=await co.blob(b"merged"), digest=b"e" * 16)
+        trainer = QuickTrainer()
+        async with an_agent(broker, config, trainer):
+            await co.task(delta, number=4, held=keyframe.digest)
+            assert (await co.first(Update, round=4)).base == delta.digest
+            names = [Path(file.path).name for file in trainer.works[0].path]
+            assert names == [keyframe.blob.blob, delta.blob.blob]
+            assert trainer.works[0].rounds_away == 2
+    assert not co.all(Event)
+
+
+@scenario
+async def test_a_device_without_the_files_says_so_and_works_when_it_has_the_whole_path(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)):
+        await co.first(Report, phase="idle")
+        keyframe = await a_keyframe(co)
+        delta = Step(version=3, blob=await co.blob(b"merged"), digest=b"e" * 16)
+        await co.task(delta, held=keyframe.digest)
+        assert (await co.first(Event)).code == "E_BASE"
+        broker.kill(DEVICE)
+        await co.first(Event, number=2)
+        await co.task(keyframe, delta)
+        assert (await co.first(Update)).base == delta.digest
 
 
 @scenario
@@ -607,18 +659,16 @@ async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_pa
 
     base = restore(keyframe_bytes, structure)
     broker, trainer = MemoryBroker(), Trainer(60.0)
-    wanted: dict[str, Any] = {
-        "structure": structure,
-        "training": Training(epochs=2),
-        "density": 0.5,
-        "share_class_counts": True,
-    }
+    spec = TaskSpec(
+        job="job", structure=structure, data=DATA, training=Training(epochs=2), share_class_counts=True
+    )
+    wanted: dict[str, Any] = {"spec": spec, "density": 0.5}
     async with (
         Coordinator(broker) as co,
         an_agent(broker, a_config(tmp_path), trainer) as agent,
     ):
         await co.first(Report, phase="idle")
-        keyframe = Step(version=0, blob=await co.blob(keyframe_bytes), digest=digest(base))
+        keyframe = Step(version=0, blob=await co.blob(keyframe_bytes), digest=weights_name(digest(base)))
         await co.task(keyframe, **wanted)
         first = await co.first(Update)
         assert first.samples == 51
@@ -629,11 +679,11 @@ async def test_real_training_gives_updates_that_lead_to_the_trained_model(tmp_pa
         await co.receipt(first)
         pid = trainer.pid
         moved = base + top_k.densify(first.body, structure)
-        delta = Step(version=1, blob=await co.blob(first.body), digest=digest(moved))
-        await co.task(keyframe, (delta,), number=2, **wanted)
+        delta = Step(version=1, blob=await co.blob(first.body), digest=weights_name(digest(moved)))
+        await co.task(delta, number=2, held=keyframe.digest, **wanted)
         second = await co.first(Update, round=2)
         assert trainer.pid == pid, "the process did not live across rounds"
-        assert second.base == digest(moved)
+        assert second.base == weights_name(digest(moved))
         assert np.abs(top_k.densify(second.body, structure)).max() > 0
         assert agent.status()["last_training"]["samples"] == 51
     assert trainer.pid is None

@@ -28,7 +28,7 @@ from liberatai_coordinator.ledger import Ledger, VersionRow
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.versions import Versions
 from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.messages import Offer, Report, State
+from liberatai_core.contract.messages import Event, Head, Offer, Report, State
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import ConfigError, DataError, DiskError, NotFoundError, StateError
 from liberatai_core.link.memory import MemoryBroker
@@ -68,7 +68,9 @@ def test_a_job_runs_to_its_end_and_every_update_is_counted_once(tmp_path: Path) 
             await until(lambda: all(device.cancels for device in fleet))
             for device in fleet:
                 assert len({r.update_id for r in device.receipts if r.accepted}) == 3
-                assert device.cancels[-1].final[-1].digest.hex() in versions[0].digests.values()
+                assert device.cancels[-1].final[-1].digest.hex() in {
+                    d[:32] for d in versions[0].digests.values()
+                }
 
     run(scenario())
 
@@ -240,7 +242,7 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
             await until(lambda: bool(bad.tasks) and len(bad.blobs) > 0)
             honest = bad.train(bad.tasks[-1])
             hostile = {
-                "E_BASE_MODEL": replaced(honest, base=b"x" * 32),
+                "E_BASE_MODEL": replaced(honest, base=b"x" * 16),
                 "E_ROUND_UNKNOWN": replaced(honest, round=99),
                 "E_CODEC": replaced(honest, codec="pickle"),
                 "E_SCHEMA": replaced(honest, class_counts=(1, 2)),
@@ -251,7 +253,7 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
                 await bad.say(topic, update)
                 await until(lambda: bool(bad.receipts))
                 assert (bad.receipts[0].accepted, bad.receipts[0].code) == (False, code)
-            size = bad.tasks[-1].structure.parameters
+            size = bad.spec(bad.tasks[-1]).structure.parameters
             huge = encode_plain(np.array([0]), np.array([3e38], np.float32), size)
             broken = [honest.body[:-1], honest.body + b"\0", b"", b"\xff" * 64, huge]
             for body in broken:
@@ -345,7 +347,9 @@ def test_a_replay_after_the_job_is_receipted_as_a_duplicate_and_counts_nowhere(t
     run(scenario())
 
 
-def test_a_chain_that_grows_too_long_is_replaced_by_a_keyframe(tmp_path: Path) -> None:
+def test_deltas_without_an_exact_sum_are_followed_one_by_one_until_a_keyframe_replaces_them(
+    tmp_path: Path,
+) -> None:
     """Devices check every digest on the way, so they hold what the coordinator believes they hold."""
 
     async def scenario() -> None:
@@ -353,13 +357,115 @@ def test_a_chain_that_grows_too_long_is_replaced_by_a_keyframe(tmp_path: Path) -
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(versions_module, "MAX_STEPS", 3)
+                patch.setattr(versions_module, "exact_delta", lambda *_: None)
                 await service.create_job(job_yaml(rounds=5), str(tmp_path))
                 await until(lambda: finished(service))
             await until(lambda: all(device.cancels for device in fleet))
-            lengths = [1 + len(task.deltas) for task in fleet[0].tasks]
-            assert lengths == [1, 2, 3, 1, 2]
-            assert fleet[0].tasks[3].keyframe.version == 3
+            told = [(bool(task.held), [step.version for step in task.steps]) for task in fleet[0].tasks]
+            assert told == [(False, [0]), (True, [1]), (True, [2]), (False, [3]), (True, [4])]
             assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 3, 3, 0]
+
+    run(scenario())
+
+
+def test_a_device_that_was_away_gets_one_delta_for_all_versions_that_it_missed(tmp_path: Path) -> None:
+    """It leads from what it holds to the base of everybody else, and whoever missed the same gets the same."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            text = job_yaml(rounds=9, devices=1).replace("rounds: {", "rounds: {target: 1, overselect: 1, ")
+            await service.create_job(text, str(tmp_path))
+            await until(lambda: finished(service))
+            await until(lambda: all(device.cancels for device in fleet))
+            digests = {v.version: v.digests["mlp-hidden8"] for v in await service.log("tiny")}
+            jumps = []
+            for device in fleet:
+                first, *later = device.tasks
+                assert first.held == b""
+                for before, task in itertools.pairwise(device.tasks):
+                    assert task.held == before.base
+                    assert [step.version for step in task.steps] == [task.round - 1]
+                    jumps.append(task.round - before.round)
+                assert all(task.base.hex() == digests[task.round - 1][:32] for task in (first, *later))
+                assert device.cancels[-1].held == device.tasks[-1].base
+                assert device.cancels[-1].final[-1].digest.hex() == digests[9][:32]
+            assert max(jumps) > 1, "nobody was ever away"
+
+    run(scenario())
+
+
+def test_a_device_that_lost_its_files_gets_the_whole_path_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[1].answers = False
+            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await until(lambda: bool(fleet[1].tasks) and len(fleet[1].blobs) == 2)
+            fleet[1].answers = True
+            await fleet[1]._answer(fleet[1].tasks[-1])
+            fleet[1].path = ()
+            await until(lambda: finished(service))
+            told = [(task.round, bool(task.held)) for task in fleet[1].tasks]
+            assert told == [(1, False), (2, True), (2, False), (3, True)]
+            assert fleet[1].tasks[1].task_id == fleet[1].tasks[2].task_id
+            assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+
+    run(scenario())
+
+
+def test_a_device_without_files_is_not_believed_twice_in_one_round(tmp_path: Path) -> None:
+    """Otherwise a faulty one could make the coordinator publish for ever."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
+            fleet[1].answers = False
+            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await until(lambda: bool(fleet[1].tasks))
+            for number in range(5):
+                missing = Event(device="b", session=1, number=number, name="base_missing", code="E_BASE")
+                await fleet[1].say(fleet[1].topics.up("b", "ev"), missing)
+            fleet[1].answers = True
+            await fleet[1]._answer(fleet[1].tasks[-1])
+            await until(lambda: finished(service))
+            assert len(fleet[1].tasks) == 1
+
+    run(scenario())
+
+
+def test_what_devices_hold_is_known_after_a_crash(tmp_path: Path) -> None:
+    """It is written with the update that proves it: no device fetches its keyframe a second time."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as fleet:
+            async with coordinator(broker, tmp_path) as service:
+                crash_at(service.ledger, "close_round", 2, after=False)
+                await service.create_job(job_yaml(rounds=4), str(tmp_path))
+                await until(lambda: service._jobs["tiny"].done())
+            async with coordinator(broker, tmp_path) as service:
+                await until(lambda: finished(service))
+            for device in fleet:
+                assert [task.round for task in device.tasks if not task.held] == [1]
+
+    run(scenario())
+
+
+def test_the_broker_holds_the_newest_version_and_nothing_of_older_ones(tmp_path: Path) -> None:
+    """A keyframe and one delta per structure, however many rounds there were."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=6), str(tmp_path))
+            await until(lambda: finished(service))
+            head = decode(broker.retained["lai/v1/test/pub/head/tiny"])
+            assert isinstance(head, Head)
+            assert [step.version for step in head.chains["mlp-hidden8"]] == [0, 6]
+            blobs = {topic.split("/")[5] for topic in broker.retained if "/pub/b/" in topic}
+            final = {step.blob.blob for way in service.runners["tiny"].ways.values() for step in way.steps}
+            assert blobs == final | {step.blob.blob for step in head.chains["mlp-hidden8"]}
 
     run(scenario())
 
@@ -500,14 +606,18 @@ def test_faults_of_a_job_come_when_it_is_created(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_presence_and_tasks_are_signed_by_the_coordinator(tmp_path: Path) -> None:
+def test_presence_and_tasks_are_signed_by_the_coordinator_and_blobs_are_what_they_are_called(
+    tmp_path: Path,
+) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
             await service.create_job(job_yaml(rounds=1), str(tmp_path))
             await until(lambda: finished(service))
             for topic, payload in broker.retained.items():
-                if "/up/" not in topic:
+                if "/pub/b/" in topic:
+                    assert blob_id(payload) == topic.split("/")[5]
+                elif "/up/" not in topic:
                     decode(payload)
 
     run(scenario())

@@ -456,7 +456,9 @@ async def test_an_idle_link_pings_in_time_and_seldom(peer_of: Any) -> None:
 
 async def test_a_goodbye_arrives_even_if_much_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket closed with unread bytes throws away what it was to send, and the broker says the will."""
-    monkeypatch.setattr(mqtt, "GOODBYE_TIMEOUT_S", 60.0)  # the machine may be busy: nothing depends on its speed
+    monkeypatch.setattr(
+        mqtt, "GOODBYE_TIMEOUT_S", 60.0
+    )  # the machine may be busy: nothing depends on its speed
     monkeypatch.setattr(mqtt, "LINGER_S", 50.0)
     heard: list[int] = []
     over = asyncio.Event()

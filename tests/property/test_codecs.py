@@ -1,5 +1,6 @@
 """What holds for every sparse update, every run of rounds and every model file."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,14 @@ def sparse_differences(draw: st.DrawFn) -> tuple[codec.Sparse, int]:
     count = draw(st.integers(0, parameters))
     generator = np.random.default_rng(draw(seeds))
     positions = np.sort(generator.choice(parameters, count, replace=False))
+    if draw(st.booleans()) and count:  # in clusters
+        gaps = np.minimum(generator.pareto(draw(st.floats(0.2, 3)), count), parameters).astype(np.int64)
+        positions = np.cumsum(gaps + 1) - 1
+        positions = positions[positions < parameters]
+        count = positions.size
     top = draw(st.sampled_from([1, 2, 3, 15, 255]))
-    signs = generator.choice([-1, 1], count)
+    changes = generator.random(count) < draw(st.sampled_from([0.5, 0.1, 0.0]))
+    signs = 1 - 2 * (np.cumsum(changes) & 1)
     levels = (signs * np.minimum(generator.geometric(draw(st.floats(0.05, 0.95)), count), top)).astype(
         np.int16
     )
@@ -146,7 +153,44 @@ def test_the_baseline_sends_its_values_unchanged(
 
 
 @quick
-@given(st.binary(max_size=80), st.integers(1, 127), st.sampled_from([codec.GOLOMB, codec.PLAIN]))
+@given(sparse_differences(), st.data())
+def test_a_damaged_stream_is_refused_or_a_valid_update(
+    case: tuple[codec.Sparse, int], data: st.DataObject
+) -> None:
+    sparse, parameters = case
+    damaged = bytearray(codec.encode(sparse, parameters))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    stop = data.draw(st.integers(0, len(damaged)))
+    for content in (bytes(damaged), bytes(damaged[:stop]), bytes(damaged) + bytes(damaged[:stop])):
+        tracemalloc.start()
+        try:
+            positions, values = codec.decode(content, parameters)
+        except LiberataiError:
+            continue
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak <= 40 * parameters + 16 * len(content) + (6 << 20)
+        assert positions.size == values.size
+        assert (np.diff(positions) > 0).all()
+        assert positions.size == 0 or (positions[0] >= 0 and positions[-1] < parameters)
+        assert np.isfinite(values).all()
+
+
+@quick
+@given(sparse_differences())
+def test_every_truncation_of_a_stream_is_refused(case: tuple[codec.Sparse, int]) -> None:
+    sparse, parameters = case
+    data = codec.encode(sparse, parameters)
+    for stop in {0, 1, 2, len(data) // 3, len(data) // 2, len(data) - 2, len(data) - 1} - {-1, -2}:
+        with pytest.raises(LiberataiError):
+            codec.decode(data[:stop], parameters)
+
+
+@quick
+@given(st.binary(max_size=80), st.integers(1, 127), st.sampled_from([codec.SPARSE, codec.PLAIN, codec.DENSE]))
 def test_any_bytes_are_refused_or_a_valid_update(body: bytes, parameters: int, kind: int) -> None:
     for data in (body, bytes([kind, parameters]) + body):
         try:

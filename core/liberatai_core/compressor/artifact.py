@@ -23,6 +23,8 @@ Records: u8 kind, then
                 value = scale x entry[symbol]
     table: varint K (1 … 256) | K - 1 varint frequencies; the last is 4096 minus their sum
            (K = 1: nothing is entropy-coded)
+    5 drawn     f32 step | varint reach | u32 seed
+                value = step x level, levels uniform in [-reach, reach], drawn by `levels_of`
 
 All integers are little-endian; a varint has 7 bits per byte, low bits first, at most 5 bytes.
 """
@@ -42,7 +44,7 @@ Integers = NDArray[np.int64]
 Bits = NDArray[np.uint8]
 
 MAGIC = b"LAM1"
-CONSTANT, HALF, FULL, GRID, CODEBOOK = range(5)
+CONSTANT, HALF, FULL, GRID, CODEBOOK, DRAWN = range(6)
 SCALE_BITS = 12
 TOTAL = 1 << SCALE_BITS
 """Frequencies add up to this: 0.1 % above the entropy, and a lookup table of 4 KiB per tensor."""
@@ -50,6 +52,8 @@ MAX_SYMBOLS = 256
 MAX_RAW_BITS = 16
 MAX_LEVEL = 1 << 24
 """Levels are exact in float32."""
+MAX_REACH = 1 << 15
+"""Of drawn levels: 2 x reach + 1 times a 32-bit draw stays below 2^64."""
 _LOW = 1 << 16
 """rANS states lie in [2^16, 2^32) and move 16 bits at a time."""
 _ROWS = 4096
@@ -68,7 +72,7 @@ class Coding:
     """How one tensor is written.
 
     Attributes:
-        kind: CONSTANT, HALF, FULL, GRID or CODEBOOK.
+        kind: CONSTANT, HALF, FULL, GRID, CODEBOOK or DRAWN.
         scale: the constant, the step of the grid, or what the codebook is multiplied with.
         values: HALF and FULL: the weights, float16 or float32.
         low: GRID: level of index 0.
@@ -76,6 +80,7 @@ class Coding:
         entries: CODEBOOK: float16, one per symbol.
         frequencies: int64, one per symbol, TOTAL together; one entry if nothing is entropy-coded.
         indices: unsigned or int64, one per weight; the symbol is index >> raw_bits.
+        reach, seed: DRAWN: largest level, and the key of the draw.
     """
 
     kind: int
@@ -86,6 +91,8 @@ class Coding:
     entries: NDArray[np.float16] | None = None
     frequencies: Integers = field(default_factory=_no_integers)
     indices: NDArray[np.integer] = field(default_factory=_no_integers)
+    reach: int = 0
+    seed: int = 0
 
     def weights(self, size: int) -> Vector:
         """Return the `size` float32 weights that this coding decodes to."""
@@ -93,6 +100,8 @@ class Coding:
             return np.full(size, self.scale, np.float32)
         if self.values is not None:
             return self.values.astype(np.float32)
+        if self.kind == DRAWN:
+            return levels_of(self.seed, self.reach, size).astype(np.float32) * self.scale
         with np.errstate(over="ignore", invalid="ignore"):
             if self.entries is not None:
                 return np.asarray((self.entries.astype(np.float32) * self.scale)[self.indices], np.float32)
@@ -100,6 +109,15 @@ class Coding:
                 levels = np.arange(self.low, self.low + self.frequencies.size)
                 return np.asarray((levels.astype(np.float32) * self.scale)[self.indices], np.float32)
             return (self.indices + self.low).astype(np.float32) * self.scale
+
+
+def levels_of(seed: int, reach: int, size: int) -> Integers:
+    """Return `size` integers, uniform in [-reach, reach]: the same ones on every machine.
+
+    Raw output of Philox (Salmon et al., SC 2011), which numpy keeps stable, and integer arithmetic.
+    """
+    draws = np.random.Philox(key=seed).random_raw(size) >> np.uint64(32)
+    return (draws * np.uint64(2 * reach + 1) >> np.uint64(32)).astype(np.int64) - reach
 
 
 def header_bytes(structure: Structure) -> int:
@@ -115,6 +133,8 @@ def record(coding: Coding) -> bytes:
         return kind + scale
     if coding.values is not None:
         return kind + _le(coding.values)
+    if coding.kind == DRAWN:
+        return kind + scale + _varint(coding.reach) + coding.seed.to_bytes(4, "little")
     numbers = coding.frequencies.tolist()
     table = _varint(len(numbers)) + b"".join(map(_varint, numbers[:-1]))
     if coding.entries is not None:
@@ -279,6 +299,8 @@ def _read_record(reader: _Reader, size: int) -> Coding:
         return Coding(kind, values=np.frombuffer(reader.take(2 * size), "<f2").astype(np.float16))
     if kind == FULL:
         return Coding(kind, values=np.frombuffer(reader.take(4 * size), "<f4").astype(np.float32))
+    if kind == DRAWN:
+        return _read_drawn(reader)
     if kind not in (GRID, CODEBOOK):
         raise CodecError(f"model file: unknown kind {kind} of record")
     scale = reader.float32()
@@ -291,6 +313,13 @@ def _read_record(reader: _Reader, size: int) -> Coding:
     if raw_bits > MAX_RAW_BITS or abs(low) > MAX_LEVEL:
         raise CodecError(f"model file: {raw_bits} raw bits from level {low}")
     return Coding(kind, scale, low=low, raw_bits=raw_bits, frequencies=_read_table(reader))
+
+
+def _read_drawn(reader: _Reader) -> Coding:
+    step, reach, seed = reader.float32(), reader.varint(), int.from_bytes(reader.take(4), "little")
+    if reach > MAX_REACH:
+        raise CodecError(f"model file: drawn levels up to {reach}, at most {MAX_REACH}")
+    return Coding(DRAWN, step, reach=reach, seed=seed)
 
 
 def _read_table(reader: _Reader) -> Integers:

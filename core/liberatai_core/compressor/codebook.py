@@ -51,6 +51,8 @@ _REFINED_STEPS = 160
 """Steps from twice the largest weight down to 2^-9 of it, a sixteenth of an octave apart."""
 _REFINED_BOOKS = 64
 """The first four octaves of these steps, up to 17 levels, where the rates of cells are far apart."""
+_GRID = 2048
+"""Steps of a codebook's entries between zero and its scale: all that float16 holds exactly at the top."""
 _LARGEST = 1e38
 """A reconstruction may exceed the largest weight by one step and must not overflow float32."""
 
@@ -327,7 +329,7 @@ def _as_packed(tensor: _Tensor, step: float) -> list[_Choice]:
     width = max(2, math.ceil(math.log2(spread / step + 2))) if 0 < step < spread else 2
     if width > artifact.MAX_RAW_BITS:
         return []
-    exact = np.float32(spread / (2**width - 2))
+    exact = _short(spread / (2**width - 2))
     ends = _uniform(tensor, exact)
     if ends is None or ends[1] - ends[0] >= 1 << width:
         return []
@@ -347,7 +349,7 @@ def _as_packed(tensor: _Tensor, step: float) -> list[_Choice]:
 
 def _as_grid(tensor: _Tensor, step: float, rate_price: float) -> list[_Choice]:
     """Uniform grid with this step, and the codebook that grows from its cells."""
-    exact = np.float32(min(step, _LARGEST))
+    exact = _short(min(step, _LARGEST))
     ends = _uniform(tensor, exact)
     if ends is None or ends[0] == ends[1]:
         return []
@@ -368,6 +370,12 @@ def _as_grid(tensor: _Tensor, step: float, rate_price: float) -> list[_Choice]:
     if levels <= _BOOK_SYMBOLS:
         choices += _as_codebook(tensor, points, rate_price)
     return choices
+
+
+def _short(step: float) -> np.float32:
+    """Return a step rounded up to 8 significant bits: sums of its multiples with deltas are exact."""
+    mantissa, exponent = math.frexp(step)
+    return np.float32(math.ldexp(math.ceil(mantissa * 256), exponent - 8))
 
 
 def _fine_grid(tensor: _Tensor, step: np.float32, low: int, levels: int) -> list[_Choice]:
@@ -425,10 +433,12 @@ def _as_codebook(tensor: _Tensor, points: Reals, rate_price: float, sweeps: int 
     points, counts = means[keep], counts[keep]
     if points.size < 2:
         return []
-    scale = np.float32(np.abs(points).max())
-    if not scale > 0:
+    top = float(np.abs(points).max())
+    if not top > 0:
         return []
-    entries = (points / float(scale)).astype(np.float16)
+    # On a grid of one power of two, sums with deltas are exact (`sparsifier.merge`).
+    scale = np.float32(2.0 ** math.ceil(math.log2(top)))
+    entries = (np.rint(points / float(scale) * _GRID) / _GRID).astype(np.float16)
     # The lower edge of every kept cell but the first: no weight lies in the others.
     edges = edges[np.flatnonzero(keep)[1:] - 1]
     head = Coding(artifact.CODEBOOK, scale, entries=entries, frequencies=artifact.normalise(counts))

@@ -1,6 +1,6 @@
 """The frame around every message: sign outside, decode inside, refuse in a fixed order.
 
-    "LA1" | kind u8 | key id 8 B | Ed25519 signature 64 B | body (one msgpack map)
+    "LA1" | kind u8 | key id 8 B | Ed25519 signature 64 B | body (one msgpack map or array)
 
 The signature covers `"liberatai/v1" | fleet | 0x00 | kind | body`, so a frame of another fleet or kind
 never verifies. Order of checks: length, frame, signature, typed decode; semantics follow elsewhere. An
@@ -16,7 +16,8 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from liberatai_core.contract.messages import KIND_OF, KINDS, MAX_BYTES, Capability, Message
+from liberatai_core.contract.limits import MAX_SPEC_BYTES
+from liberatai_core.contract.messages import KIND_OF, KINDS, MAX_BYTES, Capability, Message, TaskSpec
 from liberatai_core.errors import (
     FrameError,
     ProtocolVersionError,
@@ -45,6 +46,13 @@ be made without any private key, and OpenSSL takes it."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {kind: msgspec.msgpack.Decoder(struct) for kind, struct in KINDS.items()}
+_SPEC_DECODER = msgspec.msgpack.Decoder(TaskSpec)
+_ARRAYS = {
+    struct: [field.default for field in msgspec.structs.fields(struct)]
+    for struct in KINDS.values()
+    if struct.__struct_config__.array_like
+}
+"""Defaults of the fields of kinds that are arrays on the wire, in order."""
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
@@ -186,8 +194,48 @@ def _own_body(message: Message, kind: int) -> bytes:
 
 def _canonical(message: Message) -> bytes:
     # By way of a dict, so that every header is the shortest, as any msgpack library writes it: for a struct
-    # with left out defaults msgspec writes map16 where fixmap would do.
-    return _ENCODER.encode(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    # with left out defaults msgspec writes map16 where fixmap would do. Of an array it leaves out nothing.
+    plain = msgspec.to_builtins(message, builtin_types=(bytes,))
+    if type(message) in _ARRAYS:
+        names, defaults = message.__struct_fields__, _ARRAYS[type(message)]
+        # A value that equals its default is the default itself (Message.__post_init__).
+        while plain and getattr(message, names[len(plain) - 1]) is defaults[len(plain) - 1]:
+            plain.pop()
+    return _ENCODER.encode(plain)
+
+
+def encode_spec(spec: TaskSpec) -> bytes:
+    """Return the one byte string of a TaskSpec, the content of a blob.
+
+    Raises:
+        SchemaError: a field breaks its bounds: no device would take it.
+        TooLargeError: longer than MAX_SPEC_BYTES.
+    """
+    try:
+        data = _canonical(_SPEC_DECODER.decode(_ENCODER.encode(spec)))
+    except (msgspec.DecodeError, msgspec.EncodeError, TypeError, OverflowError, UnicodeError) as error:
+        raise SchemaError(f"TaskSpec: {_line(error)}") from None
+    if len(data) > MAX_SPEC_BYTES:
+        raise TooLargeError(f"TaskSpec: {len(data)} bytes, at most {MAX_SPEC_BYTES}")
+    return data
+
+
+def decode_spec(data: bytes) -> TaskSpec:
+    """Return the TaskSpec in a blob whose content was checked against the name in a signed task.
+
+    Raises:
+        TooLargeError: longer than MAX_SPEC_BYTES; nothing is decoded.
+        SchemaError: no TaskSpec, or not in its one form.
+    """
+    if len(data) > MAX_SPEC_BYTES:
+        raise TooLargeError(f"TaskSpec: {len(data)} bytes, at most {MAX_SPEC_BYTES}")
+    try:
+        spec: TaskSpec = _SPEC_DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError, OverflowError) as error:
+        raise SchemaError(f"TaskSpec: {_line(error)}") from None
+    if _canonical(spec) != data:
+        raise SchemaError("TaskSpec: not in canonical form")
+    return spec
 
 
 def _line(error: Exception) -> str:

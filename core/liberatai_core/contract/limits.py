@@ -26,6 +26,13 @@ MAX_CONTROL_BYTES: Final = 65_536
 MAX_CHAIN: Final = 1024
 """Deltas after one keyframe; a keyframe is published long before."""
 
+DIGEST_BYTES: Final = 16
+"""Of the SHA-256 of weights, on the wire. Nobody finds other weights for a given name (2^128 tries); two that
+share one (2^64) could only be made by the coordinator, which signs what it names anyway."""
+
+MAX_SPEC_BYTES: Final = CHUNK_BYTES
+"""What the tasks of a structure have in common: 4096 tensors, and one message."""
+
 MAX_CLASSES: Final = 65_536
 MAX_SAMPLES: Final = 10_000_000
 """Self-reported, so capped: one device must not outweigh a fleet. The job may cap lower."""

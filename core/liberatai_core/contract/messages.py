@@ -1,6 +1,7 @@
 """Every message: frozen, typed, closed, bounded. One Struct per kind; the frame's kind byte names it.
 
-The body on the wire is one msgpack map. Fields that crossed a trust boundary carry their bounds here,
+The body on the wire is one msgpack map, or one array for the kinds of every round: there, names would be half
+of the bytes. Fields that crossed a trust boundary carry their bounds here,
 so a decoder refuses them before anything is allocated for them.
 """
 
@@ -13,13 +14,14 @@ from msgspec import Meta
 
 from liberatai_core.contract import limits
 from liberatai_core.contract.topics import BLOB, FLEET_OR_DEVICE, NAME
-from liberatai_core.errors import NonFiniteError
+from liberatai_core.errors import NonFiniteError, SchemaError
 from liberatai_core.structure import MAX_ID, DataContract, Structure
 
 DeviceId = Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
 Name = Annotated[str, Meta(pattern=NAME)]
 BlobId = Annotated[str, Meta(pattern=BLOB)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+WeightsName = Annotated[bytes, Meta(min_length=limits.DIGEST_BYTES, max_length=limits.DIGEST_BYTES)]
 UpdateId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Round = Annotated[int, Meta(ge=1, le=limits.MAX_ROUND)]
@@ -35,8 +37,8 @@ HeadState = Literal["running", "paused", "finished", "aborted"]
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Base of all messages: closed (unknown keys are refused), frozen, and without NaN or infinity.
 
-    A field that has its default value is never written: a field that a later release adds disturbs an
-    older reader only where somebody uses it.
+    A field that has its default value is never written (of an array: at its end): a field that a later
+    release adds disturbs an older reader only where somebody uses it.
     """
 
     def __post_init__(self) -> None:
@@ -59,9 +61,31 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 # --- device to coordinator ---------------------------------------------------------------------
 
 
+def weights_name(digest: bytes) -> bytes:
+    """Return what names weights on the wire: the first 16 bytes of their SHA-256 (see DIGEST_BYTES)."""
+    return digest[: limits.DIGEST_BYTES]
+
+
 def update_id(device: str, job: str, number: int, base: bytes) -> bytes:
-    """Return the 16 bytes that name a device's work in a round: repeated work has the same name."""
+    """Return the 16 bytes that name a device's work in a round: repeated work has the same name.
+
+    `base` names the weights that the work starts from (`weights_name`).
+    """
     return hashlib.sha256(f"{device}|{job}|{number}|".encode() + base).digest()[:16]
+
+
+def work_seed(seed: int, device: str, job: str, number: int) -> int:
+    """Return the seed of a device's work in a round: 63 bits, which torch takes.
+
+    Both sides need it: an update of coordinates that were drawn does not say which.
+    """
+    parts = ("training", str(seed), device, job, str(number))
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big") >> 1
+
+
+def part_seed(seed: int, job: str, structure: str) -> int:
+    """Return the seed of the coordinates that a job trains of a structure (`sparsifier.subspace`)."""
+    return int.from_bytes(hashlib.sha256(f"part|{seed}|{job}|{structure}".encode()).digest()[:8], "big") >> 1
 
 
 class State(Message, frozen=True, kw_only=True):
@@ -90,6 +114,9 @@ class Capability(Message, frozen=True, kw_only=True):
         gflops: measured float32 matrix product, one thread.
         up_bits_s, down_bits_s: link, measured or from the profile.
         samples: number of local samples.
+        link_measured: `up_bits_s` comes from real transfers; otherwise from the profile or the settings.
+        day_quota_bytes: what the link may move in a day, both ways together; 0: no quota.
+        quota_spent: today's quota is used up: no task until this changes.
     """
 
     device: DeviceId
@@ -113,9 +140,12 @@ class Capability(Message, frozen=True, kw_only=True):
     families: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=64)] = ()
     runtimes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=8)] = ()
     codecs: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=16)] = ()
+    link_measured: bool = False
+    day_quota_bytes: Counter = 0
+    quota_spent: bool = False
 
 
-class Report(Message, frozen=True, kw_only=True):
+class Report(Message, frozen=True, kw_only=True, array_like=True):
     """Retained: what the device is doing. `phase` says where it stands with `task`."""
 
     device: DeviceId
@@ -150,16 +180,16 @@ class Event(Message, frozen=True, kw_only=True):
     text: Text = ""
 
 
-class Update(Message, frozen=True, kw_only=True):
+class Update(Message, frozen=True, kw_only=True, array_like=True):
     """A sparse, quantised difference against an exactly named base version.
 
     Attributes:
         update_id: `update_id(device, job, round, base)`: the same work has the same id, sent ever so often.
-        base: digest of the decoded weights that training started from.
+        base: name of the decoded weights that training started from.
         samples: local samples used (self-reported; the coordinator caps it).
         class_counts: samples per class, only if the job asks for it; sums, never per record.
         evaluation: (correct, total) of the base model on the local hold-out; sums only.
-        codec: how `body` is written, e.g. "topk1".
+        codec: the sparse method that wrote `body`, as the task named it.
         train_seconds: what the device spent on the task: from asking its trainer to the trainer's answer.
         sent_bytes, received_bytes: socket counters of the device so far.
     """
@@ -170,7 +200,7 @@ class Update(Message, frozen=True, kw_only=True):
     round: Round
     epoch: Counter
     structure: Annotated[str, Meta(max_length=128)]
-    base: Digest
+    base: WeightsName
     samples: Annotated[int, Meta(ge=1, le=limits.MAX_SAMPLES)]
     codec: Annotated[str, Meta(max_length=32)]
     body: Annotated[bytes, Meta(max_length=limits.MAX_OBJECT_BYTES)]
@@ -193,7 +223,7 @@ class Update(Message, frozen=True, kw_only=True):
     received_bytes: Counter = 0
 
 
-class Offer(Message, frozen=True, kw_only=True):
+class Offer(Message, frozen=True, kw_only=True, array_like=True):
     """Manifest of an upload that is too long for one message: sent before any byte moves.
 
     The chunks, joined, are one signed frame of their own (an Update). `transfer` is its blob id.
@@ -212,7 +242,7 @@ class Offer(Message, frozen=True, kw_only=True):
 # --- coordinator to device ---------------------------------------------------------------------
 
 
-class Credit(Message, frozen=True, kw_only=True):
+class Credit(Message, frozen=True, kw_only=True, array_like=True):
     """Answer to an Offer: what is there already, and how much may come."""
 
     device: DeviceId
@@ -221,7 +251,7 @@ class Credit(Message, frozen=True, kw_only=True):
     chunks: Annotated[int, Meta(ge=0, le=limits.WINDOW_CHUNKS)]
 
 
-class Receipt(Message, frozen=True, kw_only=True):
+class Receipt(Message, frozen=True, kw_only=True, array_like=True):
     """The coordinator's signed word about an update: only now the device may forget it.
 
     Attributes:
@@ -246,14 +276,11 @@ class BlobRef(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class Step(Message, frozen=True, kw_only=True, array_like=True):
-    """One link of a chain: applying `blob` gives the weights that `digest` names.
-
-    An array on the wire, like BlobRef: a task carries a dozen of them, and names would be half of it.
-    """
+    """One link of a path: applying `blob` gives the weights that `digest` names (16 bytes of SHA-256)."""
 
     version: Version
     blob: BlobRef
-    digest: Digest
+    digest: WeightsName
 
 
 class Training(Message, frozen=True, kw_only=True):
@@ -277,16 +304,52 @@ class Training(Message, frozen=True, kw_only=True):
     mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
-class Task(Message, frozen=True, kw_only=True):
+class TaskSpec(Message, frozen=True, kw_only=True):
+    """What all tasks of a job have in common for one structure: a blob of its own, fetched once.
+
+    No kind of message: its content address stands in signed tasks, `frame.encode_spec` writes it.
+
+    Attributes:
+        codec: name of the sparse method that updates are made with.
+        seed: of shuffling, augmentation and drawing.
+        deadline_s: seconds from the opening of a round.
+        trained_share: share of every large tensor that is trained; drawn with `part_seed`.
+        residual_decay: what is left of a residual per round that the device missed.
+        residual_limit: rounds missed after which nothing of it is left.
+    """
+
+    job: Name
+    structure: Structure
+    data: DataContract
+    codec: Annotated[str, Meta(max_length=32)] = "topk"
+    training: Training = Training()
+    seed: Counter = 0
+    deadline_s: Seconds = 600.0
+    share_class_counts: bool = False
+    trained_share: Fraction = 1.0
+    residual_decay: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    residual_limit: Version = limits.MAX_ROUND
+
+
+class _Path(Message, frozen=True, kw_only=True, array_like=True):
+    """Base of messages that lead a device to weights: from what it holds, or from a keyframe."""
+
+    def _require_held(self, held: bytes) -> None:
+        if len(held) not in (0, limits.DIGEST_BYTES):
+            raise SchemaError(f"held: {len(held)} bytes, wanted {limits.DIGEST_BYTES} or none")
+
+
+class Task(_Path, frozen=True, kw_only=True, array_like=True):
     """Retained, one slot per device: train on this version until the deadline.
 
     Attributes:
         task_id: names this assignment; equals `update_id(device, job, round, base)` of the answer.
         epoch: generation of the coordinator that gave it (fencing): lower ones are ignored.
-        keyframe: whole model, compressed.
-        deltas: what was published since the keyframe, oldest first; the last digest is the base.
+        spec: the TaskSpec.
         density: share of the parameters that the update may carry.
-        deadline_s: seconds from the opening of the round.
+        held: name of weights that the device holds already, from which `steps` go on; empty: the first step
+            is a keyframe. A device that does not hold them says so (E_BASE).
+        steps: what leads from there to the base, in order; none if the device is there already.
     """
 
     task_id: UpdateId
@@ -295,29 +358,31 @@ class Task(Message, frozen=True, kw_only=True):
     device: DeviceId
     job: Name
     round: Round
-    structure: Structure
-    data: DataContract
-    keyframe: Step
-    deltas: Annotated[tuple[Step, ...], Meta(max_length=limits.MAX_CHAIN)] = ()
-    density: Fraction = 0.05
-    codec: Annotated[str, Meta(max_length=32)] = "topk1"
-    training: Training = Training()
-    seed: Counter = 0
-    deadline_s: Seconds = 600.0
-    share_class_counts: bool = False
+    spec: BlobRef
+    density: Fraction
+    held: Annotated[bytes, Meta(max_length=limits.DIGEST_BYTES)] = b""
+    steps: Annotated[tuple[Step, ...], Meta(max_length=limits.MAX_CHAIN)] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a task that leads nowhere."""
+        super().__post_init__()
+        self._require_held(self.held)
+        if not self.held and not self.steps:
+            raise SchemaError("steps: none, and nothing is held")
 
     @property
     def base(self) -> bytes:
-        """Digest of the weights that training starts from."""
-        return (self.deltas[-1] if self.deltas else self.keyframe).digest
+        """Name of the weights that training starts from."""
+        return self.steps[-1].digest if self.steps else self.held
 
 
-class Cancel(Message, frozen=True, kw_only=True):
+class Cancel(_Path, frozen=True, kw_only=True, array_like=True):
     """Takes the task slot: the round is over for this device; nothing is to be trained.
 
     Attributes:
-        final: chain of the finished job's last version; the agent fetches it, so that the device ends up
-            with the model that it helped to make.
+        held: as in a Task, for `final`.
+        final: what leads to the finished job's last version; the agent fetches it, so that the device ends
+            up with the model that it helped to make.
     """
 
     device: DeviceId
@@ -325,21 +390,32 @@ class Cancel(Message, frozen=True, kw_only=True):
     coordinator: DeviceId
     job: Name
     round: Version
+    held: Annotated[bytes, Meta(max_length=limits.DIGEST_BYTES)] = b""
     final: Annotated[tuple[Step, ...], Meta(max_length=limits.MAX_CHAIN)] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse a name that is none."""
+        super().__post_init__()
+        self._require_held(self.held)
 
-class BlobManifest(Message, frozen=True, kw_only=True):
-    """Retained manifest of a blob; a small blob travels inside it, a larger one in chunks."""
+
+class BlobManifest(Message, frozen=True, kw_only=True, array_like=True):
+    """Retained manifest of a blob that comes in several chunks; a smaller blob is its own chunk 0.
+
+    The content's SHA-256 gives `blob`, so nothing here needs to be believed but the cut.
+    """
 
     blob: BlobId
     size_bytes: Annotated[int, Meta(ge=1, le=limits.MAX_OBJECT_BYTES)]
-    sha256: Digest
     chunk_bytes: Annotated[int, Meta(ge=1024, le=2 * limits.CHUNK_BYTES)] = limits.CHUNK_BYTES
-    content: Annotated[bytes, Meta(max_length=limits.MAX_SINGLE_BYTES)] | None = None
 
 
 class Head(Message, frozen=True, kw_only=True):
-    """Retained: newest version of a job, per structure, for whoever wants to follow it."""
+    """Retained: newest version of a job, per structure, for whoever wants to follow it.
+
+    Attributes:
+        chains: per structure a keyframe and what leads from there to the newest version: usually one delta.
+    """
 
     job: Name
     epoch: Counter
@@ -390,7 +466,7 @@ MAX_BYTES: Final[dict[type[Message], int]] = dict.fromkeys(KIND_OF, limits.MAX_C
     Update: limits.MAX_OBJECT_BYTES - 128,  # with its header it travels as one object
     Task: limits.MAX_SINGLE_BYTES,
     Head: limits.MAX_SINGLE_BYTES,
-    BlobManifest: limits.MAX_SINGLE_BYTES + limits.MAX_CONTROL_BYTES,
+    BlobManifest: 1024,
     State: 4096,
     Report: 4096,
     Receipt: 4096,

@@ -24,7 +24,7 @@ from liberatai_core.learning._flat import flat_module, reproducible
 from liberatai_core.learning.augmentation import augment
 from liberatai_core.learning.families import require_torch
 from liberatai_core.learning.training import require_inputs, require_ranges
-from liberatai_core.structure import DataContract, Structure
+from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
 
 Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -128,6 +128,8 @@ def distill(
     teacher: Teacher | NDArray[np.float32],
     settings: DistillSettings,
     seed: int,
+    *,
+    gain: Vector | None = None,
 ) -> Vector:
     """Teach a student and return its new weights; byte-identical for equal arguments on one machine.
 
@@ -141,10 +143,11 @@ def distill(
             once about `pool(x_unlabeled, settings, seed)`; the targets are the `consensus` of its answers.
         settings: see there.
         seed: fixes copies, order and dropout.
+        gain: as of `training.train`.
 
     Raises:
         DataError: no samples, or shapes do not fit.
-        StructureError: the weights are not of this structure.
+        StructureError: weights or gain are not of this structure.
         TrainingError: the weights became infinite or NaN.
     """
     require_torch()
@@ -153,6 +156,8 @@ def distill(
     require_inputs(data, x_unlabeled)
     if len(x_unlabeled) == 0:
         raise DataError("no unlabeled samples to distil on")
+    if gain is not None:
+        require_length(gain, structure)
     x = pool(x_unlabeled, settings, seed) if callable(teacher) else x_unlabeled
     log_probs = consensus(teacher(x), len(x_unlabeled)) if callable(teacher) else teacher
     if log_probs.shape != (len(x), data.classes) or not np.isfinite(log_probs).all():
@@ -162,6 +167,7 @@ def distill(
     with reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
+        factor = None if gain is None else torch.from_numpy(gain.copy())
         inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
         target = torch.softmax(softened, dim=1)
@@ -190,6 +196,8 @@ def distill(
             torch.autograd.backward(loss * settings.temperature**2)
             if settings.clip_norm:
                 torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)
+            if factor is not None:
+                model.gradient.mul_(factor)
             optimizer.step()
         taught = model.weights()
     if not np.isfinite(taught).all():

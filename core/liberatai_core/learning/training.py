@@ -24,7 +24,7 @@ from liberatai_core.errors import ConfigError, DataError, TrainingError
 from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
 from liberatai_core.learning.augmentation import augment
 from liberatai_core.learning.families import require_torch
-from liberatai_core.structure import DataContract, Structure
+from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector, require_finite
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def train(
     settings: TrainSettings,
     seed: int,
     *,
+    gain: Vector | None = None,
     on_step: OnStep | None = None,
 ) -> TrainResult:
     """Train on labelled samples and return new weights; byte-identical for equal arguments on one machine.
@@ -150,18 +151,22 @@ def train(
         y: labels 0 … classes-1, shape (n,).
         settings: see there.
         seed: fixes the order of samples, augmentation and dropout.
+        gain: shape (parameters,): gradients are multiplied with it after clipping; 0 keeps a parameter as it
+            is (`sparsifier.subspace`).
         on_step: progress, and the way to stop early (raise).
 
     Raises:
         DataError: no samples, or shapes and labels are not of the contract.
-        StructureError: the weights are not of this structure.
+        StructureError: weights or gain are not of this structure.
         TrainingError: the loss or the weights became infinite or NaN.
     """
     require_samples(data, x, y)
+    if gain is not None:
+        require_length(gain, structure)
     started = time.perf_counter()
     with reproducible(seed):
         model = flat_module(structure, data, weights)
-        loss = _fit(model, data, x, y, settings, seed, on_step)
+        loss = _fit(model, data, x, y, settings, seed, gain, on_step)
         trained = model.weights()
     if not np.isfinite(trained).all():
         raise TrainingError(f"{structure.id}: weights are not finite after training: lower learning_rate")
@@ -216,6 +221,7 @@ def _fit(
     y: NDArray[np.int64],
     settings: TrainSettings,
     seed: int,
+    gain: Vector | None,
     on_step: OnStep | None,
 ) -> float:
     import torch
@@ -223,10 +229,13 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     labels = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
+    factor = None if gain is None else torch.from_numpy(gain.copy())
     offset = torch.from_numpy(settings.balance * log_shares(y, data.classes))
     mix = np.random.default_rng(seed)
     start = model.flat.detach().clone()
-    optimizer = OPTIMIZERS[settings.optimizer](model.flat, settings)
+    # An optimiser's own weight decay would move what the gain keeps as it is.
+    own = settings if gain is None else msgspec.structs.replace(settings, weight_decay=0.0)
+    optimizer = OPTIMIZERS[settings.optimizer](model.flat, own)
     batches = math.ceil(len(x) / settings.batch_size)
     planned = settings.epochs * batches
     planned = min(planned, settings.max_steps) if settings.max_steps else planned
@@ -248,6 +257,10 @@ def _fit(
             model.gradient.add_(model.flat.detach() - start, alpha=settings.proximal)
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)
+        if factor is not None:
+            model.gradient.mul_(factor)
+            if settings.weight_decay:
+                model.gradient.add_(model.flat.detach() * (factor > 0), alpha=settings.weight_decay)
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):

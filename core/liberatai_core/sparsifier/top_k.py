@@ -13,6 +13,7 @@ largest value of its group. With float16 storage residual' is rounded to 11 sign
 that rounded residual is what stays in memory.
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,7 @@ def sparsify(
     *,
     levels: int | None = None,
     decay: float = 1.0,
+    power_of_two: bool = False,
 ) -> tuple[State, bytes]:
     """Return the next state and the update of one round.
 
@@ -97,6 +99,7 @@ def sparsify(
         density: fraction of the parameters to send, in (0, 1].
         levels: magnitudes per value, 1 (ternary) … 255; default: by density.
         decay: what an old residual is worth, in [0, 1]; below 1 for devices that come back rarely.
+        power_of_two: round scales to powers of two, so that sums of many updates are exact (`merge`).
 
     Raises:
         StructureError: state or difference do not belong to the structure.
@@ -115,7 +118,8 @@ def sparsify(
     with np.errstate(over="ignore"):
         total += difference
     require_finite(total, "difference + residual")
-    sparse = _quantise(total, largest(total, max(1, round(density * total.size))), structure, number)
+    chosen = largest(total, max(1, round(density * total.size)))
+    sparse = _quantise(total, chosen, structure, number, power_of_two=power_of_two)
     update = codec.encode(sparse, structure.parameters)
     total[sparse.positions] -= sparse.values()
     if state.storage == "float16":
@@ -209,7 +213,9 @@ def _round_half(values: Vector) -> Vector:
             return values
 
 
-def _quantise(total: Vector, positions: codec.Integers, structure: Structure, number: int) -> codec.Sparse:
+def _quantise(
+    total: Vector, positions: codec.Integers, structure: Structure, number: int, *, power_of_two: bool
+) -> codec.Sparse:
     """Return the levels of the chosen positions, one scale per tensor or run of sparse tensors."""
     ends = np.array([place.stop for _, place in structure.slices()])
     if positions.size == 0:
@@ -221,6 +227,8 @@ def _quantise(total: Vector, positions: codec.Integers, structure: Structure, nu
     counts, scales = [], []
     for start, stop in zip([0, *borders[:-1]], borders, strict=True):
         scale = _scale(magnitudes[start:stop], number)
+        if power_of_two:
+            scale = _nearest_power(scale)
         if scale == 0:
             continue
         steps = np.minimum(np.rint(magnitudes[start:stop] / scale), np.float32(number)).astype(np.int16)
@@ -253,6 +261,12 @@ def _groups(magnitudes: Vector, ends: list[int]) -> list[int]:
             count, mean = end - start, own
         start = end
     return borders
+
+
+def _nearest_power(scale: np.float32) -> np.float32:
+    """Return the power of two nearest to a scale, in steps of its logarithm; 0 stays 0."""
+    mantissa, exponent = np.frexp(scale)
+    return np.float32(np.ldexp(np.sign(mantissa), int(exponent) - (mantissa < math.sqrt(0.5))))
 
 
 def _scale(magnitudes: Vector, number: int) -> np.float32:

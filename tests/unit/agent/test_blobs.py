@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from liberatai_agent.blobs import BlobStore
-from liberatai_core.contract.messages import BlobRef
+from liberatai_core.contract.messages import BlobRef, Step
 from liberatai_core.contract.topics import blob_id
-from liberatai_core.errors import DigestError, DiskError, SchemaError
+from liberatai_core.errors import DigestError, DiskError, NotFoundError, SchemaError
 
 CONTENT = bytes(range(256)) * 40
 REF = BlobRef(blob=blob_id(CONTENT), size_bytes=len(CONTENT))
@@ -109,3 +109,45 @@ def test_a_disk_that_refuses_is_a_disk_error(store: BlobStore) -> None:
         store.put(REF, CONTENT)
     with pytest.raises(DiskError):
         store.partial(REF, CHUNK).add(0, part(0))
+
+
+def a_path(store: BlobStore, *contents: bytes) -> tuple[Step, ...]:
+    steps = []
+    for number, content in enumerate(contents):
+        ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
+        store.put(ref, content)
+        steps.append(Step(version=number, blob=ref, digest=bytes([number]) * 16))
+    return tuple(steps)
+
+
+def test_the_path_is_there_after_a_restart_up_to_the_first_file_that_is_not(store: BlobStore) -> None:
+    assert store.recall_path() == ()
+    path = a_path(store, b"one", b"two", b"three")
+    store.remember_path(path)
+    again = BlobStore(store.path("x").parent)
+    assert again.recall_path() == path
+    store.keep_only({path[0].blob.blob, path[2].blob.blob})
+    assert again.recall_path() == path[:1]
+    store.remember_path(())
+    assert again.recall_path() == ()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"\x91\x91", b"\xdd\xff\xff\xff\xff"])
+def test_a_damaged_note_of_the_path_is_none(store: BlobStore, damage: bytes) -> None:
+    store.remember_path(a_path(store, b"one"))
+    (note,) = store.path("x").parent.parent.glob("path*")
+    note.write_bytes(damage)
+    assert store.recall_path() == ()
+
+
+def test_a_small_blob_is_read_whole_and_right_or_not_at_all(store: BlobStore) -> None:
+    store.put(REF, CONTENT)
+    assert store.read(REF.blob, len(CONTENT)) == CONTENT
+    with pytest.raises(NotFoundError):
+        store.read(REF.blob, len(CONTENT) - 1)
+    store.path(REF.blob).write_bytes(CONTENT[:-1] + b"x")
+    with pytest.raises(DigestError):
+        store.read(REF.blob, len(CONTENT))
+    assert not store.has(REF), "a damaged file stays in the way of a good one"
+    with pytest.raises(NotFoundError):
+        store.read(REF.blob, len(CONTENT))

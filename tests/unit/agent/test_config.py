@@ -60,3 +60,19 @@ def test_what_no_single_key_shows_is_found(tmp_path: Path, line: str, complaint:
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_a_link_has_no_quota_unless_one_is_set(tmp_path: Path) -> None:
+    assert parse_config(GOOD, "agent.yaml", tmp_path).link.quota_bytes is None
+    half = parse_config(GOOD + "link: {metered: true, quota_mb_per_day: 0.5}\n", "agent.yaml", tmp_path)
+    assert half.link.quota_bytes == 1 << 19
+    tiny = parse_config(GOOD + "link: {quota_mb_per_day: 1.0e-9}\n", "agent.yaml", tmp_path)
+    assert tiny.link.quota_bytes == 1
+
+
+@pytest.mark.parametrize(
+    "link", ["{quota_mb_per_day: 0}", "{quota_mb_per_day: -1}", "{metered: often}", "{mb: 1}"]
+)
+def test_a_faulty_link_is_refused(tmp_path: Path, link: str) -> None:
+    with pytest.raises(ConfigError, match="link"):
+        parse_config(GOOD + f"link: {link}\n", "agent.yaml", tmp_path)

@@ -36,6 +36,10 @@ def test_a_machine_within_all_limits_may_train() -> None:
         ({"temperature_c": 81}, "81 °C"),
         ({"disk_free_bytes": 31 * MIB}, "31 MiB disk"),
         ({"memory_available_bytes": 63 * MIB}, "63 MiB memory"),
+        (
+            {"day_bytes": 50 * MIB, "day_quota_bytes": 50 * MIB},
+            "quota is used up: 50.0 of 50 MiB; goes on tomorrow",
+        ),
     ],
 )
 def test_each_rule_closes_the_gate_and_says_why(changes: dict[str, Any], reason: str) -> None:
@@ -54,6 +58,11 @@ def test_what_cannot_be_measured_does_not_close_the_gate() -> None:
 
 def test_a_low_battery_on_mains_may_train() -> None:
     assert decide(Snapshot(**FINE | {"battery_percent": 1, "on_mains": True}), RULES)[0]
+
+
+def test_a_quota_that_is_not_used_up_or_not_set_closes_nothing() -> None:
+    assert decide(Snapshot(**FINE | {"day_bytes": 50 * MIB - 1, "day_quota_bytes": 50 * MIB}), RULES)[0]
+    assert decide(Snapshot(**FINE | {"day_bytes": 50 * MIB, "day_quota_bytes": None}), RULES)[0]
 
 
 def test_a_rule_that_is_off_never_closes() -> None:

@@ -23,15 +23,15 @@ SIGNER = Signer.from_seed(b"d" * 32, "test")
 
 def an_update(number: int = 1, body: bytes = b"body", structure: str = "mlp") -> Update:
     return Update(
-        update_id=update_id("dev", "job", number, b"b" * 32),
+        update_id=update_id("dev", "job", number, b"b" * 16),
         device="dev",
         job="job",
         round=number,
         epoch=1,
         structure=structure,
-        base=b"b" * 32,
+        base=b"b" * 16,
         samples=3,
-        codec="topk1",
+        codec="topk",
         body=body,
     )
 
@@ -58,7 +58,8 @@ def test_what_was_committed_is_there_after_reopening(box: Outbox, tmp_path: Path
     box.close()
     again = Outbox(tmp_path / "outbox.db", 1 << 20)
     assert [(u.update_id, u.job, u.round) for u in again.unsent()] == [(update.update_id, "job", 1)]
-    assert again.leftover("job", "mlp").residual == b"rest"
+    left = again.leftover("job", "mlp")
+    assert (left.residual, left.round) == (b"rest", 1)
     assert again.finished() == (task_id(1),)
     assert again.unsent()
     again.close()
@@ -137,7 +138,7 @@ def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box: Outbox
 
 
 def test_the_quota_drops_superseded_updates_first(tmp_path: Path) -> None:
-    box = Outbox(tmp_path / "o.db", 3300)
+    box = Outbox(tmp_path / "o.db", 3000)
     other = commit(box, 1, body=bytes(1000), structure="cnn")
     old = commit(box, 2, body=bytes(1000))
     dropped = box.commit_training(an_update(3, body=bytes(1000)), task_id=task_id(3), residual=b"")
@@ -207,8 +208,8 @@ for waiting in box.unsent():
         box.give_back(waiting.update_id)
 while True:
     number += 1
-    update = Update(update_id=update_id("dev", "job", number, b"b" * 32), device="dev", job="job", round=number,
-        epoch=1, structure="mlp", base=b"b" * 32, samples=3, codec="topk1", body=bytes(20_000))
+    update = Update(update_id=update_id("dev", "job", number, b"b" * 16), device="dev", job="job", round=number,
+        epoch=1, structure="mlp", base=b"b" * 16, samples=3, codec="topk", body=bytes(20_000))
     left = box.leftover("job", "mlp").returned
     box.commit_training(update, task_id=number.to_bytes(16, "big"), residual=b"%d" % number,
         returned=tuple(uid for uid, _ in left))
@@ -246,7 +247,7 @@ def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_pat
         # The last one may have been killed before it was given back, but is never in both places.
         assert rounds - {done} == set(range(1, done)) - given_back
         returned = {uid for uid, _ in left.returned}
-        last = update_id("dev", "job", done, b"b" * 32)
+        last = update_id("dev", "job", done, b"b" * 16)
         assert returned == ({last} if done % 2 and done not in rounds else set())
         assert box._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         box.close()

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from liberatai_agent import probe
-from liberatai_agent.config import AgentConfig
+from liberatai_agent.config import AgentConfig, LinkSettings
+from liberatai_agent.link_meter import NOTHING, Announced
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import Profile, parse_profile
 
@@ -56,9 +57,12 @@ def caps(
     profile: Profile | None = None,
     machine: probe.Machine = MACHINE,
     found: probe.Bench | None = None,
+    link: Announced = NOTHING,
 ) -> Capability:
     bench = found or probe.Bench(gflops=10.0)
-    return probe.capability(config or a_config(), profile, machine, bench, session=1, public_key=bytes(32))
+    return probe.capability(
+        config or a_config(), profile, machine, bench, session=1, public_key=bytes(32), link=link
+    )
 
 
 def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path: Path) -> None:
@@ -127,6 +131,25 @@ def test_the_smaller_of_measured_profile_and_settings_counts() -> None:
     assert (board.gflops, board.up_bits_s, board.down_bits_s, board.metered) == (1.5, 2e6, 8e6, True)
     own = caps(a_config(cpu_share=9, memory_mb=350, storage_kb=7), PROFILE)
     assert (own.cpu_share, own.memory_bytes, own.storage_bytes) == (2.0, 350 * MIB, 7168)
+
+
+def test_a_link_is_the_profiles_until_it_is_measured_and_never_more_than_allowed() -> None:
+    slow = Announced(up_bits_s=64e3, down_bits_s=1e9, at_s=0.0)
+    found = caps(profile=PROFILE, link=slow)
+    assert (found.up_bits_s, found.down_bits_s, found.link_measured) == (64e3, 8e6, True)
+    fast = caps(profile=PROFILE, link=Announced(up_bits_s=1e9, at_s=0.0))
+    assert (fast.up_bits_s, fast.link_measured) == (2e6, False)
+    free = caps(link=slow)
+    assert (free.up_bits_s, free.down_bits_s, free.metered) == (64e3, 1e9, False)
+    own = caps(a_config(link=LinkSettings(up_mbit=5, down_mbit=0.1)), PROFILE)
+    assert (own.up_bits_s, own.down_bits_s, own.link_measured) == (5e6, 1e5, False)
+
+
+def test_the_settings_say_whether_a_link_is_metered_and_a_quota_means_that_it_is() -> None:
+    assert caps(a_config(link=LinkSettings(metered=False)), PROFILE).metered is False
+    assert caps(a_config(link=LinkSettings(metered=True))).metered is True
+    quota = caps(a_config(link=LinkSettings(quota_mb_per_day=2)))
+    assert (quota.metered, quota.day_quota_bytes) == (True, 2 * MIB)
 
 
 def test_a_rate_that_could_not_be_measured_is_the_profiles() -> None:

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from liberatai_agent import session as s
-from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, update_id
+from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, TaskSpec, update_id
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.structure import DataContract, Structure, Tensor
 
@@ -21,28 +21,35 @@ def a_step(version: int, size: int = 100) -> Step:
     return Step(
         version=version,
         blob=BlobRef(blob=blob_id(name), size_bytes=size),
-        digest=name.ljust(32, b"."),
+        digest=name.ljust(16, b"."),
     )
 
 
+def a_spec(**changes: Any) -> TaskSpec:
+    fields: dict[str, Any] = {"job": "digits", "structure": STRUCTURE, "data": DATA}
+    return TaskSpec(**(fields | changes))
+
+
+SPEC = BlobRef(blob=blob_id(b"spec"), size_bytes=4)
+
+
 def a_task(number: int = 1, epoch: int = 1, job: str = "digits", **changes: Any) -> Task:
-    keyframe = a_step(number - 1)
     fields: dict[str, Any] = {
-        "task_id": update_id("dev", job, number, keyframe.digest),
         "epoch": epoch,
         "coordinator": "co1",
         "device": "dev",
         "job": job,
         "round": number,
-        "structure": STRUCTURE,
-        "data": DATA,
-        "keyframe": keyframe,
-    }
-    return Task(**(fields | changes))
+        "spec": SPEC,
+        "density": 0.05,
+        "steps": (a_step(number - 1),),
+    } | changes
+    base = fields["steps"][-1].digest if fields["steps"] else fields["held"]
+    return Task(**({"task_id": update_id("dev", job, number, base)} | fields))
 
 
-def a_cancel(number: int = 1, epoch: int = 1, job: str = "digits", final: tuple[Step, ...] = ()) -> Cancel:
-    return Cancel(device="dev", epoch=epoch, coordinator="co1", job=job, round=number, final=final)
+def a_cancel(number: int = 1, epoch: int = 1, job: str = "digits", **changes: Any) -> Cancel:
+    return Cancel(device="dev", epoch=epoch, coordinator="co1", job=job, round=number, **changes)
 
 
 def a_receipt(uid: bytes, accepted: bool = True, **changes: Any) -> s.ReceiptArrived:
@@ -52,16 +59,21 @@ def a_receipt(uid: bytes, accepted: bool = True, **changes: Any) -> s.ReceiptArr
 class Play:
     """Feeds events and remembers all actions."""
 
-    def __init__(self, *events: s.Happened) -> None:
+    def __init__(self, *events: s.Happened, spec: TaskSpec | None = None) -> None:
         self.session = s.Session(device="dev")
+        self.spec = spec or a_spec()
         self.log: list[s.Action] = []
         self(*events)
 
     def __call__(self, *events: s.Happened) -> list[s.Action]:
+        """Return what follows; a spec that is asked for is read at once, as the service does."""
         new: list[s.Action] = []
-        for event in events:
-            self.session, actions = s.step(self.session, event)
+        waiting = list(events)
+        while waiting:
+            self.session, actions = s.step(self.session, waiting.pop(0))
             new += actions
+            reads = [action.blob for action in actions if isinstance(action, s.ReadSpec)]
+            waiting[:0] = [s.SpecRead(blob=blob, spec=self.spec) for blob in reads]
         self.log += new
         return new
 
@@ -77,17 +89,21 @@ def of(actions: list[s.Action], kind: type[Kind]) -> list[Kind]:
     return [action for action in actions if isinstance(action, kind)]
 
 
-def online() -> Play:
-    return Play(s.Tick(now_s=0.0), s.Started(), s.LinkUp(), s.CoordinatorChanged(state="online", epoch=1))
+def online(spec: TaskSpec | None = None, **started: Any) -> Play:
+    begin = s.Started(**started)
+    return Play(
+        s.Tick(now_s=0.0), begin, s.LinkUp(), s.CoordinatorChanged(state="online", epoch=1), spec=spec
+    )
 
 
-def stored(task: Task) -> s.BlobStored:
-    return s.BlobStored(blob=task.keyframe.blob.blob)
+def stored(task: Task) -> list[s.BlobStored]:
+    """Return the arrival of every blob that a task names."""
+    return [s.BlobStored(blob=blob) for blob in (SPEC.blob, *(step.blob.blob for step in task.steps))]
 
 
 def until_sent(task: Task, play: Play | None = None) -> Play:
     play = play or online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     play(
         s.Trained(update_id=task.task_id, result=RESULT),
         s.OutboxStored(update_id=task.task_id),
@@ -101,7 +117,9 @@ def test_one_round_goes_through_all_phases_in_order() -> None:
     got = play(s.TaskArrived(task=task))
     assert [type(action) for action in got[:3]] == [s.DropBlobs, s.WarmTrainer, s.FetchBlobs]
     assert play.phase == "fetching"
-    assert of(play(stored(task)), s.StartTraining) == [s.StartTraining(task=task, update_id=task.task_id)]
+    assert of(play(*stored(task)), s.StartTraining) == [
+        s.StartTraining(task=task, spec=a_spec(), path=task.steps, update_id=task.task_id)
+    ]
     assert play.phase == "training"
     got = play(s.Trained(update_id=task.task_id, result=RESULT))
     assert of(got, s.StoreUpdate)
@@ -116,7 +134,7 @@ def test_one_round_goes_through_all_phases_in_order() -> None:
 
 def test_a_task_that_comes_twice_is_done_once() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), s.TaskArrived(task=task), stored(task), s.TaskArrived(task=task))
+    play(s.TaskArrived(task=task), s.TaskArrived(task=task), *stored(task), s.TaskArrived(task=task))
     assert len(play.of(s.StartTraining)) == 1
     assert len(play.of(s.FetchBlobs)) == 1
 
@@ -149,13 +167,13 @@ def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_train
 
 def test_a_new_round_stops_the_training_of_the_old_one() -> None:
     first, second, play = a_task(1), a_task(2), online()
-    play(s.TaskArrived(task=first), stored(first))
+    play(s.TaskArrived(task=first), *stored(first))
     got = play(s.TaskArrived(task=second))
     assert of(got, s.StopTraining)
     assert of(got, s.FetchBlobs)
     late = play(s.Trained(update_id=first.task_id, result=RESULT))
     assert not of(late, s.StoreUpdate), "a result nobody waits for was stored"
-    assert of(play(stored(second)), s.StartTraining)[0].task == second
+    assert of(play(*stored(second)), s.StartTraining)[0].task == second
 
 
 def test_a_lower_epoch_is_ignored_and_reported() -> None:
@@ -181,7 +199,7 @@ def test_the_epoch_is_fenced_across_restarts() -> None:
 
 def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_training() -> None:
     task, play = a_task(epoch=1), online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     newer = a_task(epoch=2)
     got = play(s.TaskArrived(task=newer))
     assert not of(got, s.StopTraining)
@@ -273,7 +291,7 @@ def test_a_credit_sends_chunks_and_restarts_the_timer() -> None:
 
 def test_cancel_stops_the_round_it_names_and_no_later_one() -> None:
     task, play = a_task(2), online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     assert not of(play(s.CancelArrived(cancel=a_cancel(1))), s.StopTraining)
     assert not of(play(s.CancelArrived(cancel=a_cancel(2, job="other"))), s.StopTraining)
     assert of(play(s.CancelArrived(cancel=a_cancel(2))), s.StopTraining)
@@ -296,7 +314,7 @@ def test_cancel_brings_the_finished_model_once() -> None:
 def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it() -> None:
     task, play = a_task(), online()
     play(s.GateChanged(open=False, reason="90 °C"), s.TaskArrived(task=task))
-    assert not of(play(stored(task)), s.StartTraining)
+    assert not of(play(*stored(task)), s.StartTraining)
     assert (play.phase, s.report_of(play.session).reason) == ("gated", "90 °C")
     assert of(play(s.GateChanged(open=True)), s.StartTraining)
     assert of(play(s.GateChanged(open=False, reason="battery")), s.StopTraining)
@@ -304,8 +322,8 @@ def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it() -> None:
 
 
 def test_the_deadline_stops_training_and_fails_the_task() -> None:
-    task, play = a_task(deadline_s=10.0), online()
-    play(s.TaskArrived(task=task), stored(task))
+    task, play = a_task(), online(a_spec(deadline_s=10.0))
+    play(s.TaskArrived(task=task), *stored(task))
     assert not of(play(s.Tick(now_s=10.0)), s.StopTraining)
     got = play(s.Tick(now_s=10.1))
     assert of(got, s.StopTraining)
@@ -314,12 +332,11 @@ def test_the_deadline_stops_training_and_fails_the_task() -> None:
 
 
 def test_training_waits_for_all_blobs_and_fetches_lost_ones_again() -> None:
-    delta = a_step(9)
-    task = a_task(2, deltas=(delta,))
-    task = a_task(2, deltas=(delta,), task_id=update_id("dev", "digits", 2, task.base))
+    keyframe, delta = a_step(1), a_step(9)
+    task = a_task(2, steps=(keyframe, delta))
     play = online()
     play(s.TaskArrived(task=task))
-    assert not of(play(stored(task)), s.StartTraining)
+    assert not of(play(*stored(task)[:-1]), s.StartTraining)
     play(s.BlobFailed(blob=delta.blob.blob, code="E_NOT_FOUND", text="not there"))
     assert (play.phase, s.report_of(play.session).reason) == ("fetching", "E_NOT_FOUND: not there")
     got = play(s.Tick(now_s=5.0))
@@ -327,12 +344,126 @@ def test_training_waits_for_all_blobs_and_fetches_lost_ones_again() -> None:
     assert of(play(s.BlobStored(blob=delta.blob.blob)), s.StartTraining)
 
 
+def after_round_one() -> tuple[Play, Task]:
+    first = a_task(1)
+    play = until_sent(first)
+    play(a_receipt(first.task_id))
+    return play, first
+
+
+def test_the_next_round_fetches_only_what_leads_on_from_what_is_here() -> None:
+    play, first = after_round_one()
+    assert play.of(s.KeepPath) == [s.KeepPath(path=first.steps)]
+    delta = a_step(7)
+    second = a_task(8, held=first.base, steps=(delta,))
+    got = play(s.TaskArrived(task=second))
+    assert of(got, s.FetchBlobs) == [s.FetchBlobs(refs=(delta.blob,))], "the spec is known, the keyframe here"
+    kept = {SPEC.blob, delta.blob.blob, first.steps[0].blob.blob}
+    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset(kept))]
+    started = of(play(s.BlobStored(blob=delta.blob.blob)), s.StartTraining)
+    assert started[0].path == (*first.steps, delta)
+    done = s.Trained(update_id=second.task_id, result=RESULT), s.OutboxStored(update_id=second.task_id)
+    got = play(*done)
+    kinds = [type(action) for action in got]
+    assert kinds.index(s.KeepPath) < kinds.index(s.SendUpdate), "the coordinator goes on from what is stored"
+    assert play.session.path == (*first.steps, delta)
+
+
+def test_a_task_may_go_on_from_any_point_of_the_path() -> None:
+    """The update of the last round was refused: the coordinator goes on from the one before."""
+    path = (a_step(0), a_step(3), a_step(5))
+    play = online(path=path)
+    merged = a_step(6)
+    task = a_task(7, held=path[1].digest, steps=(merged,))
+    play(s.TaskArrived(task=task))
+    assert of(play(*stored(task)), s.StartTraining)[0].path == (path[0], path[1], merged)
+
+
+def test_a_task_that_starts_where_the_device_is_fetches_nothing_but_its_spec() -> None:
+    path = (a_step(0), a_step(3))
+    play = online(path=path)
+    task = a_task(4, held=path[1].digest, steps=())
+    got = play(s.TaskArrived(task=task))
+    assert of(got, s.FetchBlobs) == [s.FetchBlobs(refs=(SPEC,))]
+    assert of(play(s.BlobStored(blob=SPEC.blob)), s.StartTraining)[0].path == path
+
+
+def test_what_is_not_held_is_asked_for_until_the_whole_path_comes() -> None:
+    play = online(path=(a_step(0),))
+    task = a_task(4, held=b"unknown".ljust(16), steps=(a_step(3),))
+    got = play(s.TaskArrived(task=task))
+    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
+    assert not of(got, s.FetchBlobs)
+    assert play.phase == "fetching"
+    assert of(play(s.Tick(now_s=6.0)), s.Emit), "the first word may have been lost"
+    play(s.LinkDown(), s.LinkUp())
+    assert of(play(s.TaskArrived(task=task)), s.Emit), "the retained task comes again"
+    whole = a_task(4, steps=(a_step(9), a_step(3)))
+    assert whole.task_id == task.task_id
+    assert len(of(play(s.TaskArrived(task=whole)), s.FetchBlobs)[0].refs) == 3
+    assert of(play(*stored(whole)), s.StartTraining)[0].path == whole.steps
+
+
+def test_an_old_path_stays_until_the_new_one_is_worked_from_if_there_is_room() -> None:
+    old, fresh = (a_step(0, 60), a_step(1, 30)), (a_step(5, 80),)
+    for storage, kept in ((200, {*old, *fresh}), (100, {*fresh})):
+        play = online(path=old, storage_bytes=storage)
+        drop = of(play(s.TaskArrived(task=a_task(6, steps=fresh))), s.DropBlobs)[0]
+        assert drop.keep == {SPEC.blob} | {step.blob.blob for step in kept}
+
+
+def test_a_rotten_file_on_a_path_asks_for_the_whole_path_once() -> None:
+    play = online(path=(a_step(0),))
+    task = a_task(4, held=a_step(0).digest, steps=(a_step(3),))
+    failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="rotten")
+    play(s.TaskArrived(task=task), *stored(task))
+    got = play(failed)
+    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset({SPEC.blob}))]
+    assert [e.code for e in of(got, s.Emit)] == ["E_BASE"]
+    whole = a_task(4, steps=(a_step(9), a_step(3)))
+    play(s.TaskArrived(task=whole), *stored(whole))
+    assert [e.code for e in of(play(failed), s.Emit)] == ["E_DIGEST"]
+    assert play.phase == "failed"
+
+
+def test_the_final_model_goes_on_from_the_path_and_becomes_it() -> None:
+    path = (a_step(0), a_step(3))
+    play = online(path=path)
+    cancel = s.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),)))
+    assert of(play(cancel), s.FetchBlobs)[0].refs == (a_step(9).blob,)
+    assert of(play(s.BlobStored(blob=a_step(9).blob.blob)), s.KeepPath) == [
+        s.KeepPath(path=(*path, a_step(9)))
+    ]
+    assert play.session.final == (*path, a_step(9))
+    assert not play(cancel), "a doubled cancel"
+    again = online(path=(*path, a_step(9)))
+    got = again(s.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),))))
+    assert again.session.final == (*path, a_step(9)), "the retained word after a restart"
+    assert not of(got, s.Emit)
+    lost = online()
+    assert [e.code for e in of(lost(cancel), s.Emit)] == ["E_BASE"]
+
+
+def test_a_spec_that_cannot_be_read_is_fetched_again_and_one_of_nonsense_fails_the_task() -> None:
+    task, play = a_task(), online()
+    session = play.session
+    events: list[s.Happened] = [s.TaskArrived(task=task), *stored(task)]
+    for event in events:
+        session, actions = s.step(session, event)
+    assert of(list(actions), s.ReadSpec) == [s.ReadSpec(blob=SPEC.blob)]
+    waiting, _ = s.step(session, s.BlobFailed(blob=SPEC.blob, code="E_DIGEST", text="rotten"))
+    _, actions = s.step(waiting, s.Tick(now_s=6.0))
+    assert of(list(actions), s.FetchBlobs)[0].refs == (SPEC,)
+    failed, _ = s.step(session, s.BlobFailed(blob=SPEC.blob, code="E_SCHEMA", text="nonsense"))
+    assert s.report_of(failed).phase == "failed"
+
+
 @pytest.mark.parametrize(
     ("machine", "changes", "code"),
     [
         ({"tier": "observe"}, {}, "E_TIER"),
         ({"storage_bytes": 99}, {}, "E_QUOTA"),
-        ({}, {"codec": "gzip"}, "E_CODEC"),
+        ({"storage_bytes": 119, "path": (a_step(5, 20),)}, {"held": a_step(5).digest}, "E_QUOTA"),
     ],
 )
 def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(
@@ -345,6 +476,20 @@ def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(
     assert s.report_of(play.session).reason.startswith(code)
 
 
+@pytest.mark.parametrize(("spec", "code"), [(a_spec(codec="gzip"), "E_CODEC"), (a_spec(job="x"), "E_SCHEMA")])
+def test_a_spec_of_another_method_or_job_fails_the_task(spec: TaskSpec, code: str) -> None:
+    task, play = a_task(), online(spec)
+    got = play(s.TaskArrived(task=task), *stored(task))
+    assert [e.code for e in of(got, s.Emit)] == [code]
+    assert not of(got, s.StartTraining)
+
+
+def test_the_agent_knows_exactly_the_methods_that_there_are() -> None:
+    from liberatai_core.sparsifier.methods import METHODS
+
+    assert set(s.CODECS) == set(METHODS)
+
+
 def test_a_fault_in_the_data_is_reported_while_idle() -> None:
     play = Play(s.Started(fault="E_DATA: no such file"), s.LinkUp())
     assert play.of(s.PublishReport)[-1] == s.PublishReport(phase="failed", reason="E_DATA: no such file")
@@ -352,14 +497,14 @@ def test_a_fault_in_the_data_is_reported_while_idle() -> None:
     assert play.phase == "idle"
 
 
-def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails() -> None:
+def test_a_wrong_digest_fetches_the_whole_path_once_more_and_then_fails() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="keyframe")
     got = play(failed)
-    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset())]
+    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset({SPEC.blob}))]
     assert of(got, s.FetchBlobs)
-    play(stored(task))
+    play(*stored(task))
     got = play(failed)
     assert [e.code for e in of(got, s.Emit)] == ["E_DIGEST"]
     assert play.phase == "failed"
@@ -367,7 +512,7 @@ def test_a_wrong_digest_fetches_the_chain_once_more_and_then_fails() -> None:
 
 def test_a_killed_training_is_tried_again_twice_and_faulty_data_never() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     killed = s.TrainingFailed(update_id=task.task_id, code="E_INTERNAL", text="signal 9")
     play(killed)
     assert of(play(s.Tick(now_s=6.0)), s.StartTraining)
@@ -375,14 +520,14 @@ def test_a_killed_training_is_tried_again_twice_and_faulty_data_never() -> None:
     assert of(play(s.Tick(now_s=30.0)), s.StartTraining)
     assert [e.code for e in of(play(killed), s.Emit)] == ["E_INTERNAL"]
     play = online()
-    play(s.TaskArrived(task=task), stored(task))
+    play(s.TaskArrived(task=task), *stored(task))
     got = play(s.TrainingFailed(update_id=task.task_id, code="E_DATA", text="no such file"))
     assert [e.code for e in of(got, s.Emit)] == ["E_DATA"]
 
 
 def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), stored(task), s.Trained(update_id=task.task_id, result=RESULT))
+    play(s.TaskArrived(task=task), *stored(task), s.Trained(update_id=task.task_id, result=RESULT))
     play(s.StoreFailed(update_id=task.task_id, code="E_DISK", text="full"))
     assert "E_DISK" in s.report_of(play.session).reason
     assert of(play(s.Tick(now_s=6.0)), s.StoreUpdate)[0].result == RESULT
@@ -399,7 +544,7 @@ def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more() -> None:
 
 def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), stored(task), s.LinkDown())
+    play(s.TaskArrived(task=task), *stored(task), s.LinkDown())
     assert not play.of(s.StopTraining)
     play(s.Trained(update_id=task.task_id, result=RESULT), s.OutboxStored(update_id=task.task_id))
     assert not play.of(s.SendUpdate)

@@ -19,10 +19,10 @@ from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
 from liberatai_agent.trainer_messages import Answer, Done, Failed, File, Work
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
-from liberatai_core.contract.messages import Training
-from liberatai_core.errors import DataError
+from liberatai_core.contract.messages import Training, weights_name, work_seed
+from liberatai_core.errors import DataError, DigestError
 from liberatai_core.learning.families import initial_weights, structure_of
-from liberatai_core.sparsifier import top_k
+from liberatai_core.sparsifier import methods, top_k
 from liberatai_core.structure import DataContract
 from liberatai_core.weights import Vector, digest
 
@@ -45,7 +45,7 @@ def chain(tmp_path: Path) -> Chain:
         files.append(tmp_path / f"delta{number}")
         files[-1].write_bytes(body)
         weights.append(weights[-1] + top_k.densify(body, STRUCTURE))
-    steps = [File(path=str(f), digest=digest(w)) for f, w in zip(files, weights, strict=True)]
+    steps = [File(path=str(f), digest=weights_name(digest(w))) for f, w in zip(files, weights, strict=True)]
     return steps, weights
 
 
@@ -69,8 +69,7 @@ def a_work(chain: Chain, data: Path, **changes: Any) -> Work:
         "training": Training(epochs=2),
         "seed": 11,
         "density": 0.3,
-        "keyframe": steps[0],
-        "deltas": tuple(steps[1:]),
+        "path": tuple(steps),
         "data_path": str(data),
     }
     return Work(**(fields | changes))
@@ -89,29 +88,39 @@ def failed(answer: Answer) -> Failed:
 def test_the_chain_leads_to_the_base_and_the_next_delta_needs_no_keyframe(chain: Chain, data: Path) -> None:
     steps, weights = chain
     memory = Memory()
-    first = a_work(chain, data, deltas=(steps[1],))
+    first = a_work(chain, data, path=tuple(steps[:2]))
     assert np.array_equal(base_weights(first, memory), weights[1])
     Path(steps[0].path).unlink()
     Path(steps[1].path).unlink()
     assert np.array_equal(base_weights(a_work(chain, data), memory), weights[2])
 
 
-@pytest.mark.parametrize("broken", [0, 1, 2])
-def test_a_step_with_a_wrong_digest_is_refused(chain: Chain, data: Path, broken: int) -> None:
-    steps, _ = chain
-    steps[broken] = File(path=steps[broken].path, digest=b"0" * 32)
-    answer = failed(work(a_work((steps, []), data), Memory()))
-    assert answer.code == "E_DIGEST"
-    assert ("keyframe" if broken == 0 else f"delta {broken}") in answer.text
+def test_files_that_lead_elsewhere_are_refused(chain: Chain, data: Path) -> None:
+    steps, weights = chain
+    answer = failed(work(a_work(([steps[0], steps[2]], []), data), Memory()))
+    assert (answer.code, weights_name(digest(weights[2])).hex() in answer.text) == ("E_DIGEST", True)
+    twice = failed(work(a_work(([steps[0], steps[1], steps[1]], []), data), Memory()))
+    assert twice.code == "E_DIGEST"
+    assert failed(work(a_work(([], []), data), Memory())).code == "E_DIGEST"
 
 
-def test_a_file_that_is_missing_or_damaged_is_refused_with_a_code(chain: Chain, data: Path) -> None:
-    steps, _ = chain
-    Path(steps[2].path).unlink()
-    assert failed(work(a_work(chain, data), Memory())).code == "E_DIGEST"
-    with Path(steps[0].path).open("r+b") as file:
+def test_weights_that_were_refused_are_not_the_start_of_the_next_round(chain: Chain, data: Path) -> None:
+    steps, weights = chain
+    memory = Memory()
+    with pytest.raises(DigestError):
+        base_weights(a_work(([steps[0], steps[2]], []), data), memory)
+    assert np.array_equal(base_weights(a_work(chain, data), memory), weights[2])
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_a_file_that_is_missing_or_damaged_is_a_wrong_digest(chain: Chain, data: Path, damaged: int) -> None:
+    """Whatever the decoder says: the bytes were right when they were stored, so they are fetched again."""
+    path = Path(chain[0][damaged].path)
+    with path.open("r+b") as file:
         file.truncate(20)
-    assert failed(work(a_work(chain, data), Memory())).code in ("E_CODEC", "E_DIGEST", "E_BOMB")
+    assert failed(work(a_work(chain, data), Memory())).code == "E_DIGEST"
+    path.unlink()
+    assert failed(work(a_work(chain, data), Memory())).code == "E_DIGEST"
 
 
 def test_equal_work_gives_equal_bytes_and_other_devices_others(chain: Chain, data: Path) -> None:
@@ -154,6 +163,39 @@ def test_the_residual_of_the_last_round_goes_into_this_one(chain: Chain, data: P
     fresh = done(work(a_work(chain, data, round=4, density=0.01), Memory()))
     carried = done(work(a_work(chain, data, round=4, density=0.01, residual=first.residual), Memory()))
     assert carried.residual != fresh.residual
+
+
+def test_a_residual_of_rounds_ago_is_worth_less_and_nothing_beyond_the_limit(
+    chain: Chain, data: Path
+) -> None:
+    first = done(work(a_work(chain, data, density=0.01), Memory()))
+
+    def left(**changes: Any) -> Vector:
+        result = done(work(a_work(chain, data, round=9, density=0.01, **changes), Memory()))
+        rest = top_k.state_from_bytes(result.residual, STRUCTURE.parameters).residual
+        return top_k.densify(result.body, STRUCTURE) + rest
+
+    old = top_k.state_from_bytes(first.residual, STRUCTURE.parameters).residual
+    own = left()
+    away = {"residual": first.residual, "rounds_away": 2, "residual_decay": 0.5}
+    np.testing.assert_allclose(left(**away), own + old / 4, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(left(residual=first.residual, rounds_away=2), own + old, rtol=0, atol=1e-6)
+    assert np.array_equal(left(**away, residual_limit=1), own)
+
+
+@pytest.mark.parametrize("codec", [name for name in methods.METHODS if name != "topk"])
+def test_every_method_gives_updates_of_its_own_streams(chain: Chain, data: Path, codec: str) -> None:
+    result = done(work(a_work(chain, data, codec=codec), Memory()))
+    methods.require_stream(codec, result.body)
+    seed = work_seed(11, "dev", "job", 3)
+    sent = methods.densify(result.body, STRUCTURE, seed)
+    assert np.abs(sent).max() > 0
+    again = done(work(a_work(chain, data, codec=codec, returned=((b"u" * 16, result.body),)), Memory()))
+    assert again.returned == (b"u" * 16,)
+
+
+def test_an_unknown_method_is_refused_with_a_code(chain: Chain, data: Path) -> None:
+    assert failed(work(a_work(chain, data, codec="gzip"), Memory())).code == "E_CODEC"
 
 
 def test_the_holdout_is_the_same_in_every_round_and_never_trained_on(chain: Chain, data: Path) -> None:

@@ -50,7 +50,21 @@ class MemoryOperations:
 
     def __init__(self) -> None:
         gateway = DeviceView(
-            id="gateway", status="approved", last_seen_s=1.7e9, storage_bytes=65_536, reason="\x1b[31mx"
+            id="gateway",
+            status="approved",
+            last_seen_s=1.7e9,
+            storage_bytes=65_536,
+            reason="\x1b[31mx",
+            up_bits_s=64_000.0,
+            down_bits_s=2.5e6,
+            link_measured=True,
+            metered=True,
+            day_quota_bytes=50 << 20,
+            sent_bytes=4096,
+            received_bytes=10_240,
+            updates=2,
+            round_sent_bytes=2048,
+            round_received_bytes=5120,
         )
         camera = msgspec.structs.replace(gateway, id="camera", status="pending")
         self.fleet = {device.id: device for device in (gateway, camera)}
@@ -135,6 +149,7 @@ class MemoryOperations:
             budget_bytes=65_536,
             density=0.05,
             why="the largest that fits",
+            link="link of 64 kbit/s measured: 0.40 % instead of 1.00 %",
         )
         structures = (StructureView(id="mlp-hidden4", family="mlp", parameters=12, devices=1),)
         return PlanView(
@@ -199,7 +214,15 @@ def next_round(job: JobView) -> JobView:
     done = job.rounds_done + 1
     view = RoundView(round=done, state="published", invited=2, updates=2, seconds=1.5, up_bytes=1000)
     state: JobState = "finished" if done == job.rounds_total else "running"
-    return msgspec.structs.replace(job, rounds=(*job.rounds, view), rounds_done=done, state=state)
+    return msgspec.structs.replace(
+        job,
+        rounds=(*job.rounds, view),
+        rounds_done=done,
+        state=state,
+        updates=job.updates + view.updates,
+        up_bytes=job.up_bytes + view.up_bytes,
+        down_bytes=job.down_bytes + view.down_bytes,
+    )
 
 
 @contextmanager

@@ -229,6 +229,44 @@ def test_one_device_is_shown_with_all_its_fields(
     assert shown["gflops"] == "-"
 
 
+def test_a_device_shows_its_link_its_quota_and_its_bytes_in_total_and_per_round(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "show", "gateway"]) == 0
+    shown = dict(line[:2] for line in words(capsys.readouterr().out) if len(line) > 1)
+    assert (shown["up_bits_s"], shown["down_bits_s"]) == ("64.0 kbit/s", "2.5 Mbit/s")
+    assert (shown["link_measured"], shown["metered"]) == ("True", "True")
+    assert shown["day_quota_bytes"] == "52428800 (50.0 MiB)"
+    assert shown["sent_bytes"] == "4096 (4.0 KiB)"
+    assert shown["received_bytes"] == "10240 (10.0 KiB)"
+    assert (shown["updates"], shown["round_sent_bytes"]) == ("2", "2048 (2.0 KiB)")
+    assert shown["round_received_bytes"] == "5120 (5.0 KiB)"
+    assert main(["devices", "list", "-o", "wide"]) == 0
+    assert "measured, metered, 50.0 MiB a day" in capsys.readouterr().out
+
+
+def test_a_job_shows_its_bytes_per_round_in_total_and_per_update(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    assert "all rounds: 0 B up, 0 B down\n" in capsys.readouterr().out
+    fleet.look = next_round
+    for _ in range(2):
+        assert main(["jobs", "show", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "all rounds: 2.0 KiB up, 0 B down; per update: 500 B up, 0 B down" in out
+    head = next(line for line in words(out) if line[0] == "ROUND")
+    assert head[4:6] == ["UP", "DOWN"]
+
+
+def test_a_plan_explains_the_link_in_words(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["plan", "show", "-f", str(job_file), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "the largest that fits; link of 64 kbit/s measured: 0.40 % instead of 1.00 %" in out
+
+
 # --- jobs ----------------------------------------------------------------------------------------
 
 

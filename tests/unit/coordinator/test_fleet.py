@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from liberatai_coordinator.fleet import MAX_PENDING, Device, Fleet
+from liberatai_coordinator.fleet import MAX_PENDING, MAX_TOTAL, Device, DeviceTraffic, Fleet
 from liberatai_core.contract.frame import key_id
-from liberatai_core.contract.messages import Capability, Report, State
+from liberatai_core.contract.messages import Capability, Report, State, Telemetry
 from liberatai_core.errors import (
     NotFoundError,
     ReplayError,
@@ -117,3 +117,54 @@ def test_a_new_capability_replaces_the_old_one() -> None:
     device, lasting = fleet.hear(changed, KEY, 2.0)
     assert lasting
     assert device.capability == changed
+
+
+# --- bytes and quotas ----------------------------------------------------------------------------
+
+
+def heard(*samples: tuple[int, int, int]) -> DeviceTraffic:
+    """Return the totals after samples of (session, sent, received)."""
+    found = DeviceTraffic()
+    for sample in samples:
+        found = found.heard(*sample)
+    return found
+
+
+def totals(found: DeviceTraffic) -> tuple[int, int]:
+    return found.sent_bytes, found.received_bytes
+
+
+def test_counters_of_one_start_are_totals_not_sums() -> None:
+    assert totals(heard((1, 100, 10), (1, 150, 10), (1, 150, 40))) == (150, 40)
+
+
+def test_counters_begin_anew_at_every_start_and_the_total_goes_on() -> None:
+    assert totals(heard((1, 100, 10), (2, 30, 5), (2, 40, 5), (5, 1, 1))) == (141, 16)
+
+
+def test_doubled_late_and_older_samples_add_nothing() -> None:
+    assert totals(heard((2, 100, 10), (2, 90, 10), (2, 100, 10), (1, 900, 900), (2, 110, 10))) == (110, 10)
+
+
+def test_totals_stop_at_what_a_database_takes() -> None:
+    assert totals(heard(*[(n, 2**53, 2**53) for n in range(1, 2000)])) == (MAX_TOTAL, MAX_TOTAL)
+
+
+def test_telemetry_adds_to_a_devices_totals() -> None:
+    fleet = Fleet(enrolment="open")
+    fleet.hear(capability(), KEY, 1.0)
+    fleet.hear(Telemetry(device="d0", session=1, sent_bytes=70, received_bytes=7), KEY, 2.0)
+    fleet.hear(Telemetry(device="d0", session=2, sent_bytes=30, received_bytes=3), KEY, 3.0)
+    fleet.count_update("d0")
+    found = fleet.require("d0")
+    assert (totals(found.traffic), found.updates) == ((100, 10), 1)
+
+
+def test_a_device_whose_quota_is_spent_gets_no_work_until_it_says_otherwise() -> None:
+    fleet = Fleet(enrolment="open")
+    fleet.hear(capability(), KEY, 1.0)
+    fleet.hear(State(device="d0", state="online", session=1), KEY, 1.0)
+    fleet.hear(msgspec.structs.replace(capability(), quota_spent=True), KEY, 2.0)
+    assert fleet.ready() == []
+    fleet.hear(capability(), KEY, 3.0)
+    assert [device.id for device in fleet.ready()] == ["d0"]

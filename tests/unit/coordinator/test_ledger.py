@@ -17,7 +17,15 @@ import pytest
 import sqlalchemy as sa
 
 from liberatai_coordinator import ledger as module
-from liberatai_coordinator.ledger import DeviceRow, Ledger, Outcome, RoundRow, StoredUpdate, VersionRow
+from liberatai_coordinator.ledger import (
+    DeviceRow,
+    Ledger,
+    Outcome,
+    RoundRow,
+    StoredUpdate,
+    TrafficRow,
+    VersionRow,
+)
 from liberatai_core.errors import (
     BusyError,
     ConfigError,
@@ -461,6 +469,28 @@ def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
 # --- rounds --------------------------------------------------------------------------------------
 
 
+def test_traffic_and_the_number_of_updates_of_a_device_are_there_after_reopening(tmp_path: Path) -> None:
+    first = TrafficRow(
+        device="device-1", sent_bytes=2**53, received_bytes=2, session=3, session_sent=4, session_received=5
+    )
+    ledger = with_round(tmp_path)
+    ledger.set_traffic([first, replace(first, device="device-2")])
+    ledger.set_traffic([replace(first, received_bytes=9)])
+    store(ledger, an_update(1), an_update(1), an_update(2))
+    ledger.close_round("digits", 1)
+    ledger.abandon_round("digits", 1, "why not")
+    ledger.open_round(a_round(ledger, 2))
+    store(ledger, an_update(1, round_number=2))
+    ledger.close()
+    ledger = opened(tmp_path)
+    assert ledger.traffic() == {
+        "device-1": replace(first, received_bytes=9),
+        "device-2": replace(first, device="device-2"),
+    }
+    assert ledger.update_counts() == {"device-1": 2, "device-2": 1}
+    ledger.close()
+
+
 def test_a_round_goes_from_open_to_published(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(2), an_update(1))
@@ -742,4 +772,36 @@ def test_nobody_else_can_read_the_ledger(tmp_path: Path) -> None:
     store(ledger, an_update(1))
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == dict.fromkeys(("lock", "ledger.db", "ledger.db-wal", "ledger.db-shm"), 0o600)
+    ledger.close()
+
+
+# --- what devices hold ------------------------------------------------------------------------------
+
+
+def test_what_a_device_holds_is_written_with_the_update_that_proves_it(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, replace(an_update(1), path=b"one"), replace(an_update(2), path=b"two"), an_update(3))
+    store(ledger, replace(an_update(1), path=b"a repetition"))
+    store(ledger, with_frame(replace(an_update(2), update_id=b"x" * 16, path=b"a conflict"), b"other"))
+    assert ledger.paths("digits") == {"device-1": b"one", "device-2": b"two"}
+    ledger.close()
+    ledger = opened(tmp_path)
+    assert ledger.paths("digits") == {"device-1": b"one", "device-2": b"two"}
+    ledger.open_round(a_round(ledger, 2))
+    store(ledger, replace(an_update(1, round_number=2), path=b"further"), an_update(2, round_number=2))
+    assert ledger.paths("digits") == {"device-1": b"further", "device-2": b"two"}
+    ledger.forget_path("digits", "device-1")
+    ledger.forget_path("digits", "nobody")
+    assert ledger.paths("digits") == {"device-2": b"two"}
+    assert ledger.paths("other") == {}
+    assert [update.path for update in ledger.updates("digits", 1)] == [b"", b"", b""]
+    ledger.close()
+
+
+def test_an_update_that_is_refused_proves_nothing(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.close_round("digits", 1)
+    (outcome,) = store(ledger, replace(an_update(1), path=b"late"))
+    assert isinstance(outcome, RoundClosedError)
+    assert ledger.paths("digits") == {}
     ledger.close()

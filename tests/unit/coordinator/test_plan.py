@@ -1,14 +1,28 @@
 """The plan gives every device the first structure that fits, and says why."""
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.plan import Candidate, assign, make_plan
+from liberatai_coordinator.config import Rounds, Sparsify, parse_job
+from liberatai_coordinator.plan import (
+    LINK_SHARE,
+    MIN_DENSITY,
+    OVERHEAD_BYTES,
+    Candidate,
+    assign,
+    by_link,
+    density,
+    make_plan,
+    update_bytes,
+    warmed,
+)
 from liberatai_core.contract.messages import Capability
-from liberatai_core.structure import DataContract
+from liberatai_core.sparsifier import top_k
+from liberatai_core.structure import DataContract, Structure, Tensor
 
 JOB = parse_job(
     """
@@ -97,7 +111,7 @@ def test_a_slow_link_lowers_the_density_and_says_so() -> None:
     given = assign(JOB, [LARGE, SMALL], device(up_bits_s=2000.0))
     assert given.structure == "cnn-width32"
     assert 0 < given.density < JOB.sparsify.up_density
-    assert "kbit/s" in given.why
+    assert "kbit/s" in given.link
 
 
 def test_the_tightest_storage_sizes_the_shared_keyframe() -> None:
@@ -113,3 +127,159 @@ def test_the_tightest_storage_sizes_the_shared_keyframe() -> None:
 def test_bits_cap_the_keyframe_where_storage_is_plenty() -> None:
     made = make_plan(JOB, [LARGE, SMALL], [device("a", storage_bytes=10_000_000)])
     assert made.keyframe_bytes == {"cnn-width32": 100_000 * 4 // 8 + 512}
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+MILLIONS = Candidate(
+    id="cnn-width64",
+    family="cnn",
+    density=0.01,
+    parameters=1_600_000,
+    smallest_bytes=100_000,
+    macs=1_000_000,
+    activation_bytes=50_000,
+)
+
+
+def upload_s(candidate: Candidate, share: float, bits_s: float) -> float:
+    return 8 * (update_bytes(candidate.parameters, share) + OVERHEAD_BYTES) / bits_s
+
+
+def test_a_measured_slow_link_is_explained_in_words() -> None:
+    share, words = density(JOB, MILLIONS, device(up_bits_s=16e3, link_measured=True))
+    assert 0.004 < share < 0.006
+    assert words == (
+        f"link of 16 kbit/s measured: {100 * share:.2f} % instead of 1.00 % of the parameters per round, "
+        "about 6 s per update; the rest follows in later rounds"
+    )
+
+
+@pytest.mark.parametrize("bits_s", [5e3, 10e3, 16e3, 25e3])
+def test_a_slow_link_is_used_fully_but_for_no_longer_than_its_share_of_the_deadline(bits_s: float) -> None:
+    share, _ = density(JOB, MILLIONS, device(up_bits_s=bits_s))
+    allowed = JOB.rounds.deadline_s * LINK_SHARE
+    assert 0.99 * allowed < upload_s(MILLIONS, share, bits_s) <= allowed * 1.001
+
+
+def test_faster_links_send_more_up_to_what_the_job_wants() -> None:
+    shares = [density(JOB, MILLIONS, device(up_bits_s=bits_s))[0] for bits_s in (3e3, 6e3, 1e4, 1e6, 1e9)]
+    assert shares == sorted(shares)
+    assert shares[-2:] == [0.01, 0.01]
+
+
+def test_a_link_that_nobody_knows_changes_nothing() -> None:
+    share, words = density(JOB, MILLIONS, device())
+    assert share == MILLIONS.density
+    assert "not measured" in words
+
+
+def test_download_and_training_take_from_the_time_of_the_upload() -> None:
+    slow = device(up_bits_s=16e3, down_bits_s=60e3, gflops=None)
+    alone, _ = density(JOB, MILLIONS, slow, download_bytes=0)
+    after_download, _ = density(JOB, MILLIONS, slow, download_bytes=330_000)
+    assert 0 < after_download < alone
+    nothing, why = density(JOB, MILLIONS, slow, download_bytes=400_000)
+    assert nothing == 0.0
+    assert "to download take about 53 s" in why
+    assert "60 s deadline" in why
+    training = device(up_bits_s=16e3, down_bits_s=60e3, gflops=10.0, samples=1800)
+    assert density(JOB, MILLIONS, training, download_bytes=330_000)[0] == 0.0
+    assert density(JOB, MILLIONS, training, download_bytes=0)[0] > 0.0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"up_bits_s": 0.0}, {"up_bits_s": 2e3}, {"up_bits_s": 1e6, "down_bits_s": 0.0}]
+)
+def test_a_hopeless_link_is_told_why_and_gets_no_task(changes: dict[str, Any]) -> None:
+    share, words = density(JOB, MILLIONS, device(**changes))
+    assert share == 0.0
+    assert "needed" in words or "to download" in words
+
+
+def test_where_a_large_structure_is_too_much_for_the_link_a_small_one_is_given() -> None:
+    poor = device(up_bits_s=2500.0, storage_bytes=10**7)
+    given = assign(JOB, [MILLIONS, LARGE], poor)
+    assert given.structure == "cnn-width32"
+    assert given.why.startswith("cnn-width64: link of 2.5 kbit/s by its profile: ")
+    alone = assign(JOB, [MILLIONS], poor)
+    assert (alone.structure, alone.density) == ("", 0.0)
+    assert "at least 0.05 %" in alone.why
+
+
+def test_a_job_that_wants_less_than_the_least_density_gets_it() -> None:
+    modest = replace(MILLIONS, density=MIN_DENSITY / 5)
+    assert density(JOB, modest, device(up_bits_s=64e3))[0] == modest.density
+
+
+def test_a_quota_is_spread_over_the_rounds_of_a_day() -> None:
+    day = device(metered=True, day_quota_bytes=50 * 2**20)
+    share, words = density(JOB, MILLIONS, day)
+    rounds = 86_400 / JOB.rounds.deadline_s
+    down = update_bytes(MILLIONS.parameters, MILLIONS.density) + OVERHEAD_BYTES
+    spent = rounds * (down + update_bytes(MILLIONS.parameters, share) + OVERHEAD_BYTES)
+    assert 0.98 * day.day_quota_bytes < spent < 1.0001 * day.day_quota_bytes
+    assert words.startswith("quota of 50 MiB per day: ")
+    more, _ = density(JOB, MILLIONS, day, round_s=2 * JOB.rounds.deadline_s)
+    assert more > share
+    none, why = density(JOB, MILLIONS, device(day_quota_bytes=2**20))
+    assert none == 0.0
+    assert "quota of 1 MiB per day" in why
+
+
+def test_a_quota_smaller_than_the_keyframe_excludes_the_structure() -> None:
+    given = assign(JOB, [MILLIONS], device(day_quota_bytes=200_000, storage_bytes=10**7))
+    assert given.structure == ""
+    assert "day's quota" in given.why
+
+
+def test_metered_without_a_quota_is_no_limit() -> None:
+    assert density(JOB, MILLIONS, device(metered=True, up_bits_s=1e9))[0] == MILLIONS.density
+
+
+def test_the_density_of_the_downlink_counts_for_the_download() -> None:
+    slow = device(up_bits_s=100e3, down_bits_s=20e3)
+    usual, _ = density(JOB, MILLIONS, slow)
+    dense_down, _ = density(JOB, replace(MILLIONS, down_density=0.1), slow)
+    assert usual > 0 == dense_down
+
+
+def test_an_assignment_follows_its_devices_link_and_keeps_the_rest() -> None:
+    given = assign(JOB, [LARGE, SMALL], device(up_bits_s=1e6))
+    slower = by_link(JOB, [LARGE, SMALL], given, device(up_bits_s=2000.0, link_measured=True))
+    assert (slower.structure, slower.why) == (given.structure, given.why)
+    assert slower.density < given.density
+    assert slower.link.startswith("link of 2 kbit/s measured")
+    assert by_link(JOB, [LARGE, SMALL], given, None) is given
+    nothing = assign(JOB, [LARGE], device(samples=0))
+    assert by_link(JOB, [LARGE], nothing, device()) is nothing
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1, 0.01, 0.001])
+def test_the_estimated_length_is_near_that_of_the_codec(share: float) -> None:
+    """Estimated from the entropy; checked against real streams of random ternary updates."""
+    structure = Structure(family="mlp", params={}, tensors=(Tensor(name="w", shape=(200_000,)),))
+    difference = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+    _, body = top_k.sparsify(top_k.init(200_000), difference, structure, share)
+    assert 0.7 < len(body) / update_bytes(200_000, share) < 1.4
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+def test_densities_start_higher_and_come_down_to_what_the_job_says() -> None:
+    job = msgspec.structs.replace(
+        JOB, rounds=Rounds(count=20), sparsify=Sparsify(warmup_rounds=4, warmup_factor=16.0)
+    )
+    wanted = replace(LARGE, density=0.01, down_density=0.02)
+    up = [warmed(job, wanted, number).density for number in (1, 2, 3, 4, 5, 20)]
+    assert up == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01, 0.01])
+    assert warmed(job, wanted, 1).down_density == pytest.approx(0.32)
+    assert warmed(msgspec.structs.replace(job, sparsify=Sparsify()), wanted, 1) == wanted
+
+
+def test_densities_count_in_what_is_trained() -> None:
+    part = replace(LARGE, trained=LARGE.parameters // 10)
+    whole_words, part_words = (density(JOB, one, device())[1] for one in (LARGE, part))
+    assert part.travelling * 10 == pytest.approx(LARGE.travelling, abs=10)
+    assert whole_words != part_words

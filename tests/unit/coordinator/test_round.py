@@ -25,7 +25,7 @@ from liberatai_coordinator.round import (
 )
 from liberatai_core.contract.messages import Update, update_id
 
-BASE = b"b" * 32
+BASE = b"b" * 16
 
 
 def make_round(devices: int = 4, target: int = 4, quorum: int = 3, closes_s: float = 100.0) -> Round:
@@ -50,7 +50,7 @@ def update(device: str) -> Update:
         structure="mlp",
         base=BASE,
         samples=10,
-        codec="topk1",
+        codec="topk",
         body=b"x",
     )
 
@@ -181,7 +181,7 @@ def test_a_device_that_came_back_is_waited_for_again() -> None:
         ({"round": 6}, "E_ROUND_UNKNOWN"),
         ({"job": "other"}, "E_ROUND_UNKNOWN"),
         ({"device": "stranger"}, "E_ROUND_UNKNOWN"),
-        ({"base": b"x" * 32}, "E_BASE_MODEL"),
+        ({"base": b"x" * 16}, "E_BASE_MODEL"),
         ({"structure": "cnn"}, "E_SCHEMA"),
         ({"update_id": b"x" * 16}, "E_SCHEMA"),
     ],

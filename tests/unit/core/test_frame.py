@@ -1,5 +1,6 @@
 """Bytes that nobody signed, or that mean something else than they say, are refused with the right code."""
 
+import contextlib
 import math
 import pickle
 import struct
@@ -16,6 +17,7 @@ from tests.golden import make
 from liberatai_core.contract import frame as f
 from liberatai_core.contract import messages as m
 from liberatai_core.contract.frame import HEADER_BYTES, MAGIC, Signer, expect, key_id, open_frame, seal
+from liberatai_core.contract.limits import MAX_SPEC_BYTES
 from liberatai_core.errors import (
     FrameError,
     LiberataiError,
@@ -416,10 +418,10 @@ CLAIMS = {"array32": b"\xdd", "map32": b"\xdf", "bin32": b"\xc6", "str32": b"\xd
 @KINDS
 def test_a_header_that_promises_four_billion_entries_allocates_nothing(kind: Any, head: str) -> None:
     claim = CLAIMS[head] + b"\xff\xff\xff\xff"
-    known = msgspec.msgpack.decode(body_of(make.cases().get(f"{kind.__name__}-full", make.MINIMAL[kind])))
-    bodies = [claim, claim + b"\x01" * 500]
-    bodies += [msgspec.msgpack.encode(known | {name: msgspec.Raw(claim)}) for name in known]
-    bodies += [msgspec.msgpack.encode(known)[:-1] + claim]
+    known = make.cases().get(f"{kind.__name__}-full", make.MINIMAL[kind])
+    claimed = [make.changed(known, name, msgspec.Raw(claim)) for name in kind.__struct_fields__]
+    bodies = [claim, claim + b"\x01" * 500, body_of(known)[:-1] + claim]
+    bodies += map(msgspec.msgpack.encode, claimed)
     frames = [forge(kind, body) for body in bodies]
     tracemalloc.start()
     for data in frames:
@@ -447,7 +449,7 @@ BOMBS = {
 def test_a_bomb_costs_at_most_twice_its_length(bomb: str, field: str) -> None:
     body = BOMBS[bomb]
     if field:
-        body = msgspec.msgpack.encode(fields_of(make.MINIMAL[m.Update]) | {field: msgspec.Raw(body)})
+        body = msgspec.msgpack.encode(make.changed(make.MINIMAL[m.Update], field, msgspec.Raw(body)))
     data = forge(m.Update, body)
     tracemalloc.start()
     with pytest.raises(SchemaError):
@@ -544,38 +546,34 @@ def test_a_float32_is_no_second_form_of_a_float() -> None:
 
 
 def _float_paths(kind: Any) -> Iterator[Any]:
-    for name, value in fields_of(make.FULL.get(kind, make.MINIMAL[kind])).items():
+    for name, value in msgspec.structs.asdict(make.FULL.get(kind, make.MINIMAL[kind])).items():
         if isinstance(value, float):
-            yield (name,)
-        if isinstance(value, dict):
-            yield from ((name, inner) for inner, v in value.items() if isinstance(v, float))
+            yield name
 
 
-FLOATS = [(kind, path) for kind in m.KIND_OF for path in _float_paths(kind)]
+FLOATS = [(kind, name) for kind in m.KIND_OF for name in _float_paths(kind)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "path"),
-    FLOATS,
-    ids=lambda x: getattr(x, "__name__", ".".join(map(str, x)) if isinstance(x, tuple) else x),
-)
-def test_a_float_that_is_not_finite_is_refused_on_the_wire(kind: Any, path: Any, value: Any) -> None:
-    fields = fields_of(make.FULL[kind])
-    inner = fields if len(path) == 1 else fields[path[0]]
-    inner[path[-1]] = value
+@pytest.mark.parametrize(("kind", "name"), FLOATS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_float_that_is_not_finite_is_refused_on_the_wire(kind: Any, name: str, value: Any) -> None:
     with pytest.raises(SchemaError):
-        read(forge(kind, msgpack.packb(fields)))
+        read(forge(kind, msgpack.packb(make.changed(make.FULL[kind], name, value))))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_float_that_is_not_finite_is_refused_in_a_spec(value: Any) -> None:
+    training = make.changed(make.FULL_SPEC.training, "learning_rate", value)
+    for body in (
+        make.changed(make.FULL_SPEC, "training", training),
+        make.changed(make.FULL_SPEC, "deadline_s", value),
+    ):
+        with pytest.raises(SchemaError):
+            f.decode_spec(msgpack.packb(body))
 
 
 def test_floats_of_every_message_are_tried() -> None:
-    assert {".".join(path) for _, path in FLOATS} >= {
-        "gflops",
-        "cpu_percent",
-        "loss",
-        "density",
-        "training.learning_rate",
-    }
+    assert {name for _, name in FLOATS} >= {"gflops", "cpu_percent", "loss", "density"}
 
 
 @pytest.mark.parametrize(
@@ -593,8 +591,8 @@ def test_floats_of_every_message_are_tried() -> None:
     ],
 )
 def test_counts_that_cannot_be_are_refused_on_the_wire(field: str, value: Any) -> None:
-    with pytest.raises(SchemaError, match=field):
-        read(forge(m.Update, msgpack.packb(fields_of(make.MINIMAL[m.Update]) | {field: value})))
+    with pytest.raises(SchemaError, match=make.where(m.Update, field)):
+        read(forge(m.Update, msgpack.packb(make.changed(make.MINIMAL[m.Update], field, value))))
 
 
 def test_a_structure_with_impossible_tensors_is_refused_on_the_wire() -> None:
@@ -603,10 +601,9 @@ def test_a_structure_with_impossible_tensors_is_refused_on_the_wire() -> None:
         [{"name": "a", "shape": [2**28, 2**28]}],
         [{"name": "a", "shape": [1] * 100}],
     ):
-        fields = fields_of(make.MINIMAL[m.Task])
-        fields["structure"]["tensors"] = tensors
+        fields = make.changed(make.SPEC, "structure", make.changed(make.STRUCTURE, "tensors", tensors))
         with pytest.raises(SchemaError):
-            read(forge(m.Task, msgpack.packb(fields)))
+            f.decode_spec(msgpack.packb(fields))
 
 
 def test_a_refusal_is_one_short_line_whatever_the_sender_wrote() -> None:
@@ -652,10 +649,47 @@ def test_a_part_of_a_message_is_not_sealed() -> None:
 
 
 def test_a_message_beyond_its_size_is_not_sealed() -> None:
+    chains = {f"{n:0128}": (make.KEYFRAME,) * 50 for n in range(64)}
+    with pytest.raises(TooLargeError):
+        seal(msgspec.structs.replace(make.MINIMAL[m.Head], chains=chains), ALICE)
+
+
+def test_a_spec_beyond_its_size_is_neither_written_nor_read() -> None:
     tensors = tuple(Tensor(name=f"{i:04}" * 32, shape=(1,)) for i in range(1000))
     big = Structure(family="mlp", params={}, tensors=tensors)
     with pytest.raises(TooLargeError):
-        seal(msgspec.structs.replace(make.MINIMAL[m.Task], structure=big), ALICE)
+        f.encode_spec(msgspec.structs.replace(make.SPEC, structure=big))
+    with pytest.raises(TooLargeError):
+        f.decode_spec(bytes(MAX_SPEC_BYTES + 1))
+
+
+def test_a_spec_has_one_encoding_and_no_truncated_or_changed_one_is_another_spec() -> None:
+    data = f.encode_spec(make.FULL_SPEC)
+    assert f.decode_spec(data) == make.FULL_SPEC
+    assert msgpack.packb(msgpack.unpackb(data), use_bin_type=True) == data
+    for length in range(len(data)):
+        with pytest.raises(SchemaError):
+            f.decode_spec(data[:length])
+    for bit in range(len(data) * 8):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(SchemaError):
+            assert f.encode_spec(f.decode_spec(bytes(broken))) == broken
+
+
+@pytest.mark.parametrize("kind", [k for k in m.KIND_OF if k in f._ARRAYS], ids=lambda kind: kind.__name__)
+def test_an_array_leaves_out_defaults_at_its_end_and_nothing_else(kind: Any) -> None:
+    message = make.MINIMAL[kind]
+    whole = msgspec.to_builtins(message, builtin_types=(bytes,))
+    told = [value != field.default for value, field in zip(whole, msgspec.structs.fields(kind), strict=True)]
+    least = max(place for place, is_told in enumerate(told) if is_told) + 1
+    assert len(fields_of(message)) == least
+    for length in range(len(whole) + 1):
+        if length != least:
+            with pytest.raises(SchemaError):
+                read(forge(kind, msgpack.packb(whole[:length])))
+    with pytest.raises(SchemaError):
+        read(forge(kind, msgpack.packb([*whole, None])))
 
 
 def test_expect_returns_the_wanted_kind_and_refuses_others_before_any_crypto() -> None:

@@ -45,10 +45,12 @@ def _longest() -> Iterator[Any]:
     )
     yield m.BlobManifest(
         blob=blob,
-        size_bytes=limits.MAX_SINGLE_BYTES,
-        sha256=bytes(32),
-        content=bytes(limits.MAX_SINGLE_BYTES),
+        size_bytes=limits.MAX_OBJECT_BYTES,
+        chunk_bytes=2 * limits.CHUNK_BYTES,
     )
+    steps = [msgspec.structs.replace(make.DELTA, version=n) for n in range(limits.MAX_CHAIN)]
+    yield msgspec.structs.replace(make.FULL[m.Task], steps=tuple(steps))
+    yield msgspec.structs.replace(make.FULL[m.Cancel], final=tuple(steps))
     yield msgspec.structs.replace(
         make.MINIMAL[m.Update],
         body=bytes(limits.MAX_OBJECT_BYTES - 1_000_000),

@@ -13,7 +13,7 @@ import pytest
 from tests.golden import make
 
 from liberatai_core.contract import messages as m
-from liberatai_core.errors import NonFiniteError
+from liberatai_core.errors import NonFiniteError, SchemaError
 
 KINDS = pytest.mark.parametrize("kind", list(m.KIND_OF), ids=lambda kind: kind.__name__)
 ENCODE = msgspec.msgpack.encode
@@ -49,6 +49,9 @@ def test_kind_numbers_are_unique_and_fit_a_byte() -> None:
     assert all(0 < number < 256 for number in m.KINDS)
     assert set(m.MAX_BYTES) == set(m.KIND_OF)
 
+
+PARTS: list[Any] = [m.Training, m.TaskSpec]
+PART_OF = {m.Training: m.Training(), m.TaskSpec: make.SPEC}
 
 CHECKED_BY_STRUCTURE = ("structure.params", "structure.tensors[].shape[]")
 """Bounds that no annotation can say; tests/unit/core/test_structure.py holds them."""
@@ -91,7 +94,7 @@ def _unbounded(kind: Any, where: Any) -> Iterator[Any]:
             yield f"{where}: {type(kind).__name__}"
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [*m.KIND_OF, m.TaskSpec], ids=lambda kind: kind.__name__)
 def test_every_field_of_a_message_has_a_type_and_bounds(kind: Any) -> None:
     found = [
         w for w in _unbounded(msgspec.inspect.type_info(kind), kind.__name__) if w not in UNBOUNDED_ON_PURPOSE
@@ -123,7 +126,7 @@ def _float_fields(kind: Any) -> Iterator[Any]:
             yield field.encode_name
 
 
-FLOATS = [(kind, name) for kind in [*m.KIND_OF, m.Training] for name in _float_fields(kind)]
+FLOATS = [(kind, name) for kind in [*m.KIND_OF, *PARTS] for name in _float_fields(kind)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -131,20 +134,22 @@ FLOATS = [(kind, name) for kind in [*m.KIND_OF, m.Training] for name in _float_f
 def test_no_message_can_even_be_built_with_a_float_that_is_not_finite(
     kind: Any, name: str, value: Any
 ) -> None:
-    base = make.MINIMAL.get(kind, m.Training())
+    base = make.MINIMAL[kind] if kind in make.MINIMAL else PART_OF[kind]
     with pytest.raises(NonFiniteError, match=name):
         msgspec.structs.replace(base, **{name: value})
 
 
-@pytest.mark.parametrize("kind", [*m.KIND_OF, m.Training], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*m.KIND_OF, *PARTS], ids=lambda kind: kind.__name__)
 def test_a_field_set_to_its_default_is_written_like_one_that_is_left_out(kind: Any) -> None:
     """Otherwise one message would have several encodings, and several signatures."""
-    base = make.MINIMAL.get(kind, m.Training())
+    base = make.MINIMAL[kind] if kind in make.MINIMAL else PART_OF[kind]
     optional = {}
     for field in msgspec.structs.fields(kind):
         if not field.required:
             # decoding makes new objects that equal their defaults and are not them
             optional[field.name] = msgspec.convert(msgspec.msgpack.decode(ENCODE(field.default)), field.type)
+    if kind is m.Task:
+        del optional["steps"]  # a task leads somewhere: without them something must be held
     explicit = msgspec.structs.replace(base, **optional)
     assert explicit == base
     assert ENCODE(explicit) == ENCODE(base)
@@ -152,24 +157,50 @@ def test_a_field_set_to_its_default_is_written_like_one_that_is_left_out(kind: A
 
 def test_false_is_not_the_default_zero() -> None:
     """Equal values of another type stay as they are: the receiver refuses them."""
-    assert ENCODE(msgspec.structs.replace(make.MINIMAL[m.Task], seed=False)) != ENCODE(make.MINIMAL[m.Task])
+    assert ENCODE(msgspec.structs.replace(make.SPEC, seed=False)) != ENCODE(make.SPEC)
 
 
-def test_the_base_of_a_task_is_the_end_of_its_chain() -> None:
+def test_the_base_of_a_task_is_where_its_steps_lead_or_what_is_held() -> None:
     short, long = make.MINIMAL[m.Task], make.FULL[m.Task]
     assert isinstance(short, m.Task)
     assert isinstance(long, m.Task)
     assert short.base == make.KEYFRAME.digest
     assert long.base == make.DELTA.digest
+    assert msgspec.structs.replace(long, steps=()).base == long.held
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (m.Task, {"steps": ()}),
+        (m.Task, {"held": b"x" * 15}),
+        (m.Task, {"held": b"x"}),
+        (m.Cancel, {"held": b"x" * 15}),
+    ],
+)
+def test_a_path_that_starts_or_leads_nowhere_is_refused(kind: Any, change: Any) -> None:
+    with pytest.raises(SchemaError):
+        msgspec.structs.replace(make.MINIMAL[kind], **change)
+    body = make.changed(make.MINIMAL[kind], *next(iter(change.items())))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(ENCODE(body), type=kind)
+
+
+def test_a_seed_of_work_depends_on_all_of_it_and_fits_torch() -> None:
+    work: dict[str, Any] = {"seed": 1, "device": "d", "job": "j", "number": 2}
+    changes: list[dict[str, Any]] = [{}, {"seed": 2}, {"device": "e"}, {"job": "k"}, {"number": 3}]
+    seeds = {m.work_seed(**(work | change)) for change in changes}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"device": "d2"}, {"job": "k"}, {"number": 2}, {"base": bytes(32)}],
+    [{"device": "d2"}, {"job": "k"}, {"number": 2}, {"base": bytes(16)}],
     ids=lambda c: next(iter(c)),
 )
 def test_another_device_job_round_or_base_gives_another_update_id(change: Any) -> None:
-    work: dict[str, Any] = {"device": "d1", "job": "j", "number": 1, "base": make.ID32}
+    work: dict[str, Any] = {"device": "d1", "job": "j", "number": 1, "base": make.BASE}
     assert m.update_id(**work) == m.update_id(**work)
     assert len(m.update_id(**work)) == 16
     assert m.update_id(**(work | change)) != m.update_id(**work)
@@ -187,7 +218,7 @@ BAD_VALUES: list[tuple[Any, str, list[Any]]] = [
     (m.Update, "round", [0, -1, 1_000_001, 2**32 - 1, 1.5, True]),
     (m.Update, "samples", [0, -1, 10_000_001, 2**32 - 1, 2**63, 1.5, True, None]),
     (m.Update, "update_id", [b"", bytes(15), bytes(17), "x" * 16, [0] * 16]),
-    (m.Update, "base", [b"", bytes(31), bytes(33), "x" * 32]),
+    (m.Update, "base", [b"", bytes(15), bytes(17), bytes(32), "x" * 16]),
     (m.Update, "job", ["", "../job", "Job", "j\n", "x" * 65]),
     (m.Update, "body", ["text", None, [1, 2], 5]),
     (m.Update, "class_counts", [[-1], [1.5], [True], [2**32 - 1], [0] * 65_537, "text", {}]),
@@ -209,14 +240,17 @@ BAD_VALUES: list[tuple[Any, str, list[Any]]] = [
     (m.Credit, "have", [bytes(513), "x"]),
     (m.Credit, "chunks", [-1, 5]),
     (m.Task, "density", [0.0, -0.1, 1.0001]),
-    (m.Task, "deadline_s", [-1.0, 2_592_001.0]),
+    (m.Task, "spec", [{}, [], ["a" * 26], ["a" * 25, 5], ["a" * 26, 0], 5]),
+    (m.Task, "held", [bytes(17), "x" * 16]),
+    (m.Task, "steps", [[{}], [5], {"a": 1}, [[1, ["a" * 26, 5], bytes(32)]]]),
+    (m.TaskSpec, "deadline_s", [-1.0, 2_592_001.0]),
     (
-        m.Task,
+        m.TaskSpec,
         "training",
         [{"epochs": 0}, {"epochs": 10**6}, {"learning_rate": 0.0}, {"optimizer": "eval"}, {"loss": "x"}, []],
     ),
-    (m.Task, "deltas", [[{}], [5], {"a": 1}]),
-    (m.BlobManifest, "content", [bytes(131_073), "x"]),
+    (m.TaskSpec, "residual_decay", [-0.1, 1.1]),
+    (m.TaskSpec, "residual_limit", [-1, 1_000_001]),
     (m.BlobManifest, "chunk_bytes", [0, 1023, 2**31]),
     (m.Head, "chains", [{"x" * 129: []}, {"m": [5]}, {str(i): [] for i in range(65)}, []]),
     (m.Event, "text", ["x" * 513, 5]),
@@ -232,6 +266,6 @@ BAD_VALUES: list[tuple[Any, str, list[Any]]] = [
     ],
 )
 def test_a_value_out_of_bounds_does_not_decode(kind: Any, field: str, value: Any) -> None:
-    body = msgspec.msgpack.decode(ENCODE(make.MINIMAL[kind])) | {field: value}
-    with pytest.raises(msgspec.ValidationError, match=field):
+    body = make.changed(make.SPEC if kind is m.TaskSpec else make.MINIMAL[kind], field, value)
+    with pytest.raises(msgspec.ValidationError, match=make.where(kind, field)):
         msgspec.msgpack.decode(ENCODE(body), type=kind)

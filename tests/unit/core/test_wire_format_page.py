@@ -13,7 +13,7 @@ from liberatai_core.errors import BY_CODE
 from liberatai_core.structure import DataContract, Structure, Tensor
 
 PAGE = (Path(__file__).parents[3] / "docs" / "wire-format.md").read_text(encoding="utf-8")
-PARTS: list[Any] = [Structure, Tensor, DataContract, m.Step, m.BlobRef, m.Training]
+PARTS: list[Any] = [Structure, Tensor, DataContract, m.Step, m.BlobRef, m.Training, m.TaskSpec]
 
 
 def _section(title: str) -> str:
@@ -50,7 +50,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 @pytest.mark.parametrize(("number", "kind"), m.KINDS.items(), ids=lambda x: getattr(x, "__name__", x))
 def test_every_kind_stands_on_the_page_with_its_byte_and_its_size(number: int, kind: type[m.Message]) -> None:
     section = _section(kind.__name__)
-    assert f"Kind {number} · " in section
+    form = "array · " if kind.__struct_config__.array_like else ""
+    assert f"Kind {number} · {form}`" in section
     assert f"body ≤ {_number(m.MAX_BYTES[kind])} bytes" in section
 
 

@@ -1,0 +1,107 @@
+"""Train and send a random part of every large tensor: the same coordinates on all devices of a job.
+
+A large network needs only a small share of its parameters to be trained: the rest may keep the random
+values that it started with (the intrinsic dimension of objective landscapes: Li et al., ICLR 2018,
+arXiv:1804.08838; trained random masks: Konečný et al., arXiv:1610.05492). The part is drawn from a seed that
+is part of the job, so it costs no bytes; differences inside it are dense enough to cost two bits per
+coordinate instead of ten; and error feedback catches up in a few rounds, because a quarter of the part is
+sent in each.
+
+With a share s of a tensor's weights, the outputs move s times as fast for the same step. So gradients are
+multiplied by 1 / s (`gain`), which keeps the speed of training in the space of functions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from liberatai_core.sparsifier.support import Positions, draw, part_of
+from liberatai_core.structure import Structure
+from liberatai_core.weights import Vector
+
+SMALLEST = 2000
+"""Tensors up to this many values are trained whole: first layers, norms, biases and heads carry much."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The coordinates that a job trains.
+
+    Attributes:
+        structure: of the whole model.
+        part: of the gathered coordinates: same tensors, flat, with fewer values.
+        positions: int64, strictly increasing, shape (part.parameters,).
+        gain: float32, shape (parameters,): what a gradient is multiplied with, 0 outside the part; None if
+            everything is trained.
+    """
+
+    structure: Structure
+    part: Structure
+    positions: Positions
+    gain: Vector | None
+
+    def gather(self, whole: Vector) -> Vector:
+        """Return the values of the part, shape (part.parameters,); the vector itself if all is trained."""
+        return whole if self.gain is None else whole[self.positions]
+
+    def scatter(self, values: Vector) -> Vector:
+        """Return a whole vector with these values in the part and zero elsewhere."""
+        if self.gain is None:
+            return values
+        whole = np.zeros(self.structure.parameters, np.float32)
+        whole[self.positions] = values
+        return whole
+
+    def replaced(self, whole: Vector, values: Vector) -> Vector:
+        """Return a copy of a whole vector that has these values in the part."""
+        if self.gain is None:
+            return values
+        copy = whole.copy()
+        copy[self.positions] = values
+        return copy
+
+    def added(self, whole: Vector, values: Vector) -> Vector:
+        """Return a copy of a whole vector to whose part these values were added, in float32."""
+        return self.replaced(whole, self.gather(whole) + values)
+
+
+def subspace(structure: Structure, share: float, seed: int, *, smallest: int = SMALLEST) -> Subspace:
+    """Return the coordinates that a share and a seed name; the same on every machine.
+
+    Args:
+        structure: the named tensors of the flat vector.
+        share: of every tensor with more than `smallest` values, in (0, 1]; such a tensor keeps at least
+            `smallest` values. 1: everything is trained.
+        seed: 0 … 2^63.
+        smallest: see `share`.
+
+    Raises:
+        ValueError: the share or the seed is out of range.
+    """
+    if not 0 < share <= 1 or not 0 <= seed <= 2**63:
+        raise ValueError(f"share {share} must lie in (0, 1] and seed {seed} in 0 … 2^63")
+    sizes = tuple(tensor.size for tensor in structure.tensors)
+    positions, gain = _drawn(sizes, share, seed, smallest)
+    part = structure if gain is None else part_of(structure, positions)
+    return Subspace(structure, part, positions, gain)
+
+
+@lru_cache(maxsize=8)
+def _drawn(sizes: Sequence[int], share: float, seed: int, smallest: int) -> tuple[Positions, Vector | None]:
+    """Return positions and gain, read-only: a coordinator asks for them again in every round."""
+    chosen, gain, start = [], np.ones(sum(sizes), np.float32), 0
+    for number, size in enumerate(sizes):
+        count = max(min(size, smallest), round(share * size))
+        inside = np.arange(start, start + size)
+        if count < size:
+            inside = np.sort(draw(size, count, seed + number)) + start
+            gain[start : start + size] = 0
+            gain[inside] = np.float32(size / count)
+        chosen.append(inside)
+        start += size
+    positions = np.concatenate(chosen)
+    positions.setflags(write=False)
+    gain.setflags(write=False)
+    return positions, gain if positions.size < start else None

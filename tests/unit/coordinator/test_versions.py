@@ -1,0 +1,161 @@
+"""Versions: every way that a device may take ends at the same weights, also after a restart."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from liberatai_coordinator import versions as versions_module
+from liberatai_coordinator.aggregation import Advanced, Public
+from liberatai_coordinator.catch_up import Path as Files
+from liberatai_coordinator.catch_up import Way
+from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.repository import Repository, decode_manifest
+from liberatai_coordinator.versions import Versions
+from liberatai_core.compressor.artifact import restore
+from liberatai_core.contract.messages import weights_name
+from liberatai_core.learning.families import structure_of
+from liberatai_core.sparsifier import top_k
+from liberatai_core.weights import Vector, digest
+
+JOB = parse_job(
+    """
+name: tiny
+data: {input_shape: [1, 8, 8], classes: 3}
+structures: [{family: mlp, params: {hidden: 64}}]
+""",
+    "test",
+)
+STRUCTURE = structure_of("mlp", {"hidden": 64}, JOB.data)
+SID = STRUCTURE.id
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Iterator[Versions]:
+    ledger = Ledger.open(tmp_path / "ledger")
+    made = Versions(job=JOB, ledger=ledger, repository=Repository(tmp_path))
+    made.start({SID: STRUCTURE}, {SID: 20_000}, Public())
+    yield made
+    ledger.close()
+
+
+def commit(versions: Versions, storage_bytes: int = 0, density: float = 0.02) -> None:
+    """Make the next version from noise."""
+    now = versions.now
+    member, number = now.members[SID], now.number + 1
+    noise = np.random.default_rng(number).normal(0, 0.01, STRUCTURE.parameters).astype(np.float32)
+    master = member.master + noise
+    nothing = top_k.init(STRUCTURE.parameters)
+    _, delta = top_k.sparsify(nothing, master - member.view, STRUCTURE, density, power_of_two=True)
+    after = replace(member, master=master, view=member.view + top_k.densify(delta, STRUCTURE))
+    advanced = Advanced(
+        members={SID: after}, deltas={SID: delta}, keyframes={}, ensemble=now.ensemble, teach_seconds=0.0
+    )
+    limits = {SID: storage_bytes} if storage_bytes else {}
+    versions.commit(advanced, number, [bytes([number]) * 16], limits, {SID: 2000})
+
+
+def weights(versions: Versions, path: Files) -> Vector:
+    """Return what a device gets from these files, every one of which must be available."""
+    found = restore(versions.content(path[0].blob.blob), STRUCTURE)
+    for step in path[1:]:
+        found = found + top_k.densify(versions.content(step.blob.blob), STRUCTURE)
+    assert weights_name(digest(found)) == path[-1].digest
+    return found
+
+
+def ways(versions: Versions, paths: dict[int, Files]) -> dict[int, Way]:
+    return {since: versions.way(SID, path, 0) for since, path in paths.items()}
+
+
+def test_from_every_version_one_delta_leads_to_the_view_of_the_newest(versions: Versions) -> None:
+    paths = {0: versions.now.chains[SID]}
+    for number in range(1, 7):
+        commit(versions)
+        paths[number] = versions.now.chains[SID]
+    for since, way in ways(versions, paths).items():
+        assert np.array_equal(weights(versions, way.path), versions.now.members[SID].view)
+        assert way.held == paths[since][-1].digest
+        assert len(way.steps) == (0 if since == 6 else 1)
+    single = sum(
+        record.delta.size
+        for row in versions.ledger.versions("tiny")[1:]
+        if (record := decode_manifest(row.manifest).structures[SID]).delta
+    )
+    merged = ways(versions, paths)[0].size_bytes
+    assert merged < single, "six deltas in one are shorter than six"
+
+
+def test_a_restarted_coordinator_knows_the_same_ways(versions: Versions) -> None:
+    paths = {0: versions.now.chains[SID]}
+    for number in range(1, 5):
+        commit(versions)
+        paths[number] = versions.now.chains[SID]
+    again = Versions(job=JOB, ledger=versions.ledger, repository=versions.repository)
+    again.restore(versions.ledger.version("tiny"))
+    assert ways(again, paths) == ways(versions, paths)
+    for way in ways(again, paths).values():
+        weights(again, way.path)
+    commit(versions)
+    commit_id = versions.now.id
+    assert versions.ledger.version("tiny").id == commit_id
+    assert again.now.chains[SID] == paths[4]
+
+
+def test_single_deltas_lead_on_where_no_merged_one_is_exact(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions_module, "exact_delta", lambda *_: None)
+    paths = {0: versions.now.chains[SID]}
+    for number in range(1, 4):
+        commit(versions)
+        paths[number] = versions.now.chains[SID]
+    assert [len(path) for path in paths.values()] == [1, 2, 3, 4]
+    found = ways(versions, paths)
+    assert [[step.version for step in way.steps] for way in found.values()] == [[1, 2, 3], [2, 3], [3], []]
+    for way in found.values():
+        assert np.array_equal(weights(versions, way.path), versions.now.members[SID].view)
+
+
+def test_a_new_keyframe_comes_when_keyframe_and_delta_outgrow_the_storage(versions: Versions) -> None:
+    first = versions.now.chains[SID]
+    commit(versions, storage_bytes=4000)
+    assert versions.now.chains[SID][0] == first[0]
+    room = first[0].blob.size_bytes + 20
+    commit(versions, storage_bytes=room)
+    (renewed,) = versions.now.chains[SID]
+    assert renewed.version == 2
+    record = decode_manifest(versions.ledger.version("tiny").manifest).structures[SID]
+    assert (record.deltas, record.delta) == ((), None)
+    afresh = versions.way(SID, first, 0)
+    assert np.array_equal(weights(versions, afresh.path), versions.now.members[SID].view)
+    commit(versions)
+    onward = versions.way(SID, (renewed,), 0)
+    assert [step.version for step in onward.steps] == [3]
+    assert np.array_equal(weights(versions, onward.path), versions.now.members[SID].view)
+
+
+def test_sums_with_a_renewed_keyframe_are_exact_too(versions: Versions) -> None:
+    """Its values lie on coarse grids: deltas of later versions merge into one."""
+    commit(versions)
+    commit(versions, storage_bytes=versions.now.chains[SID][0].blob.size_bytes + 20)
+    renewed = versions.now.chains[SID]
+    for _ in range(4):
+        commit(versions)
+    assert [step.version for step in versions.now.chains[SID]] == [2, 6]
+    assert len(versions.way(SID, renewed, 0).steps) == 1
+
+
+def test_what_a_device_claims_to_hold_must_be_a_version_of_this_structure(versions: Versions) -> None:
+    commit(versions)
+    (keyframe, *_) = versions.now.chains[SID]
+    for wrong in (
+        msgspec.structs.replace(keyframe, digest=b"x" * 16),
+        msgspec.structs.replace(keyframe, version=99),
+        msgspec.structs.replace(keyframe, version=1),
+    ):
+        assert versions.way(SID, (wrong,), 0).held == b""
