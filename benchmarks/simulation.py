@@ -6,10 +6,11 @@ what would cross it is sealed as it would be sent, and counted as MQTT 5 packets
 subscriptions and acknowledgements, both ways, for every device. Nothing sleeps and nothing is lost.
 """
 
+import contextlib
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from liberatai_coordinator import round as deciding
 from liberatai_coordinator.aggregation import Public, derive_seed
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.plan import Plan, make_plan, warmed
+from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
 from liberatai_coordinator.repository import Repository
 from liberatai_coordinator.runner import candidates_of, check_update, spec_of
 from liberatai_coordinator.versions import Versions
@@ -46,6 +47,7 @@ from liberatai_core.contract.messages import (
     update_id,
 )
 from liberatai_core.contract.topics import Topics, blob_id
+from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.link.packet import publish_bytes
 from liberatai_core.structure import DataContract
@@ -55,6 +57,7 @@ PUBACK, SUBACK = 4, 6
 """Bytes of the shortest form of these packets; an UNSUBACK is as long as a SUBACK."""
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Tamper = Callable[[int, Sequence[Update]], Sequence[Update]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,13 +124,26 @@ class Simulation:
         population: who has which data.
         folder: empty; takes ledger, repository and the devices' data.
         evaluate_every: rounds between two evaluations on the test samples; the last round has one.
+        public: the coordinator's own data, for teaching and for the guard.
+        structures: place in the job's structures of each device's one; None: the plan decides.
+        tamper: hostile devices: (round, all updates of it) -> what is sent instead. They know what the others
+            send, which is the worst case; what the coordinator refuses does not count.
     """
 
     def __init__(
-        self, job: JobSpec, population: Population, folder: Path, *, evaluate_every: int = 1
+        self,
+        job: JobSpec,
+        population: Population,
+        folder: Path,
+        *,
+        evaluate_every: int = 1,
+        public: Public | None = None,
+        structures: Sequence[int] | None = None,
+        tamper: Tamper | None = None,
     ) -> None:
         self.job, self.population, self.folder = job, population, folder
-        self._every = evaluate_every
+        self._public = public or Public()
+        self._every, self._tamper = evaluate_every, tamper
         self._topics = Topics(fleet=FLEET)
         self._signer = Signer.from_seed(_key("coordinator"), FLEET)
         self._files = folder / "blobs"
@@ -138,9 +154,9 @@ class Simulation:
         self.versions = Versions(job=job, ledger=self.ledger, repository=Repository(folder / "repository"))
         candidates, self._structures = candidates_of(job)
         self._candidates = {candidate.id: candidate for candidate in candidates}
-        self.plan: Plan = make_plan(job, candidates, [self._capability(d) for d in self.devices.values()])
+        self.plan = self._planned(candidates, structures)
         chosen = {sid: self._structures[sid] for sid in self.plan.keyframe_bytes}
-        self.versions.start(chosen, self.plan.keyframe_bytes, Public())
+        self.versions.start(chosen, self.plan.keyframe_bytes, self._public)
         self._specs = {sid: self._publish(encode_spec(spec_of(job, one))) for sid, one in chosen.items()}
         self._paths: dict[str, tuple[Step, ...]] = {}
         self._updates: dict[str, Update] = {}
@@ -166,6 +182,24 @@ class Simulation:
             yield self._play(number)
 
     # --- the coordinator's side ------------------------------------------------------------------
+
+    def _planned(self, candidates: Sequence[Candidate], structures: Sequence[int] | None) -> Plan:
+        """Return the plan; where the structure of every device is given, it has no choice."""
+        devices = [self._capability(device) for device in self.devices.values()]
+        if structures is None:
+            return make_plan(self.job, candidates, devices)
+        plans = [
+            make_plan(
+                self.job,
+                [candidate],
+                [device for device, own in zip(devices, structures, strict=True) if own == place],
+            )
+            for place, candidate in enumerate(candidates)
+        ]
+        return Plan(
+            assignments={name: given for plan in plans for name, given in plan.assignments.items()},
+            keyframe_bytes={sid: size for plan in plans for sid, size in plan.keyframe_bytes.items()},
+        )
 
     def _play(self, number: int) -> RoundEnd:
         names = sorted(self.devices)
@@ -207,9 +241,9 @@ class Simulation:
         return self._advance(number)
 
     def _advance(self, number: int) -> RoundEnd:
-        updates = sorted(self._updates.values(), key=lambda update: update.update_id)
+        updates = sorted(self._tampered(number), key=lambda update: update.update_id)
         now = self.versions.now
-        advanced = aggregation.advance(self.job, now.number + 1, now.members, updates, Public())
+        advanced = aggregation.advance(self.job, now.number + 1, now.members, updates, self._public)
         self.versions.commit(
             advanced, number, [update.update_id for update in updates], {}, self.plan.keyframe_bytes
         )
@@ -220,6 +254,17 @@ class Simulation:
             traffic=self.traffic(),
             updates={update.device: update.body for update in updates},
         )
+
+    def _tampered(self, number: int) -> list[Update]:
+        honest = list(self._updates.values())
+        if self._tamper is None:
+            return honest
+        kept = []
+        for update in self._tamper(number, honest):
+            with contextlib.suppress(LiberataiError):
+                check_update(update, self.versions.now.members[update.structure].structure, self.job)
+                kept.append(update)
+        return kept
 
     def _accuracy(self) -> dict[str, float]:
         x, y = self.population.test

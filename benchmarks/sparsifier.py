@@ -17,7 +17,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,16 @@ import numpy as np
 
 from benchmarks.simulation import Floats, Labels, Population, Simulation
 from liberatai_coordinator.aggregation import trained_part
-from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
-from liberatai_core.contract.messages import Training
+from liberatai_coordinator.config import (
+    DOWN_TO_ALL,
+    DOWN_TO_SOME,
+    Aggregate,
+    JobSpec,
+    Rounds,
+    Sparsify,
+    StructureChoice,
+)
+from liberatai_core.contract.messages import Step, Training, weights_name
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.dataset import load_npz
 from liberatai_core.learning.families import structure_of
@@ -41,6 +49,8 @@ LAST, HOLD = 5, 3
 MARGIN = 0.01
 SMALLEST = 10
 """Samples that every artificial device gets."""
+AWAY = 10
+"""Rounds that the device of `catch_up_share` missed."""
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -69,6 +79,7 @@ class Curve:
     bodies: list[int] = field(default_factory=list)
     values_only: int = 0
     updates: int = 0
+    catch_up: int = 0
     seconds: float = 0.0
 
     @property
@@ -182,16 +193,9 @@ def structure_choice(data: DataContract, size: str) -> StructureChoice:
 # --- arms ----------------------------------------------------------------------------------------
 
 
-def ours(parameters: int) -> tuple[Sparsify, Aggregate]:
-    """Return the settings that `docs/sparsifier.md` recommends for a model of this size."""
-    share = min(1.0, max(0.05, 20_000 / parameters))
-    sparsify = Sparsify(trained_share=share, up_density=0.1, down_density=0.1, final_density=0.3)
-    return sparsify, Aggregate()
-
-
-def arms(options: argparse.Namespace, parameters: int) -> list[Plan]:
-    """Return what is compared."""
-    sparsify, aggregate = ours(parameters)
+def arms(options: argparse.Namespace) -> list[Plan]:
+    """Return what is compared; ours is what a job gets that says nothing about it."""
+    sparsify, aggregate = Sparsify(), Aggregate()
     changed = {
         name: getattr(options, name)
         for name in ("trained_share", "up_density", "down_density", "residual_decay", "warmup_rounds")
@@ -200,15 +204,18 @@ def arms(options: argparse.Namespace, parameters: int) -> list[Plan]:
     sparsify = msgspec.structs.replace(sparsify, **changed)
     server = {
         name: getattr(options, name)
-        for name in ("server_optimizer", "server_rate")
+        for name in ("server_optimizer", "server_rate", "server_momentum")
         if getattr(options, name) is not None
     }
     aggregate = msgspec.structs.replace(aggregate, **server)
     found = [Plan(name="ours", sparsify=sparsify, aggregate=aggregate, rounds=options.rounds_ours)]
     for factor in options.budgets:
         name = f"ours x{factor:g}"
-        up, down = (min(1.0, factor * one) for one in (sparsify.up_density, sparsify.down_density))
-        other = msgspec.structs.replace(sparsify, up_density=up, down_density=down)
+        usual = DOWN_TO_SOME if options.per_round else DOWN_TO_ALL
+        up, down = sparsify.up_density, sparsify.down_density or usual
+        other = msgspec.structs.replace(
+            sparsify, up_density=min(1.0, factor * up), down_density=min(1.0, factor * down)
+        )
         found.append(Plan(name=name, sparsify=other, aggregate=aggregate, rounds=options.rounds))
     found.insert(
         0, Plan(name="dense", sparsify=Sparsify(method="dense"), aggregate=Aggregate(), rounds=options.rounds)
@@ -285,10 +292,21 @@ def run_arm(work: tuple[argparse.Namespace, Population, StructureChoice, Plan]) 
                         file=sys.stderr,
                         flush=True,
                     )
+            curve.catch_up = _catch_up(simulation, AWAY)
         finally:
             simulation.close()
     curve.seconds = time.perf_counter() - began
     return curve
+
+
+def _catch_up(simulation: Simulation, rounds: int) -> int:
+    """Return the bytes that a device fetches whose last round was so many before the newest version."""
+    versions = simulation.versions
+    sid = next(iter(versions.now.chains))
+    keyframe, since = versions.now.chains[sid][0], max(0, versions.now.number - rounds)
+    mark = versions.history[since][sid]
+    held = Step(version=since, blob=keyframe.blob, digest=weights_name(mark.digest))
+    return versions.way(sid, (keyframe, held) if since else (keyframe,), 0).size_bytes
 
 
 # --- what is told --------------------------------------------------------------------------------
@@ -313,6 +331,7 @@ def summary(curves: list[Curve]) -> dict[str, Any]:
         "total_ratio": None,
         "up_ratio": None,
         "down_ratio": None,
+        "catch_up_share": round(best.catch_up / (4 * best.parameters), 5),
     }
     if there is not None and here is not None:
         found["total_ratio"] = round(found["dense_bytes"] / found["ours_bytes"], 1)
@@ -403,7 +422,14 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         "--budgets", type=float, nargs="*", help="densities of further arms of ours, times the default"
     )
     parser.add_argument("--only", nargs="*", default=[], help="names of arms, e.g. dense ours")
-    for name in ("trained-share", "up-density", "down-density", "residual-decay", "server-rate"):
+    for name in (
+        "trained-share",
+        "up-density",
+        "down-density",
+        "residual-decay",
+        "server-rate",
+        "server-momentum",
+    ):
         parser.add_argument(f"--{name}", type=float, help="of our arm")
     parser.add_argument("--warmup-rounds", type=int, help="of our arm")
     parser.add_argument("--server-optimizer", choices=("mean", "fedavgm", "fedadam"), help="of our arm")
@@ -445,12 +471,14 @@ def main() -> int:
     told += f"{structure.parameters:,d} parameters, {len(people.devices)} devices, "
     told += f"{options.per_round or 'all'} per round, seed {options.seed}"
     print(told, file=sys.stderr, flush=True)
-    plans = arms(options, structure.parameters)
+    plans = arms(options)
     work = [(options, people, choice, plan) for plan in plans]
     with multiprocessing.get_context("spawn").Pool(min(options.workers, len(work))) as pool:
         curves = pool.map(run_arm, work, chunksize=1)
     table(curves)
     picture(curves, options.picture, told)
+    rows = [asdict(curve) for curve in curves]
+    options.picture.with_suffix(".json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
     found = summary(curves)
     found |= {
         "name": "sparsifier",

@@ -7,8 +7,11 @@ Only real transfers are measured: nothing is sent to find out, because links are
 - A transfer counts by its size and by how long it took, as in the estimators of adaptive video players
   (Shaka Player, hls.js: exponentially weighted, with a half-life, small transfers left out), and by at most
   one half-life: a device that slept in the middle of a transfer loses one vote, not its estimate.
-- Tiny messages measure the latency, which is then taken off the larger ones. Of a transfer that was mostly
-  latency only one thing is known: the link is at least so fast. It may raise the estimate, never lower it.
+- Tiny messages measure the latency, which is then taken off the larger ones. Of a small transfer, and of one
+  that was mostly latency, only one thing is known: the link is at least so fast. It may raise the estimate,
+  never lower it.
+- An estimate grows old: with time it returns to what the profile says (`drifted`). A low one makes updates
+  small, and small ones cannot contradict it for long if the link is better again.
 
 The quota is counted per day of the device's clock (UTC), which is not trusted: see `count`.
 """
@@ -30,6 +33,15 @@ HALF_LIFE_S = 4.0
 """Transfers of so many seconds do the same: on a slow link few bytes say much (hls.js: 3 to 9 s)."""
 MAX_STEP = 8.0
 """A sample counts as at most so many times slower or faster than the estimate: one freak is no new link."""
+RAISE_WEIGHT = 0.25
+"""Of a half-life, that a bound counts at least. By its size an update of 600 bytes, all that is left to send
+when the estimate is far too low, would move it by a hundredth; so it is a sixth. Not more: shapers let short
+bursts pass faster than what lasts."""
+DRIFT_HALF_LIFE_S = 43_200.0
+"""Half a day: the busy hours of a network are over by then. A device that trains once a day believes its link
+at most 4 times too fast, and a plan gives the upload only a tenth of the deadline, so it is still in time."""
+FASTEST_S_PER_BYTE = 8e-12
+"""The protocol's 1e12 bit/s: where an estimate returns to if nobody says how fast the link should be."""
 LATENCY_RISE = 1 / 16
 """The latency falls at once and rises slowly: queues and load only ever add to it."""
 ANNOUNCE_RATIO = 1.25
@@ -42,7 +54,7 @@ MAX_COUNT = 2**53
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Span = Annotated[float, Meta(ge=0, le=1e9)]
-Slowness = Annotated[float, Meta(ge=8e-12, le=1e6)]
+Slowness = Annotated[float, Meta(ge=FASTEST_S_PER_BYTE, le=1e6)]
 """Seconds per byte; the lower end is the protocol's 1e12 bit/s."""
 
 
@@ -103,10 +115,10 @@ def sent(link: Link, size_bytes: int, seconds: float) -> Link:
         size_bytes: of the payload.
         seconds: from the handing over to the acknowledgement.
     """
-    if size_bytes <= TINY_BYTES:
-        return replace(link, latency_s=_latency(link.latency_s, seconds))
     slowness = _slowness(link.up_s_per_byte, size_bytes, seconds, link.latency_s or 0.0)
-    return replace(link, up_s_per_byte=slowness)
+    tiny = size_bytes <= TINY_BYTES
+    latency_s = _latency(link.latency_s, seconds) if tiny else link.latency_s
+    return replace(link, up_s_per_byte=slowness, latency_s=latency_s)
 
 
 def received(link: Link, size_bytes: int, seconds: float) -> Link:
@@ -131,19 +143,52 @@ def _latency(known: float | None, seconds: float) -> float | None:
 
 def _slowness(known: float | None, size_bytes: int, seconds: float, latency_s: float) -> float | None:
     """Return the mean time of a byte after one more transfer."""
-    if size_bytes < MIN_BYTES or not 0 <= seconds <= DAY_S:
+    if size_bytes <= 0 or not 0 <= seconds <= DAY_S:
         return known
     moving = seconds - latency_s
-    mostly_latency = moving < latency_s
+    is_bound = size_bytes < MIN_BYTES or moving < latency_s
     # What is only a bound is counted without taking anything off: the link is at least so fast.
-    sample = min(max((seconds if mostly_latency else moving) / size_bytes, 8e-12), 1e6)
+    sample = min(max((seconds if is_bound else moving) / size_bytes, FASTEST_S_PER_BYTE), 1e6)
     if known is None:
-        return None if mostly_latency else sample
-    if mostly_latency and sample >= known:
+        return None if is_bound else sample
+    if is_bound and sample >= known:
         return known
     weight = min(1.0, size_bytes / HALF_LIFE_BYTES + seconds / HALF_LIFE_S)
-    kept = math.exp2(-weight)
+    kept = math.exp2(-max(weight, RAISE_WEIGHT) if is_bound else -weight)
     return kept * known + (1.0 - kept) * min(max(sample, known / MAX_STEP), known * MAX_STEP)
+
+
+def drifted(
+    link: Link, ran_s: float, *, up_bits_s: float | None = None, down_bits_s: float | None = None
+) -> Link:
+    """Return what is still believed of the link some time later: slow estimates move towards the profile.
+
+    The distance halves per DRIFT_HALF_LIFE_S, in time per byte: a rate far below the profile doubles. An
+    estimate that is faster than the profile stays: what was measured once was possible. Many short times give
+    what one long time gives.
+
+    Args:
+        link: what was known.
+        ran_s: seconds since then, on a clock that cannot be set; nothing happens if it is not positive.
+        up_bits_s: uplink that the profile or the settings promise, bit/s; None: nothing.
+        down_bits_s: the same for the downlink.
+    """
+    if not ran_s > 0:
+        return link
+    kept = math.exp2(-ran_s / DRIFT_HALF_LIFE_S)
+    return replace(
+        link,
+        up_s_per_byte=_aged(link.up_s_per_byte, up_bits_s, kept),
+        down_s_per_byte=_aged(link.down_s_per_byte, down_bits_s, kept),
+    )
+
+
+def _aged(known: float | None, promised_bits_s: float | None, kept: float) -> float | None:
+    """Return the time of a byte of which a share `kept` of the distance to the promised one is left."""
+    goal = max(8.0 / promised_bits_s, FASTEST_S_PER_BYTE) if promised_bits_s else FASTEST_S_PER_BYTE
+    if known is None or known <= goal:
+        return known
+    return goal + kept * (known - goal)
 
 
 def announce(link: Link, last: Announced, now_s: float) -> Announced:

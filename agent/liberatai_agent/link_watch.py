@@ -48,6 +48,8 @@ class LinkWatch:
         traffic: gives the socket's counters; they start at zero with this object.
         now: gives seconds of a clock that cannot be set and goes on while the machine sleeps.
         wall: gives Unix seconds.
+        up_bits_s, down_bits_s: what the profile or the settings promise of the link, bit/s; None: nothing.
+            What was measured long ago returns there.
     """
 
     def __init__(
@@ -57,10 +59,14 @@ class LinkWatch:
         traffic: Callable[[], Traffic],
         now: Callable[[], float],
         wall: Callable[[], float] = time.time,
+        *,
+        up_bits_s: float | None = None,
+        down_bits_s: float | None = None,
     ) -> None:
         self.link = read_link(folder)
         self.announced = link_meter.announce(self.link, NOTHING, now())
         self._folder, self._quota_bytes = folder, quota_bytes
+        self._promised_up, self._promised_down = up_bits_s, down_bits_s
         self._traffic, self._now, self._wall = traffic, now, wall
         self._counted, self._counted_s = Traffic(), now()
         self._saved, self._saved_s = self.link, now()
@@ -115,14 +121,18 @@ class LinkWatch:
                 self.link = link_meter.received(self.link, size, self._now() - began)
 
     def count(self) -> None:
-        """Add what moved since the last call to the counters, and save them when it is worth it."""
+        """Add what moved since the last call, let the estimates age, and save both when it is worth it."""
         traffic, now_s = self._traffic(), self._now()
+        ran_s = max(0.0, now_s - self._counted_s)
+        aged = link_meter.drifted(
+            self.link, ran_s, up_bits_s=self._promised_up, down_bits_s=self._promised_down
+        )
         self.link = link_meter.count(
-            self.link,
+            aged,
             max(0, traffic.sent_bytes - self._counted.sent_bytes),
             max(0, traffic.received_bytes - self._counted.received_bytes),
             day=max(0, int(self._wall() // DAY_S)),
-            ran_s=max(0.0, now_s - self._counted_s),
+            ran_s=ran_s,
         )
         self._counted, self._counted_s = traffic, now_s
         unsaved = self.link.sent_bytes + self.link.received_bytes

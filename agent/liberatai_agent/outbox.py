@@ -2,11 +2,14 @@
 
 WAL with synchronous=FULL: NORMAL may roll back a committed transaction when the power fails. One training
 is one transaction: the update, the new residual, the refused updates that went into it, and the finished
-task appear together or not at all. One process uses the folder: `lock_state` holds it.
+task appear together or not at all. Left-overs carry a mark of what they mean (`mark_of`): another job under
+an old name, with another seed for example, must not be given them. One process uses the folder: `StateLock`
+holds it.
 """
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import sqlite3
@@ -20,14 +23,14 @@ from pathlib import Path
 import msgspec
 
 from liberatai_agent.files import write_durably
-from liberatai_agent.session import MAX_FINISHED, Unsent
+from liberatai_agent.session import MAX_FINISHED, Returned, Unsent
 from liberatai_core.contract.frame import HEADER_BYTES
-from liberatai_core.contract.messages import Update
+from liberatai_core.contract.messages import TaskSpec, Update
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import ConfigError, DiskError, LockedError, NotFoundError, QuotaError
 
 APPLICATION_ID = 0x4C_41_49_41  # "LAIA"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_MS = 5000
 CACHE_KIB = 256
 """SQLite's own default is 2 MiB; every row here is written and read once."""
@@ -38,21 +41,30 @@ KEY_FILE = "device.key"
 _SCHEMA = """
 CREATE TABLE updates (
     update_id BLOB PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, structure TEXT NOT NULL,
-    content BLOB NOT NULL, transfer TEXT, created INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0
+    content BLOB NOT NULL, transfer TEXT, created INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+    mark BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE TABLE returned (
     update_id BLOB PRIMARY KEY, job TEXT NOT NULL, structure TEXT NOT NULL, body BLOB NOT NULL,
-    created INTEGER NOT NULL
+    created INTEGER NOT NULL, round INTEGER NOT NULL DEFAULT 0, mark BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE TABLE residuals (
     job TEXT NOT NULL, structure TEXT NOT NULL, round INTEGER NOT NULL, used INTEGER NOT NULL,
-    state BLOB NOT NULL, PRIMARY KEY (job, structure)
+    state BLOB NOT NULL, mark BLOB NOT NULL DEFAULT x'', PRIMARY KEY (job, structure)
 ) STRICT;
 CREATE TABLE finished (
     number INTEGER PRIMARY KEY AUTOINCREMENT, task_id BLOB NOT NULL UNIQUE
 ) STRICT;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
+
+_FROM_1 = """
+ALTER TABLE updates ADD COLUMN mark BLOB NOT NULL DEFAULT x'';
+ALTER TABLE returned ADD COLUMN round INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE returned ADD COLUMN mark BLOB NOT NULL DEFAULT x'';
+ALTER TABLE residuals ADD COLUMN mark BLOB NOT NULL DEFAULT x'';
+"""
+"""Rows without a mark do not say what they were made for: updates are sent, left-overs are let go."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Update)
@@ -65,12 +77,24 @@ class Leftover:
     Attributes:
         residual: the sparsifier's state, None before the first round.
         round: the round that left it.
-        returned: (update id, body) of updates that were refused and so never counted.
+        returned: updates that were refused and so never counted.
+        dropped: residuals and returned updates that were deleted now, because they mean something else.
     """
 
     residual: bytes | None
     round: int = 0
-    returned: tuple[tuple[bytes, bytes], ...]
+    returned: tuple[Returned, ...]
+    dropped: int = 0
+
+
+def mark_of(spec: TaskSpec) -> bytes:
+    """Return 16 bytes that name what the coordinates of a left-over mean.
+
+    They depend on all that decides which coordinate of the model a value belongs to, and what it is worth.
+    """
+    structure = spec.structure
+    meaning = (spec.job, structure.id, structure.tensors, spec.trained_share, spec.seed, spec.codec)
+    return hashlib.sha256(_ENCODER.encode(meaning)).digest()[:16]
 
 
 class Outbox:
@@ -103,8 +127,10 @@ class Outbox:
                 f"BEGIN IMMEDIATE;{_SCHEMA}"
                 f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
             )
-        elif application != APPLICATION_ID or version > SCHEMA_VERSION:
+        elif application != APPLICATION_ID or not 1 <= version <= SCHEMA_VERSION:
             raise ConfigError(str(path), [f"not an outbox of this version (schema {version})"])
+        elif version == 1:
+            self._db.executescript(f"BEGIN IMMEDIATE;{_FROM_1}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -163,24 +189,63 @@ class Outbox:
         """Return the ids of tasks whose update was stored, oldest first."""
         return tuple(row[0] for row in self._db.execute("SELECT task_id FROM finished ORDER BY number"))
 
-    def leftover(self, job: str, structure: str) -> Leftover:
-        """Return what goes into the next training of this structure."""
+    def leftover(self, job: str, structure: str, mark: bytes) -> Leftover:
+        """Return what goes into the next training of this structure.
+
+        What is there for this job and structure with another mark is deleted: it can never be used.
+
+        Args:
+            job: its name.
+            structure: its id.
+            mark: of the training's spec, see `mark_of`.
+
+        Raises:
+            DiskError: it could not be deleted; nothing has changed, a later try may work.
+        """
+        dropped = self._drop_strange(job, structure, mark)
         row = self._db.execute(
             "SELECT state, round FROM residuals WHERE job = ? AND structure = ?", (job, structure)
         ).fetchone()
         bodies = self._db.execute(
-            "SELECT update_id, body FROM returned WHERE job = ? AND structure = ? ORDER BY update_id",
+            "SELECT update_id, round, body FROM returned WHERE job = ? AND structure = ? ORDER BY update_id",
             (job, structure),
         )
         state, number = row or (None, 0)
-        return Leftover(residual=state, round=number, returned=tuple(bodies.fetchall()))
+        returned = tuple(Returned(update_id=uid, round=of, body=body) for uid, of, body in bodies)
+        return Leftover(residual=state, round=number, returned=returned, dropped=dropped)
+
+    def _drop_strange(self, job: str, structure: str, mark: bytes) -> int:
+        """Delete left-overs of a job and structure that have another mark; return how many there were."""
+        which, values = "WHERE job = ? AND structure = ? AND mark != ?", (job, structure, mark)
+        found = self._db.execute(
+            f"SELECT (SELECT count(*) FROM residuals {which}) + (SELECT count(*) FROM returned {which})",  # noqa: S608 - our own words
+            (*values, *values),
+        ).fetchone()[0]
+        if found:
+            with self._transaction():
+                self._db.execute(f"DELETE FROM residuals {which}", values)  # noqa: S608
+                self._db.execute(f"DELETE FROM returned {which}", values)  # noqa: S608
+        return int(found)
 
     def commit_training(
-        self, update: Update, *, task_id: bytes, residual: bytes, returned: tuple[bytes, ...] = ()
+        self,
+        update: Update,
+        *,
+        task_id: bytes,
+        residual: bytes,
+        mark: bytes,
+        returned: tuple[bytes, ...] = (),
     ) -> tuple[bytes, ...]:
         """Store update, residual and finished task in one transaction, and delete the `returned` used.
 
         If an update with this id is stored already, that one counts and nothing but the task is noted.
+
+        Args:
+            update: what is sent.
+            task_id: of the task that it answers.
+            residual: the sparsifier's state after it.
+            mark: of the training's spec, see `mark_of`.
+            returned: ids of refused updates that are done with.
 
         Returns:
             Ids of older updates that were dropped because the quota was reached, superseded ones first.
@@ -201,14 +266,14 @@ class Outbox:
             self._db.executemany("DELETE FROM returned WHERE update_id = ?", [(uid,) for uid in returned])
             dropped = self._make_room(update, len(content))
             self._db.execute(
-                "INSERT INTO updates (update_id, job, round, structure, content, created) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (update.update_id, update.job, update.round, update.structure, content, now),
+                "INSERT INTO updates (update_id, job, round, structure, content, created, mark) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (update.update_id, update.job, update.round, update.structure, content, now, mark),
             )
             self._db.execute(
-                "INSERT OR REPLACE INTO residuals VALUES (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 "
-                "FROM residuals), ?)",
-                (update.job, update.structure, update.round, residual),
+                "INSERT OR REPLACE INTO residuals (job, structure, round, used, state, mark) "
+                "VALUES (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 FROM residuals), ?, ?)",
+                (update.job, update.structure, update.round, residual, mark),
             )
             self._db.execute(
                 "DELETE FROM residuals WHERE rowid NOT IN "
@@ -254,14 +319,15 @@ class Outbox:
         """Delete a refused update and keep its body for the next training of its structure."""
         with self._transaction():
             row = self._db.execute(
-                "SELECT job, structure FROM updates WHERE update_id = ?", (update_id,)
+                "SELECT job, structure, round, mark FROM updates WHERE update_id = ?", (update_id,)
             ).fetchone()
             if row is None:
                 return
             body = self._update(update_id).body
             self._db.execute("DELETE FROM updates WHERE update_id = ?", (update_id,))
             self._db.execute(
-                "INSERT OR IGNORE INTO returned VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO returned (update_id, job, structure, round, mark, body, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (update_id, *row, body, int(time.time())),
             )
 

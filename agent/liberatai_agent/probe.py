@@ -385,8 +385,9 @@ def capability(
         else (profile.storage_bytes if profile else DEFAULT_STORAGE_BYTES),
     )
     net, wished = profile.net if profile else None, config.link
-    up, up_measured = _rate(link.up_bits_s, wished.up_mbit or (net.up_mbit if net else None))
-    down, _ = _rate(link.down_bits_s, wished.down_mbit or (net.down_mbit if net else None))
+    up_promised, down_promised = promised_bits_s(config, profile)
+    up, up_measured = _rate(link.up_bits_s, up_promised)
+    down, _ = _rate(link.down_bits_s, down_promised)
     metered = wished.metered
     if metered is None:
         metered = wished.quota_bytes is not None or (net is not None and net.metered)
@@ -422,9 +423,16 @@ def _tightest(measured: float, allowed: float | None) -> float:
     return measured if allowed is None else min(measured, allowed)
 
 
-def _rate(measured_bits_s: float | None, allowed_mbit: float | None) -> tuple[float | None, bool]:
+def promised_bits_s(config: AgentConfig, profile: Profile | None) -> tuple[float | None, float | None]:
+    """Return what settings or profile say of uplink and downlink, bit/s; None where they say nothing."""
+    net, wished = profile.net if profile else None, config.link
+    up = wished.up_mbit or (net.up_mbit if net else None)
+    down = wished.down_mbit or (net.down_mbit if net else None)
+    return None if up is None else up * 1e6, None if down is None else down * 1e6
+
+
+def _rate(measured_bits_s: float | None, allowed: float | None) -> tuple[float | None, bool]:
     """Return the rate that counts, bit/s, and whether it is the measured one."""
-    allowed = None if allowed_mbit is None else allowed_mbit * 1e6
     if measured_bits_s is None or (allowed is not None and allowed < measured_bits_s):
         return allowed, False
     return measured_bits_s, True

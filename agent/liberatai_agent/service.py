@@ -29,7 +29,7 @@ from liberatai_agent import session as s
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.config import AgentConfig, load_profile
 from liberatai_agent.link_watch import LinkWatch
-from liberatai_agent.outbox import Outbox, StateLock, device_seed
+from liberatai_agent.outbox import Outbox, StateLock, device_seed, mark_of
 from liberatai_agent.trainer import Trainer
 from liberatai_agent.trainer_messages import File, Work
 from liberatai_core import __version__
@@ -54,7 +54,7 @@ from liberatai_core.contract.messages import (
     Update,
     update_id,
 )
-from liberatai_core.errors import LiberataiError, LinkError, SchemaError, TopicError
+from liberatai_core.errors import CodecError, LiberataiError, LinkError, SchemaError, TopicError
 from liberatai_core.link.link import Connected, Disconnected, Link, Received, Traffic, Will
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,15 @@ class Service:
         self._store = BlobStore(config.state_path / "blobs")
         will = Will(topic=self._up("state"), payload=self._seal(self._state("lost")))
         self._link = self._make_link(will)
-        self._watch = LinkWatch(config.state_path, config.link.quota_bytes, self._traffic, _now_s)
+        up_bits_s, down_bits_s = probe.promised_bits_s(config, self._profile)
+        self._watch = LinkWatch(
+            config.state_path,
+            config.link.quota_bytes,
+            self._traffic,
+            _now_s,
+            up_bits_s=up_bits_s,
+            down_bits_s=down_bits_s,
+        )
         # Nothing else runs yet, so this may block: a thread for it would stay and take memory.
         self._take_look(probe.bench(config.state_path, config.data))
         self._fetcher = Fetcher(
@@ -559,7 +567,10 @@ class Service:
             await asyncio.gather(before, return_exceptions=True)
         task, spec, uid = action.task, action.spec, action.update_id
         try:
-            left = self._outbox.leftover(task.job, spec.structure.id)
+            left = self._outbox.leftover(task.job, spec.structure.id, mark_of(spec))
+            if left.dropped:
+                text = f"{left.dropped} left-overs of a job of this name with other settings"
+                self._happen(s.LeftoverDropped(code=CodecError.code, text=text))
             work = Work(
                 device=task.device,
                 job=task.job,
@@ -587,6 +598,9 @@ class Service:
             self._note_error(error.code, str(error))
             self._happen(s.TrainingFailed(update_id=uid, code=error.code, text=str(error)))
             return
+        if result.dropped is not None:
+            code, text = result.dropped
+            self._happen(s.LeftoverDropped(code=code, text=text))
         self._last_training = {
             "round": task.round,
             "structure": spec.structure.id,
@@ -620,7 +634,11 @@ class Service:
                 loss=result.loss,
             )
             dropped = self._outbox.commit_training(
-                update, task_id=task.task_id, residual=result.residual, returned=result.returned
+                update,
+                task_id=task.task_id,
+                residual=result.residual,
+                mark=mark_of(action.spec),
+                returned=result.returned,
             )
         except LiberataiError as error:
             self._note_error(error.code, str(error))

@@ -7,7 +7,8 @@ that shall be done is an action. `service.py` makes it happen. The rules:
 - The same task is never started twice; if its update waits in the outbox, that one is sent again.
 - A task for other work stops the training that runs.
 - The device keeps the path of files that leads to the weights it last worked from. A task goes on from any
-  point of it; one that goes on from elsewhere is answered with E_BASE until the whole path comes.
+  point of it; one that goes on from elsewhere, or grows beyond the storage, is answered with E_BASE until the
+  whole path comes. The end of a job, which brings the finished model, is treated alike.
 - An update is sent until a receipt comes: at once, when the link or the coordinator comes back, and on a
   timer that doubles. Only a receipt makes the device forget it.
 - A refused update was not counted: its content goes back into what is left over (error feedback), unless
@@ -41,6 +42,8 @@ CODECS = (
 RETRY_FIRST_S = 5.0
 RETRY_MAX_S = 120.0
 """Pauses double from 5 s to 2 min: a restarting coordinator is found soon, a dead one is not hammered."""
+FINAL_RETRY_MAX_S = 3600.0
+"""For the path to a finished model: no round waits, nothing ends the questions, and each has 200 bytes."""
 MAX_ATTEMPTS = 3
 """Trainings of one task that may die of a cause outside the task (killed, disk full)."""
 MAX_FINISHED = 256
@@ -53,13 +56,28 @@ class Value(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all events, actions and states: a Struct costs a device a tenth of a dataclass's memory."""
 
 
+class Returned(Value, frozen=True, kw_only=True):
+    """An update that was refused, so its content goes into a later training.
+
+    Attributes:
+        update_id: its id.
+        round: that it was made in; coordinates that are drawn per round follow from it.
+        body: encoded sparse difference.
+    """
+
+    update_id: bytes
+    round: int
+    body: bytes
+
+
 class TrainingResult(Value, frozen=True, kw_only=True):
     """What one training gave.
 
     Attributes:
         body: encoded sparse difference.
         residual: the sparsifier's state after it, as it is stored.
-        returned: ids of the refused updates whose content went into `body` or `residual`.
+        returned: ids of the refused updates whose content went into `body` or `residual`, or cannot be used.
+        dropped: (code, text) of the left-overs that could not be used and are gone; None: there were none.
         samples: samples trained on.
         class_counts: the same per class, only if the task asks for it.
         evaluation: (correct, total) of the base model on the local hold-out.
@@ -70,6 +88,7 @@ class TrainingResult(Value, frozen=True, kw_only=True):
     body: bytes
     residual: bytes
     returned: tuple[bytes, ...] = ()
+    dropped: tuple[str, str] | None = None
     samples: int
     class_counts: tuple[int, ...] | None = None
     evaluation: tuple[int, int] | None = None
@@ -185,6 +204,13 @@ class TrainingFailed(Value, frozen=True, kw_only=True):
     text: str
 
 
+class LeftoverDropped(Value, frozen=True, kw_only=True):
+    """What earlier rounds left over cannot be used, and is gone; the training goes on without it."""
+
+    code: str
+    text: str
+
+
 class OutboxStored(Value, frozen=True, kw_only=True):
     """Update and residual are durable."""
 
@@ -246,6 +272,7 @@ Happened = (
     | SpecRead
     | Trained
     | TrainingFailed
+    | LeftoverDropped
     | OutboxStored
     | StoreFailed
     | UpdateDropped
@@ -406,7 +433,8 @@ class Session(Value, frozen=True, kw_only=True):
     Attributes:
         device: own name.
         away: the coordinator said goodbye or was lost.
-        task, stage, attempts: the work under way.
+        task, stage, attempts: the work under way. "baseless" without a task: it asks for the path to the
+            finished model.
         began_s: when it began; its deadline counts from there, once the spec is known.
         spec: what the newest task's spec says, with the id of its blob.
         path: files on disk that lead to the weights of the last update, or of the finished model.
@@ -525,6 +553,8 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _trained(s, uid, result)
         case TrainingFailed():
             return _training_failed(s, event)
+        case LeftoverDropped(code=code, text=text):
+            return _emit(s, "residual_dropped", code, text)
         case OutboxStored(update_id=uid):
             return _outboxed(s, uid)
         case StoreFailed():
@@ -629,14 +659,16 @@ def _newest_task(s: Session, task: Task) -> Stepped:
 
 
 def _begin(s: Session, task: Task) -> Stepped:
-    s = replace(s, task=task, began_s=s.now_s, final=(), missing=(), retry_at_s=None)
+    s = replace(s, task=task, began_s=s.now_s, final=(), missing=(), retry_at_s=None, attempts=0)
     if s.tier != "full":
         return _fail(s, "E_TIER", f"this device is of tier {s.tier} and cannot train")
     chain = joined(s.path, task.held, task.steps)
     if chain is None:
-        return _baseless(s)
+        return _baseless(s, NOT_HERE)
     if (size := _bytes(chain)) > s.storage_bytes:
-        return _fail(s, "E_QUOTA", f"the model's files take {size} bytes, {s.storage_bytes} are allowed")
+        much = f"the model's files take {size} bytes, {s.storage_bytes} are allowed"
+        # Keyframe and deltas from the start may be shorter than what has gathered here.
+        return _baseless(s, much) if task.held else _fail(s, "E_QUOTA", much)
     s = replace(_making_room(s, chain), stage="fetching", chain=chain, reason="")
     refs = (*_refs(task.steps), *(() if s.spec and s.spec[0] == task.spec.blob else (task.spec,)))
     s = replace(s, missing=refs)
@@ -655,10 +687,14 @@ def joined(path: tuple[Step, ...], held: bytes, steps: tuple[Step, ...]) -> tupl
     return None
 
 
-def _baseless(s: Session) -> Stepped:
-    """Ask for the whole path; the coordinator gives the task again with it."""
-    s = _wait(replace(s, stage="baseless", missing=()), "E_BASE", "its files are not here")
-    return _emit(s, "base_missing", "E_BASE", "what the task goes on from is not here")
+NOT_HERE = "what it goes on from is not here"
+
+
+def _baseless(s: Session, text: str) -> Stepped:
+    """Ask for the whole path; the coordinator gives the task, or the end of the job, again with it."""
+    longest_s = FINAL_RETRY_MAX_S if s.task is None else RETRY_MAX_S
+    s = _wait(replace(s, stage="baseless", missing=()), "E_BASE", text, longest_s)
+    return _emit(s, "base_missing", "E_BASE", text)
 
 
 def _making_room(s: Session, chain: tuple[Step, ...]) -> Session:
@@ -718,19 +754,32 @@ def _cancelled(s: Session, cancel: Cancel) -> Stepped:
 def _fetch_final(s: Session, cancel: Cancel) -> Stepped:
     chain = joined(s.path, cancel.held, cancel.final)
     if chain is None:
-        return _emit(s, "base_missing", "E_BASE", "what the final model goes on from is not here")
+        return _baseless(_without_half_a_final(s), NOT_HERE)
     if chain == s.final:
-        return s, ()
+        return _settled(s), ()
     if (size := _bytes(chain)) > s.storage_bytes:
-        return _emit(
-            s, "final_model", "E_QUOTA", f"its files take {size} bytes, {s.storage_bytes} are allowed"
-        )
-    s = replace(_making_room(s, chain), final=chain, missing=_refs(cancel.final))
+        much = f"the finished model's files take {size} bytes, {s.storage_bytes} are allowed"
+        if cancel.held:
+            return _baseless(_without_half_a_final(s), much)
+        return _emit(_settled(s), "final_model", "E_QUOTA", much)
+    s = replace(_making_room(_settled(s), chain), final=chain, missing=_refs(cancel.final))
     drop = DropBlobs(keep=_kept(s))
     if s.missing:
         return s, (drop, FetchBlobs(refs=s.missing))
     s, kept = _final_there(s)
     return s, (drop, *kept)
+
+
+def _settled(s: Session) -> Session:
+    """Return the session without a question for the path to a finished model."""
+    if s.stage != "baseless":
+        return s
+    return replace(s, stage="none", retry_at_s=None, reason="", attempts=0)
+
+
+def _without_half_a_final(s: Session) -> Session:
+    """Let a finished model go that is still being fetched: nothing is missing while a path is asked for."""
+    return replace(s, final=()) if s.missing else s
 
 
 def _final_there(s: Session) -> Stepped:
@@ -784,18 +833,18 @@ def _failed_blob(s: Session, event: BlobFailed) -> Stepped:
     return _wait(s, event.code, event.text), ()
 
 
-def _wait(s: Session, code: str, text: str) -> Session:
+def _wait(s: Session, code: str, text: str, longest_s: float = RETRY_MAX_S) -> Session:
     """Plan another try of whatever failed."""
     return replace(
         s,
         attempts=s.attempts + 1,
         reason=f"{code}: {text}",
-        retry_at_s=s.now_s + _pause(s.attempts),
+        retry_at_s=s.now_s + _pause(s.attempts, longest_s),
     )
 
 
-def _pause(attempts: int) -> float:
-    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(attempts, 16))
+def _pause(attempts: int, longest_s: float = RETRY_MAX_S) -> float:
+    return min(longest_s, RETRY_FIRST_S * 2.0 ** min(attempts, 16))
 
 
 def _start(s: Session) -> Stepped:
@@ -832,7 +881,7 @@ def _training_failed(s: Session, event: TrainingFailed) -> Stepped:
         s = replace(s, path=(), refetched=True)
         drop = DropBlobs(keep=frozenset({task.spec.blob}))
         if task.held:
-            s, asked = _baseless(replace(s, chain=()))
+            s, asked = _baseless(replace(s, chain=()), NOT_HERE)
             return s, (drop, *asked)
         refs = _refs(s.chain)
         return replace(s, stage="fetching", missing=refs), (drop, FetchBlobs(refs=refs))
@@ -956,7 +1005,7 @@ def _retry(s: Session) -> Stepped:
     if s.stage == "storing" and s.task is not None and s.spec is not None and s.result is not None:
         return s, (StoreUpdate(task=s.task, spec=s.spec[1], update_id=s.update_id, result=s.result),)
     if s.stage == "baseless":
-        return _baseless(s)
+        return _baseless(s, s.reason.partition(": ")[2])
     if s.missing:
         return s, (FetchBlobs(refs=s.missing),)
     return _start(s)

@@ -12,14 +12,14 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from liberatai_agent.session import TrainingResult
+from liberatai_agent.session import Returned, TrainingResult
 from liberatai_agent.trainer_messages import (
     LENGTH,
     Answer,
@@ -39,6 +39,7 @@ from liberatai_core.errors import (
     DataError,
     DigestError,
     LiberataiError,
+    NonFiniteError,
     TooLargeError,
 )
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from liberatai_core.learning.dataset import Samples
     from liberatai_core.learning.training import TrainSettings
     from liberatai_core.sparsifier.subspace import Subspace
+    from liberatai_core.sparsifier.top_k import State
     from liberatai_core.structure import Structure
     from liberatai_core.weights import Vector
 
@@ -87,12 +89,11 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     import numpy as np  # noqa: PLC0415 - the parent imports this module's neighbours
 
     from liberatai_core.learning import training  # noqa: PLC0415
-    from liberatai_core.sparsifier import methods, schedule, top_k  # noqa: PLC0415
+    from liberatai_core.sparsifier import methods, top_k  # noqa: PLC0415
 
     if task.codec not in methods.METHODS:
         raise CodecError(f"unknown sparse method {task.codec}")
-    method, seed = methods.METHODS[task.codec], work_seed(task.seed, task.device, task.job, task.round)
-
+    seed = work_seed(task.seed, task.device, task.job, task.round)
     base = base_weights(task, memory)
     samples = _samples(task, memory)
     if samples.y is None:
@@ -102,20 +103,15 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
     chosen = trained_part(task)
     trained = training.train(task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain)
-    difference = chosen.gather(trained.weights) - chosen.gather(base)
-    if method.feedback:
-        for lost in _given_back(task, chosen.part):
-            difference += lost
-    state = top_k.init(chosen.part.parameters)
-    if task.residual is not None:
-        state = top_k.state_from_bytes(task.residual, chosen.part.parameters)
-    worth = schedule.decay(task.rounds_away, task.residual_decay, task.residual_limit)
-    state, body = method.sparsify(state, difference, chosen.part, task.density, seed=seed, decay=worth)
+    state, body, dropped = _sparsified(
+        task, chosen.part, lambda: chosen.gather(trained.weights) - chosen.gather(base)
+    )
     counts = np.bincount(y, minlength=task.data.classes).tolist() if task.share_class_counts else None
     return TrainingResult(
         body=body,
         residual=top_k.state_to_bytes(state),
-        returned=tuple(uid for uid, _ in task.returned),
+        returned=tuple(one.update_id for one in task.returned),
+        dropped=dropped,
         samples=len(y),
         class_counts=None if counts is None else tuple(counts),
         evaluation=evaluation,
@@ -132,13 +128,77 @@ def trained_part(task: Work) -> "Subspace":
     return subspace(task.structure, task.trained_share, seed)
 
 
-def _given_back(task: Work, part: "Structure") -> "Iterator[Vector]":
-    """Yield what refused updates meant; one whose coordinates were drawn for its own round is let go."""
-    from liberatai_core.sparsifier import methods, random_k  # noqa: PLC0415
+Dropped = tuple[str, str] | None
+"""(code, text) of left-overs that could not be used."""
 
-    for _, body in task.returned:
-        if body[:1] != bytes([random_k.RANDOM]):
-            yield methods.densify(body, part)
+
+def _sparsified(
+    task: Work, part: "Structure", difference: "Callable[[], Vector]"
+) -> "tuple[State, bytes, Dropped]":
+    """Return the next state, the update, and what was wrong with left-overs that do not go in.
+
+    A training must not fail for ever because of what an earlier one left: what cannot be read is let go, and
+    if the sum overflows, all of it is.
+
+    Args:
+        task: the training.
+        part: the named tensors of what is trained.
+        difference: gives what was learned now, shape (part.parameters,); a new vector at each call.
+    """
+    from liberatai_core.sparsifier import methods, schedule, top_k  # noqa: PLC0415
+
+    method = methods.METHODS[task.codec]
+    seed = work_seed(task.seed, task.device, task.job, task.round)
+    worth = schedule.decay(task.rounds_away, task.residual_decay, task.residual_limit)
+
+    def sparsify(state: "State", wanted: "Vector") -> "tuple[State, bytes]":
+        return method.sparsify(state, wanted, part, task.density, seed=seed, decay=worth)
+
+    state, dropped = _state(task, part)
+    total = difference()
+    if method.feedback:
+        total, lost = _with_returned(task, part, total)
+        dropped = dropped or lost
+    try:
+        return *sparsify(state, total), dropped
+    except NonFiniteError as error:
+        # Without left-overs it is the training itself that went wrong, and the same error comes again.
+        fresh = sparsify(top_k.init(part.parameters), difference())
+        return *fresh, (error.code, f"with what was left over: {error}")
+
+
+def _state(task: Work, part: "Structure") -> "tuple[State, Dropped]":
+    """Return the sparsifier's state before this round; a new one if the stored one does not fit."""
+    from liberatai_core.sparsifier import top_k  # noqa: PLC0415
+
+    fresh = top_k.init(part.parameters)
+    if task.residual is None:
+        return fresh, None
+    try:
+        return top_k.state_from_bytes(task.residual, part.parameters), None
+    except LiberataiError as error:
+        return fresh, (error.code, str(error))
+
+
+def _with_returned(task: Work, part: "Structure", total: "Vector") -> "tuple[Vector, Dropped]":
+    """Return a difference to which was added what refused updates meant; one that is broken is left out."""
+    import numpy as np  # noqa: PLC0415
+
+    dropped = None
+    for one in task.returned:
+        try:
+            with np.errstate(over="ignore"):
+                total += _meant(task, part, one)
+        except LiberataiError as error:
+            dropped = error.code, f"refused update of round {one.round}: {error}"
+    return total, dropped
+
+
+def _meant(task: Work, part: "Structure", one: Returned) -> "Vector":
+    """Return the difference that a refused update meant; drawn coordinates are those of its own round."""
+    from liberatai_core.sparsifier import methods  # noqa: PLC0415
+
+    return methods.densify(one.body, part, work_seed(task.seed, task.device, task.job, one.round))
 
 
 def base_weights(task: Work, memory: Memory) -> "Vector":

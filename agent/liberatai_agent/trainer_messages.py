@@ -4,7 +4,7 @@ import struct
 
 import msgspec
 
-from liberatai_agent.session import TrainingResult
+from liberatai_agent.session import Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
@@ -42,7 +42,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
         residual_decay, residual_limit: what that leaves of the residual, see `sparsifier.schedule.decay`.
         data_path: private .npz.
         residual: the sparsifier's state, None before the first round.
-        returned: (update id, body) of refused updates: their content is added to the difference.
+        returned: refused updates: their content is added to the difference.
     """
 
     device: str
@@ -57,7 +57,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     data_path: str
     codec: str = "topk"
     residual: bytes | None = None
-    returned: tuple[tuple[bytes, bytes], ...] = ()
+    returned: tuple[Returned, ...] = ()
     share_class_counts: bool = False
     trained_share: float = 1.0
     rounds_away: int = 0

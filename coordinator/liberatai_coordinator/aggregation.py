@@ -11,21 +11,19 @@ devices' view lags behind the coordinator's state by what a delta left out; the 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_core.aggregator import mean
+from liberatai_core.aggregator import rules
 from liberatai_core.aggregator import server_optimizer as optimizers
-from liberatai_core.aggregator.ensemble import Evidence, Method, Pool, pooled
-from liberatai_core.aggregator.guard import guard
-from liberatai_core.aggregator.label_free import label_free
-from liberatai_core.aggregator.tpe import tpe
-from liberatai_core.aggregator.uniform import uniform
+from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, pooled
+from liberatai_core.aggregator.guard import divided, guard
+from liberatai_core.aggregator.methods import LABELLED, chosen, method_of
 from liberatai_core.compressor.artifact import FULL, Coding, write
 from liberatai_core.contract.messages import Update, part_seed, work_seed
 from liberatai_core.errors import NonFiniteError
@@ -33,7 +31,7 @@ from liberatai_core.learning.distillation import DistillSettings, consensus, dis
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
-from liberatai_core.sparsifier.subspace import Subspace, subspace
+from liberatai_core.sparsifier.subspace import Subspace, recommended_share, subspace
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector, require_finite
@@ -71,12 +69,12 @@ class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
     """How a version's structures are combined: `aggregator.ensemble.Pool` in plain numbers, and the guard.
 
     Attributes:
-        method: "uniform", "label_free" or "tpe".
+        method: name of the method in `aggregator.methods.ENSEMBLES` that found the weights.
         members: structure ids, in the order of the rows below.
         weights: (members, classes).
         log_priors: (members, classes), or () for none.
         bias: (classes,), or () for none.
-        kind: "log" or "linear".
+        kind: "log", "linear" or "vote".
         use: "ensemble", or the id of the structure that the guard fell back to.
         guard: what the guard saw, in words.
     """
@@ -86,7 +84,7 @@ class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
     weights: tuple[tuple[float, ...], ...]
     log_priors: tuple[tuple[float, ...], ...] = ()
     bias: tuple[float, ...] = ()
-    kind: Literal["log", "linear"] = "log"
+    kind: Kind = "log"
     use: str = "ensemble"
     guard: str = ""
 
@@ -117,6 +115,8 @@ class Advanced:
         keyframes: the same of methods whose downlink is the whole model: what replaces the view.
         ensemble: of the devices' views.
         teach_seconds: wall time of the distillation (advisory; part of no digest).
+        contributions: per device, what its update gave.
+        frozen: per structure that merged nothing although it had updates, why.
     """
 
     members: Mapping[str, Member]
@@ -124,12 +124,19 @@ class Advanced:
     keyframes: Mapping[str, bytes]
     ensemble: Ensemble
     teach_seconds: float
+    contributions: Mapping[str, rules.Contribution] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 def trained_share(job: JobSpec, structure: Structure) -> float:
     """Return the share of a structure's large tensors that the job trains."""
     choice = job.choice(structure.family, structure.params)
-    return (choice.trained_share if choice else None) or job.sparsify.trained_share
+    named = (choice.trained_share if choice else None) or job.sparsify.trained_share
+    if named is not None:
+        return named
+    # Baselines without feedback are what their papers say: they train everything.
+    feedback = methods.METHODS[job.sparsify.method].feedback
+    return recommended_share(structure.parameters) if feedback else 1.0
 
 
 def trained_part(job: JobSpec, structure: Structure) -> Subspace:
@@ -171,7 +178,9 @@ def advance(
         updates: sorted by update id; all verified against their structure already.
         public: the coordinator's own data.
     """
-    merged = {sid: _merge(job, member, _of(updates, sid)) for sid, member in sorted(members.items())}
+    by_structure = {sid: _of(updates, sid) for sid in sorted(members)}
+    merges = {sid: _merge(job, number, members[sid], some) for sid, some in by_structure.items() if some}
+    merged = {sid: _moved(job, members[sid], by_structure[sid], merges.get(sid)) for sid in by_structure}
     started = time.perf_counter()
     taught = _teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
@@ -188,6 +197,12 @@ def advance(
         keyframes=keyframes,
         ensemble=combine(job, members_after, public),
         teach_seconds=teach_seconds,
+        contributions={
+            update.device: given
+            for sid, merge in merges.items()
+            for update, given in zip(by_structure[sid], merge.contributions, strict=True)
+        },
+        frozen={sid: merge.frozen for sid, merge in merges.items() if merge.frozen},
     )
 
 
@@ -205,35 +220,61 @@ def outputs(
 
 
 def _of(updates: Sequence[Update], sid: str) -> list[Update]:
-    return [update for update in updates if update.structure == sid]
+    found = [update for update in updates if update.structure == sid]
+    return sorted(found, key=lambda update: update.update_id)
 
 
 def _server(job: JobSpec) -> optimizers.ServerOptimizer:
-    build, rate = optimizers.SERVER_OPTIMIZERS[job.aggregate.server_optimizer], job.aggregate.server_rate
-    return build() if rate is None else build(rate)
+    rules = job.aggregate
+    given = {} if rules.server_rate is None else {"rate": rules.server_rate}
+    if rules.server_optimizer == "fedavgm":
+        given["momentum"] = rules.server_momentum
+    return optimizers.SERVER_OPTIMIZERS[rules.server_optimizer](**given)
 
 
-def _merge(job: JobSpec, member: Member, updates: Sequence[Update]) -> Member:
-    if not updates:
-        return member
-    part = trained_part(job, member.structure)
-    decoded = [
-        mean.Update(
+def _merge(job: JobSpec, number: int, member: Member, updates: Sequence[Update]) -> rules.Merged:
+    """Return what the updates of one structure (sorted by id, at least one) mean."""
+    part = trained_part(job, member.structure).part
+    settings = rules.Settings(
+        rule=job.aggregate.rule,
+        hostile=job.aggregate.hostile,
+        clip=job.aggregate.clip,
+        cap=job.aggregate.sample_cap,
+        over=methods.METHODS[job.sparsify.method].rule,
+        seed=derive_seed(job.seed, f"buckets|{member.structure.id}", number),
+    )
+    senders = [
+        rules.Sender(
             id=update.update_id.hex(),
-            difference=difference(job, update, part.part),
             samples=update.samples,
+            read=partial(difference, job, update, part),
         )
         for update in updates
     ]
-    rule = mean.RULES[methods.METHODS[job.sparsify.method].rule]
-    together = mean.aggregate(rule(job.aggregate.sample_cap), part.part.parameters, decoded)
-    optimizer, moved = _server(job).step(member.optimizer, part.gather(member.master), together)
+    return rules.merge(settings, part.parameters, senders)
+
+
+def _moved(job: JobSpec, member: Member, updates: Sequence[Update], merged: rules.Merged | None) -> Member:
+    """Return a member after the server's step; one without updates, or frozen, stays as it is."""
+    if merged is None or merged.frozen:
+        return member
+    part = trained_part(job, member.structure)
+    optimizer, moved = _server(job).step(member.optimizer, part.gather(member.master), merged.difference)
     require_finite(moved, member.structure.id)
     master = part.replaced(member.master, moved)
+    return replace(member, master=master, optimizer=optimizer, class_counts=_counts(job, member, updates))
+
+
+def _counts(job: JobSpec, member: Member, updates: Sequence[Update]) -> NDArray[np.float64]:
+    """Return the samples of each class behind a structure; robust rules cap them as they cap samples."""
     counts = [update.class_counts for update in updates if update.class_counts is not None]
-    usable = [c for c in counts if len(c) == len(member.class_counts)]
-    class_counts = np.array(usable, dtype=np.float64).sum(axis=0) if usable else member.class_counts
-    return replace(member, master=master, optimizer=optimizer, class_counts=class_counts)
+    usable = np.array([c for c in counts if len(c) == len(member.class_counts)], dtype=np.float64)
+    if not usable.size:
+        return member.class_counts
+    if job.aggregate.rule != "mean":
+        totals = usable.sum(axis=1, keepdims=True)
+        usable *= np.minimum(1.0, np.median(totals) / np.maximum(totals, 1.0))
+    return np.asarray(usable.sum(axis=0))
 
 
 def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Public) -> Mapping[str, Member]:
@@ -269,7 +310,7 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
 def _density(job: JobSpec, number: int, structure: Structure) -> float:
     """Return the share of the trained part that goes down; nothing follows the last version."""
     choice, rounds = job.choice(structure.family, structure.params), job.rounds.count
-    usual = (choice.density if choice else None) or job.sparsify.down_density
+    usual = (choice.density if choice else None) or job.down_density
     warm = density_at(
         min(number, rounds), rounds, usual, job.sparsify.warmup_rounds, job.sparsify.warmup_factor
     )
@@ -299,11 +340,18 @@ def _ensemble(
     ids = tuple(sorted(members))
     counts = np.stack([members[sid].class_counts for sid in ids])
     held_out = outputs(members, weights, job.data, public.validation[0]) if public.validation else None
-    labels = public.validation[1] if public.validation else None
-    name, method = _method(job, known=bool(counts.sum() > 0))
-    found = method(
+    labels = public.validation[1] if public.validation else np.zeros(0, dtype=np.int64)
+    fitted, judging = divided(labels, derive_seed(job.seed, "labels", 0))
+    name = chosen(job.aggregate.ensemble, labels=len(fitted), counted=bool(counts.sum() > 0))
+    if name not in LABELLED:
+        judging = np.arange(len(labels))
+    found = method_of(name, job.aggregate.trials)(
         Evidence(
-            class_counts=counts, balance=job.training.balance, log_probs=held_out, y=labels, seed=job.seed
+            class_counts=counts,
+            balance=job.training.balance,
+            log_probs=None if held_out is None else held_out[:, fitted],
+            y=labels[fitted],
+            seed=job.seed,
         )
     )
     made = Ensemble(
@@ -315,22 +363,13 @@ def _ensemble(
         kind=found.kind,
         guard="not checked: the job has no labelled validation data",
     )
-    if held_out is None or labels is None:
+    if held_out is None:
         return made
-    decision = guard(made.combine(held_out), held_out, labels)
+    judged = held_out[:, judging]
+    decision = guard(made.combine(judged), judged, labels[judging])
     use = "ensemble" if decision.use == "ensemble" else ids[decision.use]
-    return msgspec.structs.replace(made, use=use, guard=decision.reason)
-
-
-def _method(job: JobSpec, *, known: bool) -> tuple[str, Method]:
-    """Return how to combine; without class counts the label-free rule has nothing to go by."""
-    if job.aggregate.ensemble == "tpe":
-        return "tpe", tpe(job.aggregate.trials)
-    return (
-        ("label_free", label_free)
-        if job.aggregate.ensemble == "label_free" and known
-        else ("uniform", uniform)
-    )
+    told = f"; {len(fitted)} other labels found its weights" if name in LABELLED else ""
+    return msgspec.structs.replace(made, use=use, guard=decision.reason + told)
 
 
 def _rows(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:

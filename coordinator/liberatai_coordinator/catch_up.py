@@ -3,14 +3,15 @@
 With few participants per round a device misses several versions between two of its own rounds. Whatever way
 it takes, it ends at the same weights, bit for bit; only the files differ:
 
-    what it holds ── one merged delta ─────────────▶ newest
+    what it holds ── merged delta ─────────────────▶ newest
     what it holds ── single deltas, one by one ────▶ newest
-    its keyframe  ── one merged delta from there ──▶ newest      (drops what lay between)
+    its keyframe  ── merged delta from there ──────▶ newest      (drops what lay between)
     nothing       ── keyframe, merged delta ───────▶ newest
 
-A merged delta is the exact difference of two versions (`sparsifier.merge`): coordinates that moved to and fro
-are not paid for. The files of a way stay on the device, because only compressed files are kept there: they
-must fit its storage, which is why a long path is now and then shortened to its keyframe.
+A merged delta is the exact difference of two versions (`sparsifier.merge`), usually one file, at most three:
+coordinates that moved to and fro are not paid for. The files of a way stay on the device, because only
+compressed files are kept there: they must fit its storage, which is why a long path is now and then shortened
+to its keyframe.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def choose(
     path: Path,
     newest: Path,
     *,
-    merged: Step | None = None,
+    merged: Sequence[Step] | None = None,
     singles: Sequence[Step] | None = None,
     storage_bytes: int = 0,
 ) -> Way:
@@ -73,21 +74,23 @@ def choose(
         return afresh
     if path[-1].digest == newest[-1].digest:
         return Way(held=path[-1].digest, steps=(), path=path)
-    ways = [_onward(path, (merged,))] if merged is not None else []
-    if singles:
-        ways.append(_onward(path, tuple(singles)))
+    ways = [_onward(path, tuple(steps)) for steps in (merged, singles) if steps]
     if path[0] == newest[0] and len(newest) > 1:
         ways.append(_onward(path[:1], newest[1:]))
-    fitting = [way for way in ways if _fits(way, storage_bytes) and way.path[-1].digest == newest[-1].digest]
+    # A path as short as the newest one is never too long: starting afresh would not be shorter.
+    files = max(MAX_FILES, len(newest))
+    fitting = [
+        way
+        for way in ways
+        if len(way.path) <= files
+        and (not storage_bytes or size_of(way.path) <= storage_bytes)
+        and way.path[-1].digest == newest[-1].digest
+    ]
     return min((*fitting, afresh), key=_cost)
 
 
 def _onward(path: Path, steps: Path) -> Way:
     return Way(held=path[-1].digest, steps=steps, path=(*path, *steps))
-
-
-def _fits(way: Way, storage_bytes: int) -> bool:
-    return len(way.path) <= MAX_FILES and (not storage_bytes or size_of(way.path) <= storage_bytes)
 
 
 def _cost(way: Way) -> int:

@@ -758,6 +758,7 @@ _ROUND_COLUMNS: list[Column[RoundView]] = [
     Column("TRAIN MAX", lambda row: f"{row.train_seconds_max:.1f}", wide=True, right=True),
     Column("TEACH", lambda row: f"{row.teach_seconds:.1f}", wide=True, right=True),
     Column("GUARD", lambda row: row.guard, wide=True),
+    Column("MERGED BY", lambda row: row.merged, wide=True),
 ]
 _STRUCTURE_COLUMNS: list[Column[StructureView]] = [
     Column("STRUCTURE", lambda row: row.id),

@@ -27,6 +27,32 @@ Method = Literal[
     "ternary_no_feedback",
 ]
 """Names of `sparsifier.methods.METHODS`; a test holds the two together."""
+Rule = Literal[
+    "mean", "norm_clip", "trimmed_mean", "median", "centred_clipping", "nnm_trimmed_mean", "neighbour_vote"
+]
+"""Names of `aggregator.rules.RULES`; a test holds the two together."""
+EnsembleMethod = Literal[
+    "auto",
+    "uniform",
+    "majority_vote",
+    "by_samples",
+    "label_free",
+    "stacking",
+    "grid",
+    "random",
+    "pso",
+    "gp",
+    "tpe",
+    "smac",
+]
+"""Names of `aggregator.methods.ENSEMBLES`, and "auto"; a test holds the two together."""
+NEED_LABELS = frozenset({"stacking", "grid", "random", "pso", "gp", "tpe", "smac"})
+"""`aggregator.methods.LABELLED`, known without numpy; a test holds the two together."""
+
+
+DOWN_TO_ALL, DOWN_TO_SOME = 0.15, 0.1
+"""Measured (`docs/sparsifier.md`): who fetches every delta lags behind by what it leaves out; who misses
+rounds fetches several deltas in one, which is as long as they were dense."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,10 +101,11 @@ class Sparsify(Settings, frozen=True, kw_only=True):
     Attributes:
         method: how updates are made, see `sparsifier.methods`.
         up_density: from devices; a slow link may get less (the plan says so).
-        down_density: to devices.
+        down_density: to devices; None: 0.15 where all devices take part in every round, 0.1 where a
+            device misses rounds and its deltas are merged.
         final_density: to devices after the last round, when nothing follows that could catch up.
         trained_share: share of every large tensor that is trained, drawn by the job's seed; the densities
-            count in what is trained (`sparsifier.subspace`).
+            count in what is trained (`sparsifier.subspace`). None: by the structure's size.
         warmup_rounds, warmup_factor: densities start `warmup_factor` times as high and come down to their
             value in so many rounds.
         residual_decay: what is left of a device's residual per round that it missed.
@@ -86,10 +113,10 @@ class Sparsify(Settings, frozen=True, kw_only=True):
     """
 
     method: Method = "topk"
-    up_density: Share = 0.05
-    down_density: Share = 0.05
-    final_density: Share = 0.2
-    trained_share: Share = 1.0
+    up_density: Share = 0.2
+    down_density: Share | None = None
+    final_density: Share = 0.3
+    trained_share: Share | None = None
     warmup_rounds: Annotated[int, Meta(ge=0, le=MAX_ROUND)] = 0
     warmup_factor: Annotated[float, Meta(ge=1, le=1000)] = 4.0
     residual_decay: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -115,17 +142,28 @@ class Aggregate(Settings, frozen=True, kw_only=True):
     Attributes:
         server_optimizer: what happens to the mean difference of a structure.
         server_rate: step of the server optimiser; None: the rule's own (1, of fedadam 0.01).
+        server_momentum: of fedavgm.
         sample_cap: a device weighs at most this many samples (sizes are self-reported).
-        ensemble: how structures are combined.
-        trials: trials of the search, for "tpe".
-        validation: labelled .npz that the guard and "tpe" use; never trains anything.
+        rule: how the differences of one structure are merged, see `aggregator.rules`.
+        hostile: share of the devices of every structure that may be hostile; robust rules tolerate so
+            many, and merge nothing where they could be the majority.
+        clip: length to which robust rules shorten a longer difference, in medians of the round.
+        ensemble: how structures are combined, see `aggregator.methods`; "auto": "stacking" if
+            `validation` has enough labels, else "label_free".
+        trials: trials of a search.
+        validation: labelled .npz, for the guard and for finding weights, each with its own part of the
+            labels; never trains anything.
     """
 
     server_optimizer: Literal["mean", "fedavgm", "fedadam"] = "mean"
     server_rate: Annotated[float, Meta(gt=0, le=100)] | None = None
+    server_momentum: Annotated[float, Meta(ge=0, le=0.999)] = 0.9
     sample_cap: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 100_000
-    ensemble: Literal["uniform", "label_free", "tpe"] = "label_free"
-    trials: Annotated[int, Meta(ge=1, le=10_000)] = 50
+    rule: Rule = "mean"
+    hostile: Annotated[float, Meta(ge=0, le=0.49)] = 0.2
+    clip: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    ensemble: EnsembleMethod = "auto"
+    trials: Annotated[int, Meta(ge=1, le=2000)] = 50
     validation: str | None = None
 
 
@@ -160,7 +198,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         data: what every device's data looks like.
         structures: what devices may get; the plan picks the most capable that fits.
         share_class_counts: devices tell how many samples of each class they have (sums; needed by
-            "label_free"). Off: the ensemble is uniform.
+            "label_free" and "by_samples"). Off: these are the uniform average.
         seed: of initial weights, training and distillation.
     """
 
@@ -176,12 +214,22 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
+    @property
+    def down_density(self) -> float:
+        """Share of what is trained that a delta to devices carries."""
+        if self.sparsify.down_density is not None:
+            return self.sparsify.down_density
+        return DOWN_TO_ALL if self.rounds.target is None else DOWN_TO_SOME
+
     def choice(self, family: str, params: Mapping[str, Parameter]) -> StructureChoice | None:
         """Return what the job says about a structure, None if it does not list it."""
-        for choice in self.structures:
-            if choice.family == family and choice.params.items() <= params.items():
-                return choice
-        return None
+        # A family may add its defaults to the parameters; of several that fit, the most exact one is meant.
+        fitting = [
+            choice
+            for choice in self.structures
+            if choice.family == family and choice.params.items() <= params.items()
+        ]
+        return max(fitting, key=lambda choice: len(choice.params), default=None)
 
 
 class CoordinatorConfig(Settings, frozen=True, kw_only=True):
@@ -240,8 +288,12 @@ def parse_job(text: str, where: str) -> JobSpec:
 def _across(job: JobSpec) -> list[str]:
     """Return faults that no single key shows."""
     found = []
-    if job.aggregate.ensemble == "tpe" and job.aggregate.validation is None:
-        found.append("aggregate.validation: missing (ensemble tpe searches on labelled data)")
+    if job.aggregate.ensemble in NEED_LABELS and job.aggregate.validation is None:
+        found.append(
+            f"aggregate.validation: missing ({job.aggregate.ensemble} finds its weights on labelled data)"
+        )
+    if job.aggregate.rule not in ("mean", "norm_clip") and job.sparsify.method == "quantile_over_senders":
+        found.append("aggregate.rule: quantile_over_senders goes with mean and norm_clip only")
     if job.rounds.target is not None and job.rounds.min_devices > job.rounds.target * job.rounds.overselect:
         found.append("rounds.min_devices: more than rounds.target ever invites")
     kinds = [(choice.family, tuple(sorted(choice.params.items()))) for choice in job.structures]

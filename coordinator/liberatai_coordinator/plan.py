@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.contract.messages import Capability
+from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
 
 MIN_KEYFRAME_BITS = 2.0
@@ -37,6 +38,17 @@ MIN_DENSITY = 0.0005
 """With less, a parameter waits thousands of rounds for its turn and what is sent is out of date; it is also
 the lowest density that the codec is measured at. A job that wants less gets less."""
 DAY_S = 86_400.0
+VALUE_BYTES = {
+    "dense": 4.0,
+    "client_sampling": 4.0,
+    "quantile": 8.0,
+    "quantile_over_senders": 8.0,
+    "random_k": 4.0,
+    "random_k_feedback": 4.0,
+}
+"""Bytes per carried value, position included, of methods that do not code by entropy."""
+WHOLE = ("dense", "client_sampling")
+"""Methods whose updates carry every value, whatever the density."""
 LONGEST = 0.8
 """The density of the longest update, with VALUE_BITS: beyond it positions cost less than they save."""
 BISECTIONS = 40
@@ -127,44 +139,75 @@ def make_plan(job: JobSpec, candidates: Sequence[Candidate], devices: Sequence[C
 def keyframe_budget(job: JobSpec, candidate: Candidate, storage_bytes: int) -> int:
     """Return how long the keyframe may be where `storage_bytes` is the tightest storage."""
     wished = candidate.keyframe_bytes(job.compress.bits)
-    return min(wished, storage_bytes - chain_bytes(candidate)) if storage_bytes else wished
+    return min(wished, storage_bytes - chain_bytes(job, candidate)) if storage_bytes else wished
 
 
-def chain_bytes(candidate: Candidate) -> int:
-    """Return about how much room the deltas take before a new keyframe is due."""
+def chain_bytes(job: JobSpec, candidate: Candidate) -> int:
+    """Return about how much room the deltas take before a new keyframe is due; 0 if every file is one."""
+    if METHODS[job.sparsify.method].whole_downlink:
+        return 0
     return int(CHAIN_ROUNDS * candidate.travelling * candidate.density * UPDATE_BITS / 8)
 
 
+def _largest_keyframe(job: JobSpec, candidate: Candidate) -> int:
+    """Return how much room a keyframe needs at least: the smallest one, or a whole model as float32."""
+    if METHODS[job.sparsify.method].whole_downlink:
+        return candidate.keyframe_bytes(32)
+    return candidate.keyframe_bytes(min(MIN_KEYFRAME_BITS, job.compress.bits))
+
+
+def down_bytes(job: JobSpec, candidate: Candidate) -> int:
+    """Return about how much a device downloads per round where it missed none."""
+    if METHODS[job.sparsify.method].whole_downlink:
+        return candidate.keyframe_bytes(32) + OVERHEAD_BYTES
+    return update_bytes(candidate.travelling, candidate.down_density or candidate.density) + OVERHEAD_BYTES
+
+
 def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) -> Assignment:
-    """Return what one device gets: the first structure that nothing speaks against."""
+    """Return what one device gets: the first structure that nothing speaks against.
+
+    Where a measured link is all that speaks against one, the device gets it with density 0: it cannot take
+    part now, but links recover, and are measured anew only where something travels.
+    """
     refusal = _unfit(job, device)
     if refusal:
         return Assignment(
             device=device.device, structure="", budget_bytes=device.storage_bytes, density=0.0, why=refusal
         )
     against: list[str] = []
+    slow: Candidate | None = None
     for candidate in candidates:
         reason = _too_much(job, candidate, device)
-        if reason is None:
-            size = keyframe_budget(job, candidate, device.storage_bytes)
-            share, link = density(job, candidate, device)
-            limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
-            fits = f"{candidate.id} fits: {_kib(size)} keyframe in {limit}"
-            return Assignment(
-                device=device.device,
-                structure=candidate.id,
-                budget_bytes=device.storage_bytes,
-                density=share,
-                why="; ".join([*against, fits]),
-                link=link,
-            )
-        against.append(f"{candidate.id}: {reason}")
+        share, link = density(job, candidate, device, round_s=spacing_s(job, job.rounds.count))
+        if reason is None and share:
+            return _given(job, candidate, device, against, share, link)
+        slow = slow if reason else candidate
+        against.append(f"{candidate.id}: {reason or link}")
+    if slow is not None and may_recover(device):
+        link = density(job, slow, device, round_s=spacing_s(job, job.rounds.count))[1]
+        return _given(job, slow, device, against, 0.0, link)
     return Assignment(
         device=device.device,
         structure="",
         budget_bytes=device.storage_bytes,
         density=0.0,
         why="nothing fits: " + "; ".join(against),
+    )
+
+
+def _given(
+    job: JobSpec, candidate: Candidate, device: Capability, against: Sequence[str], share: float, link: str
+) -> Assignment:
+    size = keyframe_budget(job, candidate, device.storage_bytes)
+    limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
+    fits = f"{candidate.id} fits: {_kib(size)} keyframe in {limit}"
+    return Assignment(
+        device=device.device,
+        structure=candidate.id,
+        budget_bytes=device.storage_bytes,
+        density=share,
+        why="; ".join([*against, fits]),
+        link=link,
     )
 
 
@@ -181,11 +224,11 @@ def _unfit(job: JobSpec, device: Capability) -> str:
 
 
 def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | None:
-    """Return what speaks against a structure on a device, or None."""
+    """Return what beside its link speaks against a structure on a device, or None."""
     if device.families and candidate.family not in device.families:
         return f"the device does not have the family {candidate.family}: install the package that brings it"
-    keyframe = candidate.keyframe_bytes(min(MIN_KEYFRAME_BITS, job.compress.bits))
-    chain = chain_bytes(candidate)
+    keyframe = _largest_keyframe(job, candidate)
+    chain = chain_bytes(job, candidate)
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
         needs = f"{_kib(keyframe)} keyframe and {_kib(chain)} of deltas"
         return f"{needs} are more than {_kib(device.storage_bytes)} storage"
@@ -200,8 +243,12 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
         return f"training takes about {seconds:.0f} s of the {job.rounds.deadline_s:.0f} s deadline"
     if device.day_quota_bytes and keyframe > device.day_quota_bytes:
         return f"{_kib(keyframe)} keyframe is more than a day's quota of {_kib(device.day_quota_bytes)}"
-    share, words = density(job, candidate, device)
-    return None if share else words
+    return None
+
+
+def may_recover(device: Capability) -> bool:
+    """Whether what a device says of its link was measured, perhaps in a bad hour; profiles do not change."""
+    return device.link_measured and device.up_bits_s is not None
 
 
 def _training_s(job: JobSpec, candidate: Candidate, device: Capability) -> float:
@@ -234,33 +281,51 @@ def density(
         job: settings.
         candidate: the structure that the device trains.
         device: what it says of itself.
-        download_bytes: that it must fetch for this round; None: one delta of the job's density.
-        round_s: how long rounds last, for the quota; None: until the deadline.
+        download_bytes: that it must fetch for this round; None: what the job's method sends per round.
+        round_s: time between two participations, for the quota; None: the deadline.
 
     Returns:
         (density, words). Density 0.0: it cannot take part now, and the words say why.
     """
+    method = job.sparsify.method
     wanted = candidate.density
     if download_bytes is None:
-        down_density = candidate.down_density or wanted
-        download_bytes = update_bytes(candidate.travelling, down_density) + OVERHEAD_BYTES
+        download_bytes = down_bytes(job, candidate)
     possible, words = wanted, "link not measured"
     if device.up_bits_s is not None:
         source = "measured" if device.link_measured else "by its profile"
         words = f"link of {_rate(device.up_bits_s)} {source}"
         seconds = _upload_s(job, candidate, device, download_bytes)
-        possible = _carried(candidate.travelling, device.up_bits_s * max(0.0, seconds) / 8 - OVERHEAD_BYTES)
+        room = device.up_bits_s * max(0.0, seconds) / 8 - OVERHEAD_BYTES
+        possible = _carried(candidate.travelling, room, method)
     if device.day_quota_bytes:
-        rounds = DAY_S / (round_s or job.rounds.deadline_s)
+        # Who takes part less often than daily has a day's quota all the same.
+        rounds = max(1.0, DAY_S / (round_s or job.rounds.deadline_s))
         room = device.day_quota_bytes / rounds - download_bytes - OVERHEAD_BYTES
-        affordable = _carried(candidate.travelling, room)
+        affordable = _carried(candidate.travelling, room, method)
         if affordable < min(possible, wanted):
             possible, words = affordable, f"quota of {_mib(device.day_quota_bytes)} per day"
-    least = max(min(MIN_DENSITY, wanted), 1.0 / candidate.travelling)
+    least = least_density(candidate)
     if possible < least:
         return 0.0, _too_slow(job, candidate, device, f"{words}: ", possible, least, download_bytes)
     share = min(possible, wanted)
-    return share, _explained(candidate, device, words, share)
+    return share, _explained(candidate, device, words, share, method)
+
+
+def least_density(candidate: Candidate) -> float:
+    """Return the lowest density that is of any use: what a device gets whose link is tried again."""
+    return max(min(MIN_DENSITY, candidate.density), 1.0 / candidate.travelling)
+
+
+def spacing_s(job: JobSpec, left: int, gap_s: float | None = None) -> float:
+    """Return what to take for the time between two participations where a quota is spread over a day.
+
+    Args:
+        job: settings.
+        left: rounds that the job still has: no more will come today.
+        gap_s: mean time between the device's participations so far; None: not known, then the deadline.
+    """
+    return max(job.rounds.deadline_s if gap_s is None else gap_s, DAY_S / max(1, left))
 
 
 def warmed(job: JobSpec, candidate: Candidate, number: int) -> Candidate:
@@ -275,7 +340,12 @@ def warmed(job: JobSpec, candidate: Candidate, number: int) -> Candidate:
 
 
 def by_link(
-    job: JobSpec, candidates: Sequence[Candidate], given: Assignment, device: Capability | None
+    job: JobSpec,
+    candidates: Sequence[Candidate],
+    given: Assignment,
+    device: Capability | None,
+    *,
+    round_s: float | None = None,
 ) -> Assignment:
     """Return an assignment with the density that its device's link allows now.
 
@@ -284,16 +354,19 @@ def by_link(
         candidates: the job's structures.
         given: the assignment.
         device: what is known of the device; None: nothing, and the assignment stays.
+        round_s: see `density`.
     """
     candidate = next((c for c in candidates if c.id == given.structure), None)
     if candidate is None or device is None:
         return given
-    share, words = density(job, candidate, device)
+    share, words = density(job, candidate, device, round_s=round_s)
     return replace(given, density=share, link=words)
 
 
-def update_bytes(parameters: int, density: float) -> int:
-    """Return about how long an update is: the entropy of its positions, and its values."""
+def update_bytes(parameters: int, density: float, method: str = "topk") -> int:
+    """Return about how long an update is: by default the entropy of its positions, and its values."""
+    if method in VALUE_BYTES:
+        return math.ceil(parameters * VALUE_BYTES[method] * (1.0 if method in WHOLE else density))
     return math.ceil(parameters * _bits(density) / 8)
 
 
@@ -304,8 +377,11 @@ def _bits(density: float) -> float:
     return entropy - (rest * math.log2(rest) if rest else 0.0) + VALUE_BITS * density
 
 
-def _carried(parameters: int, size_bytes: float) -> float:
+def _carried(parameters: int, size_bytes: float, method: str) -> float:
     """Return the largest density whose update fits into so many bytes; 0.0 if none does."""
+    if method in VALUE_BYTES:
+        share = min(1.0, max(0.0, size_bytes) / (VALUE_BYTES[method] * parameters))
+        return share if method not in WHOLE else float(share == 1.0)
     room = 8.0 * size_bytes / parameters
     if room <= 0.0:
         return 0.0
@@ -349,16 +425,21 @@ def _too_slow(
             f"{words}{_kib(download_bytes)} to download take about {_seconds(down)} and training "
             f"{_seconds(training)}: nothing is left for an update of the {deadline_s:.0f} s deadline"
         )
-    smallest = update_bytes(candidate.travelling, least)
+    smallest = update_bytes(candidate.travelling, least, job.sparsify.method)
     return (
         f"{words}room for {_percent(possible)} of the parameters per round, at least {_percent(least)} "
         f"({_kib(smallest)}) is needed: a longer rounds.deadline_s or a smaller structure would do"
     )
 
 
-def _explained(candidate: Candidate, device: Capability, words: str, share: float) -> str:
+def _explained(candidate: Candidate, device: Capability, words: str, share: float, method: str) -> str:
     """Say what the device sends per round, and how long it takes."""
-    size = update_bytes(candidate.travelling, share)
+    size = update_bytes(candidate.travelling, share, method)
+    if method in WHOLE:
+        told = (
+            f"about {_seconds(8.0 * (size + OVERHEAD_BYTES) / device.up_bits_s)}" if device.up_bits_s else ""
+        )
+        return f"{words}: all parameters per round, {told or f'about {_kib(size)}'} per update"
     told = f"{words}: {_percent(share)} of the parameters per round"
     if share < candidate.density:
         told = (

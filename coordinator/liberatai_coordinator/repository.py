@@ -101,7 +101,7 @@ class EnsembleRecord(Record, frozen=True, kw_only=True):
     """How the structures answer together.
 
     Attributes:
-        method: "uniform", "label_free" or "tpe"; "single" for one structure without an ensemble.
+        method: one of `aggregator.methods.ENSEMBLES`; "single" for one structure without an ensemble.
         members: structure ids, in the order of the rows below.
         weights, log_priors: (members, classes).
         bias, kind: see `aggregator.ensemble.Pool`.
@@ -114,7 +114,7 @@ class EnsembleRecord(Record, frozen=True, kw_only=True):
     weights: Annotated[tuple[tuple[float, ...], ...], Meta(max_length=64)] = ()
     log_priors: Annotated[tuple[tuple[float, ...], ...], Meta(max_length=64)] = ()
     bias: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
-    kind: Literal["log", "linear"] = "log"
+    kind: Literal["log", "linear", "vote"] = "log"
     use: Annotated[str, Meta(max_length=128)] = "ensemble"
     guard: Annotated[str, Meta(max_length=4096)] = ""
 

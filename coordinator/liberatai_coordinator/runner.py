@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
@@ -24,7 +25,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
 from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import Stats, round_views
+from liberatai_coordinator.records import Stats, kept, round_views
 from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import RoundView
 from liberatai_core.compressor.codebook import smallest_bytes
@@ -55,6 +56,19 @@ MAX_FAILURES = 3
 LARGEST = 1e3
 """No training moves a parameter so far in one round; beyond it float32 sums lose what others sent."""
 
+RECHECK_S = 60.0
+"""While no device can take part: links and quotas recover with time, too, not only when a device says so."""
+
+LINK_ROUNDS, LINK_S = 20, 3600.0
+"""A device whose measured link is too slow is invited all the same after so many rounds or seconds: only
+transfers show whether the link has recovered."""
+
+GAPS = 20
+"""Participations behind the mean time between them."""
+
+MAX_TOLD = 5
+"""Devices named where a job says what it waits for."""
+
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
 
@@ -76,6 +90,8 @@ class Runner:
         candidates: what the plan knows of the job's structures, by id.
         paths: what devices surely hold: the files of the last update of theirs that was stored.
         ways: in the open round, or at the end: what every device was told to fetch.
+        waits: why no round opens, in words; empty while one is open.
+        finished: set when the slots hold the way to the finished model.
     """
 
     job: JobSpec
@@ -96,10 +112,15 @@ class Runner:
     candidates: dict[str, plan.Candidate] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     ways: dict[str, Way] = field(default_factory=dict)
+    waits: str = ""
+    finished: bool = False
     _structures: dict[str, Structure] = field(default_factory=dict)
     _specs: dict[str, BlobRef] = field(default_factory=dict)
     _working: "asyncio.Future[Any] | None" = None
     _failures: int = 0
+    _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
+    _tried: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _trying: set[str] = field(default_factory=set)
     _at_broker: set[str] = field(default_factory=set)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
@@ -119,6 +140,9 @@ class Runner:
         self.paths = {device: _decode_path(path) for device, path in stored.items()}
         await self._restore_or_start()
         rows = self.ledger.rounds(self.job.name)
+        self._invited_s = {}
+        for row in rows[-GAPS * GAPS :]:
+            self._note_invited(row)
         if not rows or rows[-1].state != "open":
             self.resumed.set()
         if rows and rows[-1].state in {"open", "closed", "aggregated"}:
@@ -127,6 +151,13 @@ class Runner:
             await self.running.wait()
             await self._round(None)
         await self._finish()
+
+    async def recall(self) -> None:
+        """Read a finished job back, so that `base_missing` can answer for it."""
+        self._recall_plan()
+        await self._long(self.versions.restore, self.ledger.version(self.job.name))
+        self.finished = True
+        self.resumed.set()
 
     async def stop(self, state: str) -> None:
         """Take every task slot of this job away (aborted, or failed), and end the round under way.
@@ -162,11 +193,8 @@ class Runner:
         return self.versions.newest.number if self.versions.newest else 0
 
     async def _restore_or_start(self) -> None:
-        stored = self.ledger.job_value(self.job.name, "plan")
         newest = self.ledger.versions(self.job.name)
-        if stored is not None:
-            for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
-                self.assigned[assigned.device] = assigned
+        self._recall_plan()
         sizes = self.ledger.job_value(self.job.name, "keyframes")
         if sizes is not None:
             self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
@@ -189,6 +217,12 @@ class Runner:
         await self._long(self.versions.start, chosen, self.keyframe_bytes, self.public)
         await self._publish_chains()
         await self._publish_head("running")
+
+    def _recall_plan(self) -> None:
+        stored = self.ledger.job_value(self.job.name, "plan")
+        if stored is not None:
+            for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
+                self.assigned[assigned.device] = assigned
 
     def _store_plan(self) -> None:
         plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
@@ -290,42 +324,97 @@ class Runner:
             invited=msgspec.msgpack.encode(invitations),
         )
         self.ledger.open_round(row)
+        self._note_invited(row)
         return row, invitations
+
+    def _note_invited(self, row: RoundRow) -> None:
+        for one in msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation]):
+            self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
 
     async def _participants(self, number: int) -> list[Device]:
         """Return the devices of this round: a seeded draw from those that are there and have a part."""
         while True:
             self._assign_newcomers()
-            ready = [d for d in self.fleet.ready() if self._takes_part(d.id)]
-            if len(ready) >= self._quorum(len(ready)) and ready:
+            ready = [d for d in self.fleet.ready() if self._takes_part(d.id, number)]
+            if ready:
                 break
+            self._say_waiting()
             self.fleet_changed.clear()
-            await self.fleet_changed.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
+        self.waits = ""
         wanted = deciding.invited(len(ready), self.job.rounds.target, self.job.rounds.overselect)
         draw = np.random.default_rng(derive_seed(self.job.seed, "participants", number))
-        chosen = sorted(draw.choice(len(ready), size=wanted, replace=False).tolist())
-        return [ready[place] for place in chosen]
+        chosen = [ready[n] for n in sorted(draw.choice(len(ready), size=wanted, replace=False).tolist())]
+        self._trying = {device.id for device in chosen if device.id in self._tried}
+        self._tried |= dict.fromkeys(self._trying, (number, time.monotonic()))
+        return chosen
 
-    def _takes_part(self, device: str) -> bool:
+    def _takes_part(self, device: str, number: int) -> bool:
+        """Whether a device may be invited to a round. Warm-up does not matter: it only raises densities."""
         assigned = self.assigned.get(device)
-        return assigned is not None and bool(assigned.structure) and self._density(device) > 0
+        if assigned is None or not assigned.structure:
+            return False
+        if self._density(device) > 0:
+            self._tried.pop(device, None)
+            return True
+        return self._is_due(device, number)
+
+    def _is_due(self, device: str, number: int) -> bool:
+        """Whether it is time to try a link again that was measured to be too slow."""
+        known = self.fleet.devices[device].capability
+        candidate = self.candidates.get(self.assigned[device].structure)
+        if known is None or candidate is None or not plan.may_recover(known):
+            return False
+        unmetered = msgspec.structs.replace(known, day_quota_bytes=0)
+        if plan.density(self.job, candidate, unmetered)[0] > 0:
+            return False  # the quota is too small, not the link
+        since, since_s = self._tried.setdefault(device, (number, time.monotonic()))
+        return number - since >= LINK_ROUNDS or time.monotonic() - since_s >= LINK_S
+
+    def _say_waiting(self) -> None:
+        """Say what speaks against every device that is there."""
+        told = []
+        for device in self.fleet.ready()[:MAX_TOLD]:
+            given = self.assigned.get(device.id)
+            if given is not None:
+                now = plan.by_link(
+                    self.job,
+                    list(self.candidates.values()),
+                    given,
+                    device.capability,
+                    round_s=self.spacing_s(device.id),
+                )
+                told.append(f"{device.id}: {now.link if now.structure else now.why}")
+        words = "waits: no device can take part" + (f" ({'; '.join(told)})" if told else "")
+        if words != self.waits:
+            log.warning("job %s %s", self.job.name, words)
+        self.waits = words
+
+    def spacing_s(self, device: str) -> float:
+        """Return the time between two participations of a device, for its quota: measured if it took part."""
+        times = self._invited_s.get(device)
+        gap_s = max(0.0, time.time() - times[0]) / len(times) if times else None
+        # A gap of no time at all is none that was measured.
+        return plan.spacing_s(self.job, self.job.rounds.count - self._published(), gap_s or None)
 
     def _assign_newcomers(self) -> None:
-        """Give devices that came later one of the structures that the job already has."""
-        new = [d for d in self.fleet.ready() if d.id not in self.assigned and d.capability]
-        if not new:
-            return
+        """Give devices that came later, or could not take part, one of the structures that the job has."""
         present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
-        for device in new:
-            if device.capability is None:
+        changed = False
+        for device in self.fleet.ready():
+            before = self.assigned.get(device.id)
+            if device.capability is None or (before is not None and before.structure):
                 continue
             made = plan.assign(self.job, present, device.capability)
-            fits = made.structure and self.keyframe_bytes[made.structure] <= made.budget_bytes
-            if made.structure and not fits:
+            room = made.budget_bytes or self.keyframe_bytes.get(made.structure, 0)
+            if made.structure and self.keyframe_bytes[made.structure] > room:
                 why = f"the keyframe is larger than its storage: {made.why}"
                 made = replace(made, structure="", why=why)
             self.assigned[device.id] = made
-        self._store_plan()
+            changed = changed or made != before
+        if changed:
+            self._store_plan()
 
     def _target(self, invited: int) -> int:
         return min(invited, self.job.rounds.target or invited)
@@ -355,7 +444,8 @@ class Runner:
             number=row.round,
             invitations={invitation.device: invitation for invitation in invitations},
             target=self._target(len(invitations)),
-            quorum=self._quorum(len(invitations)),
+            # A link that is only tried again may fail: the round does not depend on it.
+            quorum=self._quorum(len(invitations) - len(self._trying)),
             closes_s=time.monotonic() + self.job.rounds.deadline_s,
         )
         self._ended.clear()
@@ -396,9 +486,15 @@ class Runner:
     def _ways(self, wanted: Sequence[tuple[str, str]]) -> dict[str, Way]:
         """Return how each of these (device, structure) gets to the newest version."""
         return {
-            device: self.versions.way(sid, self.paths.get(device, ()), self.assigned[device].budget_bytes)
+            device: self.versions.way(sid, self.paths.get(device, ()), self._room(device))
             for device, sid in wanted
         }
+
+    def _room(self, device: str) -> int:
+        """Return what a device's files may take: as planned, or less if it has less now; 0: no limit."""
+        known = self.fleet.devices.get(device)
+        now = known.capability.storage_bytes if known and known.capability else 0
+        return min((size for size in (self.assigned[device].budget_bytes, now) if size), default=0)
 
     def path_after(self, device: str) -> bytes:
         """Return what the ledger notes with an update of the open round: what its device holds now."""
@@ -412,8 +508,9 @@ class Runner:
 
     async def base_missing(self, device: str) -> None:
         """Give a device that does not hold what it was told to go on from the whole path, once per task."""
-        way = self.ways.get(device)
-        if way is None or not way.held:
+        way, again = self.ways.get(device), self.finished and device not in self.ways
+        # What a finished job told it before a restart is not known any more, but that it was asked for is.
+        if not again and (way is None or not way.held):
             return
         self.paths.pop(device, None)
         with contextlib.suppress(DiskError, BusyError):
@@ -428,6 +525,7 @@ class Runner:
 
     async def _publish_task(self, number: int, invitation: deciding.Invitation) -> None:
         way, assigned = self.ways[invitation.device], self.assigned[invitation.device]
+        candidate = self.candidates.get(assigned.structure)
         task = Task(
             task_id=invitation.update_id,
             epoch=self.ledger.epoch,
@@ -437,22 +535,35 @@ class Runner:
             round=number,
             spec=self._specs[invitation.structure],
             # A download that is too much for now is no reason to let an invited device send nothing.
-            density=self._density(invitation.device, way.size_bytes)
+            density=self._density(invitation.device, way.size_bytes, warm=True)
             or self._density(invitation.device)
-            or assigned.density,
+            or (plan.least_density(candidate) if candidate else assigned.density),
             held=way.held,
             steps=way.steps,
         )
         await self.publisher.retain(self.publisher.topics.down(invitation.device, "task"), task)
 
-    def _density(self, device: str, download_bytes: int | None = None) -> float:
-        """Return the share of the parameters that a device's link carries now; 0: it cannot take part."""
+    def _density(self, device: str, download_bytes: int | None = None, *, warm: bool = False) -> float:
+        """Return the share of the parameters that a device's link carries now; 0: it cannot take part.
+
+        Args:
+            device: with a structure.
+            download_bytes: see `plan.density`.
+            warm: whether it may be more than usual in the job's first rounds.
+        """
         assigned, known = self.assigned[device], self.fleet.devices.get(device)
         candidate = self.candidates.get(assigned.structure)
         if candidate is None or known is None or known.capability is None:
             return assigned.density
-        candidate = plan.warmed(self.job, candidate, self._published() + 1)
-        return plan.density(self.job, candidate, known.capability, download_bytes=download_bytes)[0]
+        if warm:
+            candidate = plan.warmed(self.job, candidate, self._published() + 1)
+        return plan.density(
+            self.job,
+            candidate,
+            known.capability,
+            download_bytes=download_bytes,
+            round_s=self.spacing_s(device),
+        )[0]
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
@@ -475,6 +586,9 @@ class Runner:
             guard=advanced.ensemble.guard,
             local_correct=sum(update.evaluation[0] for update in updates if update.evaluation),
             local_total=sum(update.evaluation[1] for update in updates if update.evaluation),
+            rule=self.job.aggregate.rule,
+            frozen=dict(advanced.frozen),
+            contributions=kept(advanced.contributions),
         )
         self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
 
@@ -504,6 +618,7 @@ class Runner:
         taking = [(device, one.structure) for device, one in self.assigned.items() if one.structure]
         self.ways = await self._long(self._ways, taking)
         await self._publish_steps([step for way in self.ways.values() for step in way.steps])
+        self.finished = True
         await self._clear_slots()
 
     async def _clear_slots(self) -> None:
@@ -598,7 +713,7 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
                 smallest_bytes=smallest_bytes(structure),
                 macs=price.macs_per_sample,
                 activation_bytes=price.activation_bytes_per_sample,
-                down_density=choice.density or job.sparsify.down_density,
+                down_density=choice.density or job.down_density,
             )
         )
     return candidates, structures

@@ -23,7 +23,7 @@ from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
 from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, TrafficRow, VersionRow
 from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import round_views
+from liberatai_coordinator.records import contribution_view, round_views
 from liberatai_coordinator.repository import Repository, decode_manifest
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
@@ -109,6 +109,8 @@ class Service:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _jobs: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _recalled: dict[str, Runner] = field(default_factory=dict)
+    _recalling: asyncio.Lock = field(default_factory=asyncio.Lock)
     _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
 
     # --- life ----------------------------------------------------------------------------------
@@ -235,12 +237,52 @@ class Service:
         if lasting and (before is None or device.status != "pending"):
             self.ledger.upsert_device(_row(device))
         if isinstance(message, Event) and message.code == BaseMissingError.code:
-            for job in self.runners.values():
-                self._spawn(job.base_missing(device.id))
+            self._spawn(self._baseless(device.id))
         if before is None and device.status == "pending":
             log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
         if before is None or before.online != device.online or before.capability != device.capability:
             self._fleet_changed(device)
+
+    async def _baseless(self, device: str) -> None:
+        """Let one job answer a device that does not hold what it was told to go on from.
+
+        Its word does not name a job, but it has one task slot: what stands there is of the open round that
+        it was invited to, or else of the last job that finished with it, which may be long ago.
+        """
+        if self.fleet.require(device).status != "approved":
+            return
+        try:
+            await self._answer_baseless(device)
+        except LiberataiError as error:
+            log.warning("%s asks for the whole path: %s %s", device, error.code, error)
+
+    async def _answer_baseless(self, device: str) -> None:
+        part = [job for job in self.runners.values() if device in job.assigned and not job.finished]
+        for job in part:
+            if job.open_round is not None and device in job.open_round.invitations:
+                await job.base_missing(device)
+                return
+        if any(job.assigned[device].structure and not self._jobs[job.job.name].done() for job in part):
+            return  # between two rounds: its next task follows
+        for row in reversed(self.ledger.jobs()):
+            stored = self.ledger.job_value(row.name, "plan") if self._is_finished(row) else None
+            given = msgspec.msgpack.decode(stored, type=list[Assignment]) if stored else []
+            if any(one.device == device and one.structure for one in given):
+                await (await self._recalled_job(row)).base_missing(device)
+                return
+
+    def _is_finished(self, row: JobRow) -> bool:
+        return row.state == "finished" or (row.name in self.runners and self.runners[row.name].finished)
+
+    async def _recalled_job(self, row: JobRow) -> Runner:
+        """Return a finished job, also after a restart."""
+        async with self._recalling:
+            job = self.runners.get(row.name) or self._recalled.get(row.name)
+            if job is None:
+                job = self._runner(row)
+                await job.recall()
+                self._recalled[row.name] = job
+        return job
 
     def _fleet_changed(self, device: Device) -> None:
         gone = device.state in {"offline", "lost"} or device.status != "approved"
@@ -421,9 +463,9 @@ class Service:
 
     # --- jobs ----------------------------------------------------------------------------------
 
-    def _start_job(self, row: JobRow) -> None:
+    def _runner(self, row: JobRow) -> Runner:
         job = msgspec.json.decode(row.spec, type=JobSpec)
-        made = Runner(
+        return Runner(
             job=job,
             row=row,
             ledger=self.ledger,
@@ -432,10 +474,13 @@ class Service:
             fleet=self.fleet,
             coordinator=self.config.coordinator,
         )
+
+    def _start_job(self, row: JobRow) -> None:
+        made = self._runner(row)
         if row.state != "paused":
             made.running.set()
-        self.runners[job.name] = made
-        self._jobs[job.name] = asyncio.create_task(self._run_job(made))
+        self.runners[row.name] = made
+        self._jobs[row.name] = asyncio.create_task(self._run_job(made))
 
     async def _run_job(self, job: Runner) -> None:
         """Run a job when it is its turn: a device has one task slot, so jobs follow each other."""
@@ -499,7 +544,9 @@ class Service:
 
     async def device(self, device: str) -> DeviceView:
         """Return one device."""
-        return self._device_view(self.fleet.require(device))
+        view = self._device_view(self.fleet.require(device))
+        given = await asyncio.to_thread(contribution_view, self.ledger, device)
+        return msgspec.structs.replace(view, contribution=given)
 
     async def approve(self, device: str) -> DeviceView:
         """Let a pending device in."""
@@ -583,7 +630,17 @@ class Service:
         candidates = list(self.runners[name].candidates.values()) if name in self.runners else []
         if not candidates:
             candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
-        current = [plan.by_link(job, candidates, a, self._capability(a.device)) for a in assigned]
+        running = self.runners.get(name)
+        current = [
+            plan.by_link(
+                job,
+                candidates,
+                a,
+                self._capability(a.device),
+                round_s=running.spacing_s(a.device) if running else None,
+            )
+            for a in assigned
+        ]
         return PlanView(
             job=name,
             assignments=tuple(self._assignment_view(a, sizes) for a in current),
@@ -713,7 +770,7 @@ class Service:
             rounds_done=versions[-1].number if versions else 0,
             rounds_total=job.rounds.count,
             created_s=row.created_s,
-            reason=row.reason,
+            reason=row.reason or (made.waits if made else ""),
             version=versions[-1].number if versions else 0,
             structures=self._structure_views(row, assigned),
             rounds=rounds,

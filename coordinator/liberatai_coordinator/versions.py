@@ -33,16 +33,28 @@ from liberatai_core.contract.messages import BlobRef, Step, weights_name
 from liberatai_core.contract.topics import blob_id, blob_id_of
 from liberatai_core.errors import DataError
 from liberatai_core.learning.families import initial_weights
-from liberatai_core.sparsifier.merge import exact_delta
+from liberatai_core.sparsifier.merge import exact_deltas
+from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector, digest, from_bytes, to_bytes
 
 MAX_STEPS = 512
-"""Files of all chains together: a Head names every one of them and must fit one message. Only chains whose
-deltas have no exact sum grow at all."""
+"""Files of all chains together: a Head names every one of them and must fit one message."""
+
+MAX_CHAIN_FILES = 32
+"""Files of one chain: half of what a device's path may have (`catch_up.MAX_FILES`), so that going on from its
+keyframe is always possible. Only chains whose deltas have no exact sum grow so long."""
 
 RENEWED_SHARE = 0.6
 """Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
+
+RENEWALS = (
+    *((1.0, levels) for levels in (63, 31, 15, 7, 3)),
+    *((density, 3) for density in (0.5, 0.25)),
+    *((density, 1) for density in (0.1, 0.05, 0.02, 0.005)),
+)
+"""(density, levels) of a delta that leads from a kept keyframe to the trained part, the best one first: from
+seven bits per value to a fourteenth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +107,8 @@ class Versions:
     newest: Current | None = None
     shas: dict[str, str] = field(default_factory=dict)
     history: dict[int, dict[str, Mark]] = field(default_factory=dict)
-    _merged: dict[tuple[str, int], Step | None] = field(default_factory=dict)
+    _digests: dict[bytes, bytes] = field(default_factory=dict)
+    _merged: dict[tuple[str, int], Path] = field(default_factory=dict)
     _loose: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -119,7 +132,7 @@ class Versions:
             )
             view = restore(artifact, structure)
             members[sid] = aggregation.first(self.job, structure, view)
-            chains[sid] = (step_of(0, artifact, view),)
+            chains[sid] = (self._step(0, artifact, view),)
             blobs.append(artifact)
         ensemble = aggregation.combine(self.job, members, public)
         self._write(Current(number=0, id="", members=members, chains=chains, ensemble=ensemble), (), blobs)
@@ -194,19 +207,27 @@ class Versions:
             )
             for sid, record in records.items()
         }
+        for record in records.values():
+            for told in (record.digest, *(step.digest for step in record.files)):
+                self._digests[weights_name(bytes.fromhex(told))] = bytes.fromhex(told)
         self._merged, self._loose = {}, {}
+
+    def _step(self, version: int, content: bytes, view: Vector) -> Step:
+        """Return the link of a chain that `content` makes; manifests need the whole digest of its weights."""
+        full = digest(view)
+        self._digests[weights_name(full)] = full
+        ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
+        return Step(version=version, blob=ref, digest=weights_name(full))
 
     def _record(self, made: Current, sid: str) -> MemberRecord:
         member, delta = made.members[sid], made.deltas.get(sid)
 
         def record(step: Step) -> StepRecord:
-            new = step.version == made.number
-            found = digest(member.view) if new else self.history[step.version][sid].digest
             return StepRecord(
                 version=step.version,
                 blob=self.shas[step.blob.blob],
                 size=step.blob.size_bytes,
-                digest=found.hex(),
+                digest=self._digests[step.digest].hex(),
             )
 
         keyframe, *deltas = [record(step) for step in made.chains[sid]]
@@ -292,25 +313,27 @@ class Versions:
     def _view(self, sid: str, version: int) -> Vector:
         return from_bytes(self.repository.get(self.history[version][sid].view))
 
-    def _merge(self, sid: str, since: int) -> Step | None:
-        """Return the exact delta from a version to the newest one, made once for all devices."""
+    def _merge(self, sid: str, since: int) -> Path:
+        """Return the exact files from a version to the newest one, made once for all; () if none do."""
         key = (sid, since)
         if key not in self._merged and since != self.now.number:
-            member = self.now.members[sid]
-            content = self._delta(self._view(sid, since), member)
-            self._merged[key] = None
-            if content is not None:
-                self._loose[blob_id(content)] = content
-                self._merged[key] = step_of(self.now.number, content, member.view)
-        return self._merged.get(key)
+            found = self._files(sid, since, self.now.number, self.now.members[sid])
+            self._loose |= {step.blob.blob: content for step, content in found}
+            self._merged[key] = tuple(step for step, _ in found)
+        return self._merged.get(key, ())
 
-    def _delta(self, before: Vector, member: Member) -> bytes | None:
-        """Return what turns a device's weights into a member's view, bit for bit; None: no delta does."""
+    def _files(self, sid: str, since: int, number: int, member: Member) -> list[tuple[Step, bytes]]:
+        """Return files that turn a version's weights into a member's view, bit for bit, if any do."""
+        before = self._view(sid, since)
         trained = aggregation.trained_part(self.job, member.structure)
         after = trained.gather(member.view)
         if to_bytes(trained.replaced(before, after)) != to_bytes(member.view):
-            return None  # a renewed keyframe lies between, which changed all weights
-        return exact_delta(trained.gather(before), after, trained.part)
+            return []  # a renewed keyframe lies between, which changed all weights
+        found, view = [], before
+        for content in exact_deltas(trained.gather(before), after, trained.part) or ():
+            view = trained.added(view, densify(content, trained.part))
+            found.append((self._step(number, content, view), content))
+        return found
 
     def _singles(self, sid: str, since: int) -> Path | None:
         steps = [self.history[number][sid].delta for number in range(since + 1, self.now.number + 1)]
@@ -326,45 +349,78 @@ class Versions:
         blobs, members = [], dict(advanced.members)
         for sid, content in advanced.keyframes.items():
             blobs.append(content)
-            chains[sid] = (step_of(now.number + 1, content, members[sid].view),)
+            chains[sid] = (self._step(now.number + 1, content, members[sid].view),)
         for sid, delta in advanced.deltas.items():
             member = members[sid]
-            step = step_of(now.number + 1, delta, member.view)
-            chain, content = self._lead(sid, step, delta, member)
+            step = self._step(now.number + 1, delta, member.view)
+            chain, contents = self._lead(sid, step, delta, member)
             taken = size_of(chain)
-            if len(chain) <= MAX_STEPS // len(members) and taken <= storage_bytes.get(sid, taken):
-                blobs += [delta, content]
+            longest = min(MAX_CHAIN_FILES, MAX_STEPS // len(members))
+            if len(chain) <= longest and taken <= storage_bytes.get(sid, taken):
+                blobs += [delta, *contents]
                 chains[sid], deltas[sid] = chain, step
                 continue
-            wished = int(member.structure.parameters * self.job.compress.renewed_bits / 8) + 512
-            limit = int(storage_bytes[sid] * RENEWED_SHARE) if sid in storage_bytes else wished
-            room = max(keyframe_bytes[sid], limit)
-            artifact = compress(member.master, member.structure, min(room, wished))
-            members[sid] = replace(member, view=restore(artifact, member.structure))
-            blobs.append(artifact)
-            chains[sid] = (step_of(now.number + 1, artifact, members[sid].view),)
+            room = int(storage_bytes[sid] * RENEWED_SHARE) if sid in storage_bytes else 0
+            members[sid], chains[sid], content = self._renewed(sid, member, room, keyframe_bytes[sid])
+            blobs.append(content)
         return chains, deltas, blobs, members
 
-    def _lead(self, sid: str, step: Step, delta: bytes, member: Member) -> tuple[Path, bytes]:
-        """Return the way from the keyframe to the new version, and the content of its last file."""
+    def _lead(self, sid: str, step: Step, delta: bytes, member: Member) -> tuple[Path, list[bytes]]:
+        """Return the way from the keyframe to the new version, and the contents of the files that are new.
+
+        It is merged from the keyframe, or from as early in the chain as an exact difference goes.
+        """
         old = self.now.chains[sid]
-        if len(old) > 1:
-            merged = self._delta(self._view(sid, old[0].version), member)
-            if merged is not None:
-                return (old[0], step_of(step.version, merged, member.view)), merged
-        return (*old, step), delta
+        for kept in range(1, len(old)):
+            if self._knows(sid, old[kept - 1]):  # not the middle of a merged delta of several files
+                found = self._files(sid, old[kept - 1].version, step.version, member)
+                if found:
+                    return (*old[:kept], *(one for one, _ in found)), [content for _, content in found]
+        return (*old, step), [delta]
+
+    def _renewed(self, sid: str, member: Member, room: int, first_bytes: int) -> tuple[Member, Path, bytes]:
+        """Return a member, its chain and the new file, where the chain outgrew its devices.
+
+        Where all weights are trained, the file is a new keyframe. Otherwise the old keyframe stays, with the
+        weights that are never trained: quantised again, they would be worse for good. From there one lossy
+        delta leads to the trained part.
+
+        Args:
+            sid: the structure.
+            member: its newest state.
+            room: what the chain may take on the tightest device; 0: no limit.
+            first_bytes: what the first keyframe was allowed.
+        """
+        bits, number = self.job.compress.renewed_bits, self.now.number + 1
+        trained = aggregation.trained_part(self.job, member.structure)
+        wished = int(trained.part.parameters * bits / 8) + 512
+        if trained.gain is None:
+            content = compress(member.master, member.structure, min(wished, max(first_bytes, room or wished)))
+            member = replace(member, view=restore(content, member.structure))
+            return member, (self._step(number, content, member.view),), content
+        keyframe = self.now.chains[sid][0]
+        view = self._view(sid, keyframe.version)
+        behind = trained.gather(member.master) - trained.gather(view)
+        budget = min(wished, room - keyframe.blob.size_bytes) if room else wished
+        content = _lossy_delta(behind, trained.part, budget)
+        member = replace(member, view=trained.added(view, densify(content, trained.part)))
+        return member, (keyframe, self._step(number, content, member.view)), content
+
+
+def _lossy_delta(behind: Vector, part: Structure, budget_bytes: int) -> bytes:
+    """Return the best delta that fits a budget; the shortest one where none does."""
+    delta = b""
+    for density, levels in RENEWALS:
+        _, delta = sparsify(init(part.parameters), behind, part, density, levels=levels, power_of_two=True)
+        if len(delta) <= budget_bytes:
+            break
+    return delta
 
 
 def _first_keyframe(weights: Vector, structure: Structure, seed: int, budget_bytes: int) -> bytes:
     """Return the file of a new model; what is not drawn travels compressed if it is too much otherwise."""
     recipe = draw(weights, structure, seed)
     return recipe if len(recipe) <= budget_bytes else compress(weights, structure, budget_bytes)
-
-
-def step_of(version: int, content: bytes, view: Vector) -> Step:
-    """Return the link of a chain that `content` makes."""
-    ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
-    return Step(version=version, blob=ref, digest=weights_name(digest(view)))
 
 
 def step_from(record: StepRecord) -> Step:

@@ -11,6 +11,22 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all views."""
 
 
+class ContributionView(View, frozen=True, kw_only=True):
+    """What a device's newest update gave, see `aggregator.rules.Contribution`.
+
+    Attributes:
+        norm: length of its difference.
+        cosine: of the angle between it and what the round made of all.
+        verdict: accepted, clipped (shortened) or refused (nothing of it counts).
+    """
+
+    job: str
+    round: int
+    verdict: str
+    norm: float
+    cosine: float
+
+
 class DeviceView(View, frozen=True, kw_only=True):
     """One device as the coordinator knows it. Times are Unix seconds of the coordinator.
 
@@ -21,6 +37,7 @@ class DeviceView(View, frozen=True, kw_only=True):
         updates: stored updates, in all jobs: the rounds it took part in.
         round_sent_bytes, round_received_bytes: the totals per update; everything that the socket carried
             is in them, telemetry and pings too.
+        contribution: of its newest update that was merged; only where one device is asked for.
     """
 
     id: str
@@ -54,6 +71,7 @@ class DeviceView(View, frozen=True, kw_only=True):
     round_sent_bytes: int = 0
     round_received_bytes: int = 0
     refusals: dict[str, int] = {}
+    contribution: ContributionView | None = None
 
 
 class AssignmentView(View, frozen=True, kw_only=True):
@@ -101,6 +119,7 @@ class RoundView(View, frozen=True, kw_only=True):
     Attributes:
         train_seconds_max: longest time that a device spent on its task, trainer start included.
         up_bytes, down_bytes: what the sockets of the devices that answered carried since their last answer.
+        merged: by which rule, whose updates counted, and which structures were frozen.
         local_accuracy: of the version before, on what devices hold out of their own data (sums of counts).
     """
 
@@ -115,6 +134,7 @@ class RoundView(View, frozen=True, kw_only=True):
     down_bytes: int = 0
     reason: str = ""
     guard: str = ""
+    merged: str = ""
     local_accuracy: float | None = None
 
 

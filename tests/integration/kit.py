@@ -98,6 +98,7 @@ class ScriptedDevice:
     answers: bool = True
     storage_bytes: int = 100_000
     path: tuple[Step, ...] = ()
+    link_bits_s: tuple[float, float] | None = None
     receipts: list[Receipt] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
@@ -138,6 +139,9 @@ class ScriptedDevice:
             memory_bytes=2**30,
             samples=self.samples,
             data=DATA,
+            up_bits_s=self.link_bits_s[0] if self.link_bits_s else None,
+            down_bits_s=self.link_bits_s[1] if self.link_bits_s else None,
+            link_measured=self.link_bits_s is not None,
         )
         await self.say(self.topics.up(self.name, "caps"), caps, retain=True)
         await self.say(

@@ -12,11 +12,12 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from liberatai_agent import probe
 from liberatai_agent.config import AgentConfig, GateSettings
 from liberatai_agent.service import Service, read_status
-from liberatai_agent.session import TrainingResult
+from liberatai_agent.session import Returned, TrainingResult
 from liberatai_agent.trainer import Trainer
 from liberatai_agent.trainer_messages import Work
 from liberatai_core.compressor.codebook import compress
@@ -178,6 +179,7 @@ class QuickTrainer(Trainer):
     def __init__(self, body_bytes: int = 50) -> None:
         super().__init__(60.0)
         self.body = b"b" * body_bytes
+        self.dropped: tuple[str, str] | None = None
         self.works: list[Work] = []
         self.hold: asyncio.Event | None = None
 
@@ -191,7 +193,8 @@ class QuickTrainer(Trainer):
         return TrainingResult(
             body=self.body + bytes([work.round]),
             residual=f"after {work.round}".encode(),
-            returned=tuple(uid for uid, _ in work.returned),
+            returned=tuple(one.update_id for one in work.returned),
+            dropped=self.dropped,
             samples=5,
             train_seconds=0.1,
             loss=0.5,
@@ -555,12 +558,50 @@ async def test_a_refused_update_comes_back_into_the_next_training(tmp_path: Path
         await co.task(keyframe, number=2)
         second = await co.first(Update, round=2)
         assert trainer.works[0].returned == ()
-        assert trainer.works[1].returned == ((first.update_id, first.body),)
+        assert trainer.works[1].returned == (Returned(update_id=first.update_id, round=1, body=first.body),)
         assert trainer.works[1].residual == b"after 1"
         await co.receipt(second)
         await co.task(keyframe, number=3)
         await co.first(Update, round=3)
         assert trainer.works[2].returned == ()
+
+
+@scenario
+async def test_left_overs_of_a_job_of_the_same_name_with_another_seed_are_dropped_and_told(
+    tmp_path: Path,
+) -> None:
+    """The same size and structure: only the mark beside them says that they mean other coordinates."""
+    broker, trainer = MemoryBroker(), QuickTrainer()
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer):
+        await co.first(Report, phase="idle")
+        keyframe = await a_keyframe(co)
+        await co.task(keyframe)
+        first = await co.first(Update)
+        await co.receipt(first, accepted=False, code="E_ROUND_CLOSED", text="too late")
+        await co.first(Event, name="update_refused")
+        other = replace(SPEC, seed=7)
+        await co.task(keyframe, number=2, spec=other)
+        await co.receipt(await co.first(Update, round=2))
+        assert (trainer.works[1].residual, trainer.works[1].returned) == (None, ())
+        assert trainer.works[1].rounds_away == 0
+        told = await co.first(Event, name="residual_dropped")
+        assert (told.code, told.text[:2]) == ("E_CODEC", "2 ")
+        await co.task(keyframe, number=3, spec=other)
+        await co.receipt(await co.first(Update, round=3))
+        assert trainer.works[2].residual == b"after 2"
+    assert [event.name for event in co.all(Event)].count("residual_dropped") == 1
+
+
+@scenario
+async def test_a_residual_that_rots_is_told_and_replaced_by_the_next_training(tmp_path: Path) -> None:
+    broker, trainer = MemoryBroker(), QuickTrainer()
+    trainer.dropped = ("E_CODEC", "residual: damaged")
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer):
+        await co.first(Report, phase="idle")
+        await co.task(await a_keyframe(co))
+        await co.first(Update)
+        told = await co.first(Event, name="residual_dropped")
+        assert (told.code, told.text) == ("E_CODEC", "residual: damaged")
 
 
 @scenario

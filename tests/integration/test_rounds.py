@@ -1,6 +1,7 @@
 """Whole rounds over the in-memory link: a coordinator with a real ledger, devices with real frames."""
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import time
@@ -9,6 +10,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tests.integration.kit import (
@@ -22,6 +24,7 @@ from tests.integration.kit import (
     until,
 )
 
+from liberatai_coordinator import runner as runner_module
 from liberatai_coordinator import service as service_module
 from liberatai_coordinator import versions as versions_module
 from liberatai_coordinator.ledger import Ledger, VersionRow
@@ -357,7 +360,7 @@ def test_deltas_without_an_exact_sum_are_followed_one_by_one_until_a_keyframe_re
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(versions_module, "MAX_STEPS", 3)
-                patch.setattr(versions_module, "exact_delta", lambda *_: None)
+                patch.setattr(versions_module, "exact_deltas", lambda *_: None)
                 await service.create_job(job_yaml(rounds=5), str(tmp_path))
                 await until(lambda: finished(service))
             await until(lambda: all(device.cancels for device in fleet))
@@ -635,5 +638,147 @@ def test_a_will_of_an_old_session_does_not_declare_a_living_device_lost(tmp_path
             await device.say(device.topics.up("a", "rep"), Report(device="a", session=5, phase="gated"))
             await until(lambda: service._device_view(service.fleet.require("a")).phase == "gated")
             assert service.fleet.require("a").online
+
+    run(scenario())
+
+
+def base_missing(device: ScriptedDevice) -> tuple[str, Event]:
+    event = Event(device=device.name, session=1, number=1, name="base_missing", code="E_BASE")
+    return device.topics.up(device.name, "ev"), event
+
+
+def test_after_a_restart_a_finished_job_still_gives_its_model_to_who_lost_files(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet:
+            async with coordinator(broker, tmp_path) as service:
+                await service.create_job(job_yaml(rounds=2, devices=2), str(tmp_path))
+                await until(lambda: service.ledger.job("tiny").state == "finished")
+                await until(lambda: all(device.cancels for device in fleet))
+                assert fleet[0].cancels[-1].held
+            async with coordinator(broker, tmp_path) as service:
+                await until(lambda: len(service.fleet.ready()) == 2)
+                fleet[0].cancels.clear()
+                await fleet[0].say(*base_missing(fleet[0]))
+                await until(lambda: bool(fleet[0].cancels))
+                told = fleet[0].cancels[-1]
+                assert (told.job, told.held) == ("tiny", b"")
+                assert told.final == service._recalled["tiny"].versions.now.chains["mlp-hidden8"]
+                assert {step.blob.blob for step in told.final} <= set(service.publisher.blobs)
+                await fleet[0].say(*base_missing(fleet[0]))
+                await fleet[1].say(*base_missing(fleet[1]))
+                await until(lambda: bool(fleet[1].cancels) and not fleet[1].cancels[-1].held)
+                assert len(fleet[0].cancels) == 1, "it holds nothing that it could lack"
+
+    run(scenario())
+
+
+def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path) -> None:
+    """Another one's answer would take the task away."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
+            text = job_yaml(rounds=2, devices=2)
+            await service.create_job(text.replace("name: tiny", "name: first"), str(tmp_path))
+            await until(lambda: service.ledger.job("first").state == "finished")
+            await until(lambda: all(device.cancels for device in fleet))
+            held = dict(service.runners["first"].paths)
+            for device in fleet:
+                device.sent.clear()
+            await service.create_job(text.replace("name: tiny", "name: second"), str(tmp_path))
+            lost = fleet[1]
+            await until(lambda: bool(lost.tasks) and lost.tasks[-1].job == "second" and 1 in lost.sent)
+            lost.answers = False
+            await until(lambda: lost.tasks[-1].round == 2 and bool(lost.tasks[-1].held))
+            before = len(lost.tasks)
+            lost.cancels.clear()
+            lost.path = ()
+            await lost.say(*base_missing(lost))
+            await until(lambda: len(lost.tasks) > before)
+            assert (lost.tasks[-1].job, lost.tasks[-1].held) == ("second", b"")
+            assert service.runners["first"].paths == held
+            lost.answers = True
+            await lost._answer(lost.tasks[-1])
+            await until(lambda: service.ledger.job("second").state == "finished")
+            await until(lambda: bool(lost.cancels))
+            assert {cancel.job for cancel in lost.cancels} == {"second"}
+
+    run(scenario())
+
+
+SLOW_JOB = """
+name: tiny
+data: {input_shape: [1, 4, 4], classes: 3}
+structures: [{family: mlp, params: {hidden: 400}}]
+rounds: {count: 2, min_devices: 2, deadline_s: 13}
+sparsify: {up_density: 0.02, down_density: 0.02, warmup_rounds: 1, warmup_factor: 40}
+"""
+
+
+def test_a_warm_up_that_a_link_cannot_carry_starves_no_job(tmp_path: Path) -> None:
+    """Densities above the usual ones are capped by the link, and keep nobody out."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet:
+            for device in fleet:
+                device.link_bits_s = (1e5, 1600.0)
+            async with coordinator(broker, tmp_path) as service:
+                await service.create_job(SLOW_JOB, str(tmp_path))
+                await until(lambda: finished(service))
+                assert [task.round for task in fleet[0].tasks] == [1, 2]
+                assert fleet[0].tasks[0].density > fleet[0].tasks[1].density == 0.02
+
+    run(scenario())
+
+
+def test_a_link_that_was_measured_to_be_hopeless_is_tried_again_and_until_then_the_job_says_why_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet:
+            for device in fleet:
+                device.link_bits_s = (1.0, 1.0)
+            async with coordinator(broker, tmp_path) as service:
+                await service.create_job(job_yaml(rounds=1, devices=2), str(tmp_path))
+                await until(lambda: bool(service.runners["tiny"].waits))
+                reason = (await service.job("tiny")).reason
+                assert reason.startswith("waits: no device can take part (a: link of 1 bit/s measured: ")
+                assert not fleet[0].tasks
+                monkeypatch.setattr(runner_module, "LINK_S", 0.0)
+                service.runners["tiny"].fleet_changed.set()
+                await until(lambda: finished(service))
+                assert (await service.job("tiny")).reason == ""
+                (task,) = fleet[0].tasks
+                assert 0 < task.density < 0.01
+
+    run(scenario())
+
+
+def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await until(lambda: finished(service))
+            job = service.runners["tiny"]
+            assert job._room("a") == 100_000
+            known = service.fleet.devices["a"]
+            assert known.capability
+            shrunk = msgspec.structs.replace(known.capability, storage_bytes=1000)
+            service.fleet.devices["a"] = dataclasses.replace(known, capability=shrunk)
+            assert job._room("a") == 1000
+            assert job._storage_bytes() == {"mlp-hidden8": 100_000}, "others need no new keyframe"
+            opened = [row.opened_s for row in service.ledger.rounds("tiny")]
+            long = msgspec.structs.replace(
+                job.job, rounds=msgspec.structs.replace(job.job.rounds, count=10**6)
+            )
+            job.job = long
+            gap_s = job.spacing_s("a")
+            assert 0 < gap_s < long.rounds.deadline_s
+            assert gap_s == pytest.approx(max(86_400 / 10**6, (time.time() - opened[0]) / 3), rel=0.2)
+            assert job.spacing_s("stranger") == long.rounds.deadline_s
 
     run(scenario())

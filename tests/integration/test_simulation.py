@@ -98,7 +98,7 @@ def test_a_device_that_was_away_pays_for_one_merged_delta(tmp_path: Path) -> Non
     assert len(ends) == 10
     assert path[0].version == 0
     assert len(way.steps) == 1
-    assert way.size_bytes < 4 * PARAMETERS / 8
+    assert way.size_bytes < 4 * PARAMETERS / 5
 
 
 def test_the_benchmark_splits_digits_over_devices_that_all_have_samples() -> None:

@@ -1,12 +1,14 @@
 """The ensemble: unlike members' predictions become one.
 
-Two pools, both with one weight per member m and class c:
+Three pools, all with one weight per member m and class c:
 
     log:     z_c(x) = sum_m W[m, c] * (log p_m(c|x) - log_priors[m, c]) + bias[c]
     linear:  y_c(x) = sum_m W[m, c] * p_m(c|x)                   (the original method, ICMLA 2020)
+    vote:    y_c(x) = sum_m W[m, c] * ([c = argmax p_m(x)] + p_m(c|x) / 1000)
 
 The log pool needs agreement, the linear pool takes any member's word; see Hinton, "Training Products of
-Experts by Minimizing Contrastive Divergence", Neural Computation 2002.
+Experts by Minimizing Contrastive Divergence", Neural Computation 2002. A vote hears only what each member
+thinks most likely, and the probabilities decide where votes are equal.
 """
 
 from collections.abc import Callable
@@ -21,6 +23,10 @@ from liberatai_core.errors import NonFiniteError, SchemaError
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
 Counts = NDArray[np.int64] | NDArray[np.float64]
 
+Kind = Literal["log", "linear", "vote"]
+
+TIE = 1e-3
+"""Share of the probabilities in a vote: less than one vote of many members, and enough to break a tie."""
 FLOOR = 1e-6
 """Probabilities are clipped here before a weighted sum of logarithms: one member that is certain and
 wrong must not veto all others."""
@@ -34,13 +40,13 @@ class Pool:
         weights: shape (members, classes), float64.
         log_priors: log class shares that each member learnt from, shape (members, classes); subtracted.
         bias: added per class at the end, shape (classes,).
-        kind: "log" or "linear"; a linear pool has neither priors nor bias.
+        kind: "log", "linear" or "vote"; only a log pool has priors or a bias.
     """
 
     weights: NDArray[np.float64]
     log_priors: NDArray[np.float64] | None = None
     bias: NDArray[np.float64] | None = None
-    kind: Literal["log", "linear"] = "log"
+    kind: Kind = "log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +83,7 @@ def combine(
     *,
     log_priors: FloatArray | None = None,
     bias: FloatArray | None = None,
-    kind: Literal["log", "linear"] = "log",
+    kind: Kind = "log",
 ) -> NDArray[np.float32]:
     """Return the ensemble's log-probabilities, shape (n, classes), float32.
 
@@ -89,7 +95,7 @@ def combine(
         kind: see `Pool`.
 
     Raises:
-        SchemaError: shapes do not fit, or a linear pool has negative weights, priors or a bias.
+        SchemaError: shapes do not fit, or a pool other than "log" has negative weights, priors or a bias.
         NonFiniteError: an input is NaN, or a weight, prior or bias infinite.
     """
     require_members(log_probs)
@@ -103,8 +109,10 @@ def combine(
             raise SchemaError(f"ensemble {name}: shape {value.shape}, wanted {shape}")
         if value is not None and not np.isfinite(value).all():
             raise NonFiniteError(f"ensemble {name}: a value is not finite")
-    if kind == "linear":
-        return _linear(log_probs, weights, plain=log_priors is None and bias is None)
+    if kind != "log":
+        if log_priors is not None or bias is not None or (weights < 0).any():
+            raise SchemaError(f"ensemble: a {kind} pool has weights from 0 and neither priors nor bias")
+        return _mixed(np.exp(log_probs.astype(np.float64)), weights, vote=kind == "vote")
     evidence = np.maximum(log_probs.astype(np.float64), np.log(FLOOR))
     if log_priors is not None:
         evidence = evidence - log_priors[:, None, :]
@@ -112,10 +120,11 @@ def combine(
     return normalised(scores if bias is None else scores + bias)
 
 
-def _linear(log_probs: FloatArray, weights: FloatArray, *, plain: bool) -> NDArray[np.float32]:
-    if not plain or (weights < 0).any():
-        raise SchemaError("ensemble: a linear pool has weights from 0 and neither priors nor bias")
-    mixed = np.einsum("mnc,mc->nc", np.exp(log_probs.astype(np.float64)), weights.astype(np.float64))
+def _mixed(probabilities: NDArray[np.float64], weights: FloatArray, *, vote: bool) -> NDArray[np.float32]:
+    if vote:
+        named = np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)]
+        probabilities = named + TIE * probabilities
+    mixed = np.einsum("mnc,mc->nc", probabilities, weights.astype(np.float64))
     return normalised(np.log(np.maximum(mixed, FLOOR)))
 
 

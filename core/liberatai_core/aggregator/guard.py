@@ -9,6 +9,8 @@ c that only the ensemble does, the guard falls back if
 
 With many labels that becomes the plain comparison. The published table of the original method (ICMLA 2020)
 would have triggered it three times.
+
+Labels that found the weights would flatter the ensemble: `divided` sets some apart for the guard.
 """
 
 import math
@@ -23,6 +25,10 @@ from liberatai_core.errors import SchemaError
 
 Z = 1.645
 """One-sided 5 %: how sure the guard must be that the member is better."""
+
+
+FITTED_SHARE = 2 / 3
+"""Of the labels, for finding weights: that takes more of them than comparing two models on what is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,29 @@ def guard(ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64]) -> De
         best_member_accuracy=scores[best],
         reason=text,
     )
+
+
+def divided(y: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows that may find the weights, and those that the guard judges by.
+
+    Every class is divided in the same shares, by lot: a class with one sample goes to the weights. The same
+    labels and seed give the same rows, so no sample changes sides from round to round.
+
+    Args:
+        y: labels, shape (n,).
+        seed: of the lot.
+
+    Returns:
+        Two sorted arrays of row numbers that together are 0 … n-1.
+    """
+    random = np.random.default_rng(seed)
+    lot = random.permutation(len(y))
+    lot = lot[np.argsort(y[lot], kind="stable")]
+    place = np.arange(len(y)) - np.searchsorted(y[lot], y[lot])
+    # The n-th sample of a class is one of the guard's if the share of those before it passes a whole number.
+    rest = 1 - FITTED_SHARE
+    judging = np.floor((place + 1) * rest + 1e-9) > np.floor(place * rest + 1e-9)
+    return np.sort(lot[~judging]), np.sort(lot[judging])
 
 
 def unguarded(ensemble: FloatArray, members: FloatArray) -> Decision:

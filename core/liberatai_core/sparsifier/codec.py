@@ -212,7 +212,7 @@ def encode_dense(values: Vector) -> bytes:
 def decode(data: bytes, parameters: int) -> tuple[Integers, Vector]:
     """Return positions (int64, strictly increasing) and values (float32) of a stream from anywhere.
 
-    Memory stays below about 40 bytes per parameter, 8 per byte of data and 6 MiB, whatever the stream says.
+    Memory stays below about 56 bytes per parameter, 8 per byte of data and 6 MiB, whatever the stream says.
 
     Raises:
         CodecError: unknown codec, another parameter count, truncated, trailing or nonsensical bytes.

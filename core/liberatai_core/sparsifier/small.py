@@ -11,7 +11,7 @@ Both parts are streams of `codec`; the second has zeros where the first speaks.
 import numpy as np
 
 from liberatai_core.errors import CodecError
-from liberatai_core.sparsifier import support, top_k
+from liberatai_core.sparsifier import codec, support, top_k
 from liberatai_core.sparsifier.top_k import State
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector
@@ -85,6 +85,8 @@ def densify(data: bytes, structure: Structure) -> Vector:
     size = int.from_bytes(data[1:_HEAD], "little")
     if data[:1] != bytes([SMALL]) or size > len(data) - _HEAD or places.size == 0:
         raise CodecError("update with small tensors: wrong first byte, length or structure")
+    if {data[_HEAD : _HEAD + 1], data[_HEAD + size : _HEAD + size + 1]} != {bytes([codec.SPARSE])}:
+        raise CodecError("update with small tensors: a part that is no sparse stream")
     dense = top_k.densify(data[_HEAD + size :], structure)
     if dense[places].any():
         raise CodecError("update with small tensors: a value stands in both parts")

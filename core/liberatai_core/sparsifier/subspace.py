@@ -11,6 +11,7 @@ With a share s of a tensor's weights, the outputs move s times as fast for the s
 multiplied by 1 / s (`gain`), which keeps the speed of training in the space of functions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,10 @@ from liberatai_core.weights import Vector
 SMALLEST = 2000
 """Tensors up to this many values are trained whole: first layers, norms, biases and heads carry much."""
 
+_SHARE, _AT, _POWER = 0.15, 250_000, 0.85
+"""The measured share of a model of 0.25 million parameters, and how it falls with size: 0.033 at 1.5 million
+(`docs/sparsifier.md`)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
@@ -32,7 +37,7 @@ class Subspace:
     Attributes:
         structure: of the whole model.
         part: of the gathered coordinates: same tensors, flat, with fewer values.
-        positions: int64, strictly increasing, shape (part.parameters,).
+        positions: int64, strictly increasing, shape (part.parameters,); empty if everything is trained.
         gain: float32, shape (parameters,): what a gradient is multiplied with, 0 outside the part; None if
             everything is trained.
     """
@@ -67,6 +72,11 @@ class Subspace:
         return self.replaced(whole, self.gather(whole) + values)
 
 
+def recommended_share(parameters: int) -> float:
+    """Return the share that suits a model of so many parameters where a job names none."""
+    return min(1.0, _SHARE * math.pow(_AT / parameters, _POWER))
+
+
 def subspace(structure: Structure, share: float, seed: int, *, smallest: int = SMALLEST) -> Subspace:
     """Return the coordinates that a share and a seed name; the same on every machine.
 
@@ -83,17 +93,22 @@ def subspace(structure: Structure, share: float, seed: int, *, smallest: int = S
     if not 0 < share <= 1 or not 0 <= seed <= 2**63:
         raise ValueError(f"share {share} must lie in (0, 1] and seed {seed} in 0 … 2^63")
     sizes = tuple(tensor.size for tensor in structure.tensors)
+    if all(_count(size, share, smallest) == size for size in sizes):
+        return Subspace(structure, structure, np.empty(0, np.int64), None)
     positions, gain = _drawn(sizes, share, seed, smallest)
-    part = structure if gain is None else part_of(structure, positions)
-    return Subspace(structure, part, positions, gain)
+    return Subspace(structure, part_of(structure, positions), positions, gain)
 
 
-@lru_cache(maxsize=8)
-def _drawn(sizes: Sequence[int], share: float, seed: int, smallest: int) -> tuple[Positions, Vector | None]:
-    """Return positions and gain, read-only: a coordinator asks for them again in every round."""
+def _count(size: int, share: float, smallest: int) -> int:
+    return max(min(size, smallest), round(share * size))
+
+
+@lru_cache(maxsize=4)
+def _drawn(sizes: Sequence[int], share: float, seed: int, smallest: int) -> tuple[Positions, Vector]:
+    """Return positions and gain, read-only: they are asked for again in every round."""
     chosen, gain, start = [], np.ones(sum(sizes), np.float32), 0
     for number, size in enumerate(sizes):
-        count = max(min(size, smallest), round(share * size))
+        count = _count(size, share, smallest)
         inside = np.arange(start, start + size)
         if count < size:
             inside = np.sort(draw(size, count, seed + number)) + start
@@ -104,4 +119,4 @@ def _drawn(sizes: Sequence[int], share: float, seed: int, smallest: int) -> tupl
     positions = np.concatenate(chosen)
     positions.setflags(write=False)
     gain.setflags(write=False)
-    return positions, gain if positions.size < start else None
+    return positions, gain

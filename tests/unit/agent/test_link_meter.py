@@ -8,12 +8,14 @@ import pytest
 from liberatai_agent.link_meter import (
     ANNOUNCE_S,
     DAY_S,
+    DRIFT_HALF_LIFE_S,
     MAX_COUNT,
     MAX_STEP,
     NOTHING,
     Link,
     announce,
     count,
+    drifted,
     received,
     sent,
 )
@@ -65,6 +67,82 @@ def test_a_transfer_that_is_mostly_latency_raises_the_rate_but_never_lowers_or_s
     assert 10_000 < rate(slow) < 4 * KIB * 8 / 0.55
     fast = Link(latency_s=0.5, up_s_per_byte=8 / 10e6)
     assert uploads(fast, [(4 * KIB, 0.55)] * 100) == fast
+
+
+@pytest.mark.parametrize("size", [300, 1024, 2048, 4095])
+def test_a_small_transfer_raises_the_rate_but_never_beyond_what_it_shows(size: int) -> None:
+    low = Link(latency_s=0.1, up_s_per_byte=8 / 2000)
+    shown = size * 8 / 0.12
+    assert 2000 * 1.1 < rate(uploads(low, [(size, 0.12)])) < shown
+    assert rate(uploads(low, [(size, 0.12)] * 200)) == pytest.approx(shown, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [100, 1024, 4095])
+def test_a_small_transfer_never_lowers_the_rate(size: int) -> None:
+    high = Link(latency_s=0.1, up_s_per_byte=8 / 300_000)
+    assert uploads(high, [(size, 30.0)] * 50).up_s_per_byte == high.up_s_per_byte
+    assert received(high, size, 30.0).down_s_per_byte is None
+
+
+def test_a_small_download_raises_the_downlink() -> None:
+    link = received(Link(down_s_per_byte=8 / 2000), 700, 0.1)
+    assert link.down_bits_s is not None
+    assert link.down_bits_s > 2200
+
+
+def test_nothing_at_all_is_no_transfer() -> None:
+    link = Link(up_s_per_byte=8 / 2000, down_s_per_byte=8 / 2000)
+    assert received(link, 0, 0.0) == link
+
+
+def test_a_link_that_was_bad_for_an_hour_is_used_again_although_its_updates_became_small() -> None:
+    """A plan that lets an update take 2 s; the link carries 300 kbit/s again after some very slow uploads."""
+    link = uploads(Link(), [(100, 0.1)] + [(10_240, 0.1 + 10_240 * 8 / 300_000)] * 8)
+    link = uploads(link, [(10_240, 50.0)] * 4)
+    assert rate(link) < 3000
+    for _ in range(60):
+        size = min(10_240, int(rate(link) * 2.0 / 8))
+        link = sent(link, size, 0.1 + size * 8 / 300_000)
+    assert rate(link) == pytest.approx(300_000, rel=0.1)
+
+
+# --- estimates grow old --------------------------------------------------------------------------
+
+
+def test_a_low_estimate_returns_to_the_profile_half_of_the_way_per_half_life() -> None:
+    low = Link(up_s_per_byte=0.005, down_s_per_byte=0.003)
+    link = drifted(low, DRIFT_HALF_LIFE_S, up_bits_s=8000, down_bits_s=8e6)
+    assert link.up_s_per_byte == pytest.approx((0.005 + 0.001) / 2)
+    assert link.down_s_per_byte == pytest.approx((0.003 + 1e-6) / 2)
+    assert rate(drifted(low, 60 * DRIFT_HALF_LIFE_S, up_bits_s=8000)) == pytest.approx(8000)
+
+
+def test_without_a_profile_the_rate_doubles_per_half_life_and_stays_a_rate() -> None:
+    low = Link(up_s_per_byte=0.005)
+    assert rate(drifted(low, DRIFT_HALF_LIFE_S)) == pytest.approx(2 * 1600)
+    assert rate(drifted(low, 1e12)) <= 1e12
+
+
+def test_a_device_that_trains_once_a_day_believes_its_link_at_most_four_times_too_fast() -> None:
+    assert rate(drifted(Link(up_s_per_byte=0.001), DAY_S)) <= 4.001 * 8000
+
+
+def test_many_short_times_are_one_long_time() -> None:
+    low = link = Link(up_s_per_byte=0.005)
+    for _ in range(1000):
+        link = drifted(link, 5.0, up_bits_s=64_000)
+    assert rate(link) == pytest.approx(rate(drifted(low, 5000.0, up_bits_s=64_000)))
+
+
+@pytest.mark.parametrize("ran_s", [0.0, -5.0, math.nan])
+def test_no_time_changes_nothing(ran_s: float) -> None:
+    low = Link(up_s_per_byte=0.005)
+    assert drifted(low, ran_s, up_bits_s=8e6) == low
+
+
+def test_what_is_faster_than_the_profile_or_was_never_measured_stays() -> None:
+    link = Link(up_s_per_byte=8 / 1e6)
+    assert drifted(link, 1e6, up_bits_s=64_000, down_bits_s=64_000) == link
 
 
 @pytest.mark.parametrize("bits_s", [2e3, 64e3, 1e6, 20e6, 1e9])

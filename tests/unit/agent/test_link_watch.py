@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_agent.link_meter import ANNOUNCE_S, DAY_S, Link
+from liberatai_agent.link_meter import ANNOUNCE_S, DAY_S, DRIFT_HALF_LIFE_S, Link
 from liberatai_agent.link_watch import FILE, SAVE_S, UNSAVED_BYTES, LinkWatch, read_link
 from liberatai_core.errors import NotFoundError
 from liberatai_core.link.link import Traffic
@@ -26,10 +26,17 @@ class Socket:
             sent_bytes=self.traffic.sent_bytes + sent, received_bytes=self.traffic.received_bytes + received
         )
 
-    def watch(self, folder: Path, quota: int | None = None) -> LinkWatch:
+    def watch(self, folder: Path, quota: int | None = None, up_bits_s: float | None = None) -> LinkWatch:
         """Return the watch of an agent that has just started: its socket counts from zero."""
         self.traffic = Traffic()
-        return LinkWatch(folder, quota, lambda: self.traffic, lambda: self.now_s, lambda: self.wall_s)
+        return LinkWatch(
+            folder,
+            quota,
+            lambda: self.traffic,
+            lambda: self.now_s,
+            lambda: self.wall_s,
+            up_bits_s=up_bits_s,
+        )
 
 
 def test_an_upload_is_measured_from_the_publication_to_its_acknowledgement(tmp_path: Path) -> None:
@@ -97,10 +104,34 @@ def test_rates_totals_and_the_days_bytes_survive_a_restart(tmp_path: Path) -> No
     again = socket.watch(tmp_path, MIB)
     assert again.link == watch.link
     assert again.day_bytes == 9500
-    assert again.announced.up_bits_s == pytest.approx(65_536)
+    assert again.announced.up_bits_s == watch.link.up_bits_s == pytest.approx(65_536, rel=1e-3)
     socket.move(1.0, sent=100)
     again.count()
     assert (again.day_bytes, again.link.sent_bytes) == (9600, 9100)
+
+
+def test_a_low_rate_returns_to_the_profile_while_the_agent_runs_and_a_restart_keeps_what_is_reached(
+    tmp_path: Path,
+) -> None:
+    """A bad day: 1.6 kbit/s were measured, the profile promises 1 Mbit/s, and nothing large is sent."""
+    socket = Socket()
+    watch = socket.watch(tmp_path, up_bits_s=1e6)
+    with watch.sending(8000):
+        socket.move(40.0)
+    watch.count()
+    before = watch.link.up_bits_s
+    assert before is not None
+    assert before == pytest.approx(1600, rel=0.01)
+    for _ in range(12):
+        socket.move(DRIFT_HALF_LIFE_S / 12)
+        watch.count()
+    assert watch.link.up_bits_s == pytest.approx(2 * before, rel=0.01)
+    assert read_link(tmp_path).up_bits_s == watch.link.up_bits_s
+    again = socket.watch(tmp_path, up_bits_s=1e6)
+    socket.move(DRIFT_HALF_LIFE_S)
+    again.count()
+    assert again.link.up_bits_s == pytest.approx(4 * before, rel=0.01)
+    assert again.look().up_bits_s == again.link.up_bits_s, "the coordinator hears of it"
 
 
 @pytest.mark.parametrize(("quota", "unsaved"), [(None, UNSAVED_BYTES), (MIB, MIB // 100)])

@@ -440,8 +440,86 @@ def test_the_final_model_goes_on_from_the_path_and_becomes_it() -> None:
     got = again(s.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),))))
     assert again.session.final == (*path, a_step(9)), "the retained word after a restart"
     assert not of(got, s.Emit)
-    lost = online()
-    assert [e.code for e in of(lost(cancel), s.Emit)] == ["E_BASE"]
+
+
+def test_the_path_to_the_final_model_is_asked_for_until_it_comes_and_more_and_more_rarely() -> None:
+    """A new card; the coordinator is down, or restarts, when the device asks for the first time."""
+    play, whole = online(), (a_step(0), a_step(9))
+    cancel = s.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),)))
+    got = play(cancel)
+    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
+    assert (play.phase, not of(got, s.FetchBlobs)) == ("fetching", True)
+    asked = [now for now in range(1, 86_400, 5) if of(play(s.Tick(now_s=float(now))), s.Emit)]
+    assert asked[0] <= 10, "the first word may have been lost"
+    assert len(asked) < 40, "nothing ends it, so it must not cost much"
+    got = play(s.CancelArrived(cancel=a_cancel(9, final=whole)))
+    assert of(got, s.FetchBlobs)[0].refs == tuple(step.blob for step in whole)
+    play(*(s.BlobStored(blob=step.blob.blob) for step in whole))
+    assert (play.session.path, play.phase) == (whole, "idle")
+    assert not play(s.Tick(now_s=1e6)), "the question is answered"
+
+
+def test_a_task_ends_the_questions_for_the_final_model_and_is_worked_on() -> None:
+    play, task = online(), a_task(10)
+    play(s.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),))))
+    until_sent(task, play)
+    assert not of(play(s.Tick(now_s=4.0)), s.Emit)
+    assert not of(play(s.Tick(now_s=1e5)), s.Emit)
+
+
+def test_a_final_model_that_is_here_stays_while_the_path_to_another_is_asked_for() -> None:
+    path = (a_step(0), a_step(3))
+    play = online(path=path)
+    play(s.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
+    play(s.BlobStored(blob=path[1].blob.blob))
+    assert play.session.final == path
+    play(s.CancelArrived(cancel=a_cancel(4, job="other", held=a_step(7).digest, final=(a_step(8),))))
+    assert play.session.final == path
+    play(s.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
+    assert not of(play(s.Tick(now_s=1e5)), s.Emit)
+
+
+def test_a_task_that_grows_beyond_the_storage_asks_for_the_whole_path_before_it_fails() -> None:
+    """The storage has shrunk since the path was fetched; keyframe and deltas anew are shorter."""
+    path = (a_step(0, 600), a_step(3, 300))
+    play = online(path=path, storage_bytes=1000)
+    task = a_task(7, held=path[1].digest, steps=(a_step(6, 200),))
+    got = play(s.TaskArrived(task=task))
+    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
+    assert "1100 bytes, 1000 are allowed" in s.report_of(play.session).reason
+    assert not of(got, s.FetchBlobs)
+    again = of(play(s.Tick(now_s=6.0)), s.Emit)
+    assert ["1100 bytes" in e.text for e in again] == [True], "the first word may have been lost"
+    whole = a_task(7, steps=(a_step(5, 700), a_step(6, 200)))
+    play(s.TaskArrived(task=whole))
+    assert of(play(*stored(whole)), s.StartTraining)[0].path == whole.steps
+    too_long = a_task(7, steps=(a_step(5, 900), a_step(6, 200)))
+    fails = online(path=path, storage_bytes=1000)
+    assert [e.code for e in of(fails(s.TaskArrived(task=task)), s.Emit)] == ["E_BASE"]
+    assert [e.code for e in of(fails(s.TaskArrived(task=too_long)), s.Emit)] == ["E_QUOTA"]
+    assert not fails(s.Tick(now_s=1e5)), "it has failed"
+
+
+def test_a_final_model_that_grows_beyond_the_storage_asks_for_the_whole_path_before_it_is_given_up() -> None:
+    path = (a_step(0, 600), a_step(3, 300))
+    play = online(path=path, storage_bytes=1000)
+    grown = a_cancel(9, held=path[1].digest, final=(a_step(9, 200),))
+    got = play(s.CancelArrived(cancel=grown))
+    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
+    got = play(s.CancelArrived(cancel=a_cancel(9, final=(a_step(9, 2000),))))
+    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("final_model", "E_QUOTA")]
+    assert not play(s.Tick(now_s=1e5)), "given up"
+    assert play.phase == "idle"
+
+
+def test_left_overs_that_cannot_be_used_are_told_and_the_training_goes_on() -> None:
+    task, play = a_task(), online()
+    play(s.TaskArrived(task=task), *stored(task))
+    got = play(s.LeftoverDropped(code="E_CODEC", text="residual: damaged"))
+    assert [(e.name, e.code, e.text) for e in of(got, s.Emit)] == [
+        ("residual_dropped", "E_CODEC", "residual: damaged")
+    ]
+    assert of(play(s.Trained(update_id=task.task_id, result=RESULT)), s.StoreUpdate)
 
 
 def test_a_spec_that_cannot_be_read_is_fetched_again_and_one_of_nonsense_fails_the_task() -> None:
@@ -463,7 +541,6 @@ def test_a_spec_that_cannot_be_read_is_fetched_again_and_one_of_nonsense_fails_t
     [
         ({"tier": "observe"}, {}, "E_TIER"),
         ({"storage_bytes": 99}, {}, "E_QUOTA"),
-        ({"storage_bytes": 119, "path": (a_step(5, 20),)}, {"held": a_step(5).digest}, "E_QUOTA"),
     ],
 )
 def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from liberatai_agent.session import TrainingResult
+from liberatai_agent.session import Returned, TrainingResult
 from liberatai_agent.trainer import Trainer, TrainerDiedError
 from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
 from liberatai_agent.trainer_messages import Answer, Done, Failed, File, Work
@@ -22,7 +23,7 @@ from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract.messages import Training, weights_name, work_seed
 from liberatai_core.errors import DataError, DigestError
 from liberatai_core.learning.families import initial_weights, structure_of
-from liberatai_core.sparsifier import methods, top_k
+from liberatai_core.sparsifier import methods, random_k, top_k
 from liberatai_core.structure import DataContract
 from liberatai_core.weights import Vector, digest
 
@@ -78,6 +79,19 @@ def a_work(chain: Chain, data: Path, **changes: Any) -> Work:
 def done(answer: Answer) -> TrainingResult:
     assert isinstance(answer, Done), answer
     return answer.result
+
+
+def given_back(body: bytes, number: int = 2) -> Returned:
+    return Returned(update_id=b"u" * 16, round=number, body=body)
+
+
+def rest(result: TrainingResult) -> Vector:
+    return top_k.state_from_bytes(result.residual, STRUCTURE.parameters).residual
+
+
+def total(result: TrainingResult) -> Vector:
+    """Return what is sent and what is left over."""
+    return top_k.densify(result.body, STRUCTURE) + rest(result)
 
 
 def failed(answer: Answer) -> Failed:
@@ -146,16 +160,105 @@ def test_what_is_sent_and_what_is_left_over_are_the_whole_difference(chain: Chai
 def test_a_refused_update_is_added_to_the_next_difference(chain: Chain, data: Path) -> None:
     plain = done(work(a_work(chain, data, density=1.0), Memory()))
     refused = done(work(a_work(chain, data, round=2), Memory()))
-    both = done(work(a_work(chain, data, density=1.0, returned=((b"u" * 16, refused.body),)), Memory()))
-
-    def total(result: TrainingResult) -> Vector:
-        rest = top_k.state_from_bytes(result.residual, STRUCTURE.parameters).residual
-        return top_k.densify(result.body, STRUCTURE) + rest
-
+    both = done(work(a_work(chain, data, density=1.0, returned=(given_back(refused.body),)), Memory()))
     np.testing.assert_allclose(
         total(both), total(plain) + top_k.densify(refused.body, STRUCTURE), rtol=0, atol=1e-6
     )
-    assert both.returned == (b"u" * 16,)
+    assert (both.returned, both.dropped) == ((b"u" * 16,), None)
+
+
+def test_a_refused_update_of_drawn_coordinates_comes_back_where_its_own_round_drew_them(
+    chain: Chain, data: Path
+) -> None:
+    """Nothing is lost: what was refused, what is sent and what is left over are the two differences."""
+    method = {"codec": "random_k_feedback", "density": 0.2}
+    first = done(work(a_work(chain, data, round=2, **method), Memory()))
+    plain = done(work(a_work(chain, data, round=3, residual=first.residual, **method), Memory()))
+    back = {"residual": first.residual, "returned": (given_back(first.body),)}
+    both = done(work(a_work(chain, data, round=3, **method, **back), Memory()))
+
+    def drawn(result: TrainingResult, number: int) -> Vector:
+        return random_k.densify(result.body, STRUCTURE, work_seed(11, "dev", "job", number))
+
+    def all_of(result: TrainingResult) -> Vector:
+        return drawn(result, 3) + rest(result)
+
+    assert np.abs(drawn(first, 2)).max() > 0
+    np.testing.assert_allclose(all_of(both), all_of(plain) + drawn(first, 2), rtol=0, atol=1e-6)
+    assert (both.returned, both.dropped) == ((b"u" * 16,), None)
+
+
+# --- left-overs that do not fit ------------------------------------------------------------------
+
+
+def poisoned(chain: Chain, data: Path) -> bytes:
+    """Return a sound residual of the largest values that there are."""
+    del chain, data
+    largest = np.full(STRUCTURE.parameters, np.finfo(np.float32).max, np.float32)
+    return top_k.state_to_bytes(top_k.State(largest))
+
+
+def of_another_size(chain: Chain, data: Path) -> bytes:
+    del chain, data
+    return top_k.state_to_bytes(top_k.init(STRUCTURE.parameters + 1))
+
+
+def rotten(chain: Chain, data: Path) -> bytes:
+    sound = done(work(a_work(chain, data, round=2), Memory())).residual
+    return sound[:40] + bytes([sound[40] ^ 1]) + sound[41:]
+
+
+def not_finite(chain: Chain, data: Path) -> bytes:
+    del chain, data
+    return top_k.state_to_bytes(top_k.State(np.full(STRUCTURE.parameters, np.nan, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("residual", "code"),
+    [(of_another_size, "E_CODEC"), (rotten, "E_CODEC"), (not_finite, "E_NONFINITE")],
+)
+def test_a_residual_that_cannot_be_read_is_as_none_and_the_result_says_so(
+    chain: Chain, data: Path, residual: Callable[[Chain, Path], bytes], code: str
+) -> None:
+    result = done(work(a_work(chain, data, residual=residual(chain, data)), Memory()))
+    fresh = done(work(a_work(chain, data), Memory()))
+    assert (result.body, result.residual) == (fresh.body, fresh.residual)
+    assert result.dropped is not None
+    assert result.dropped[0] == code
+    assert fresh.dropped is None
+
+
+def test_left_overs_that_overflow_with_the_difference_are_let_go(chain: Chain, data: Path) -> None:
+    """The largest float32 in the residual and once more given back: their sum is infinite."""
+    top = np.full(STRUCTURE.parameters, np.finfo(np.float32).max, np.float32)
+    _, huge = methods.METHODS["dense"].sparsify(top_k.init(STRUCTURE.parameters), top, STRUCTURE, 1.0)
+    left = {"residual": poisoned(chain, data), "returned": (given_back(huge),)}
+    result = done(work(a_work(chain, data, **left), Memory()))
+    fresh = done(work(a_work(chain, data), Memory()))
+    assert (result.body, result.residual) == (fresh.body, fresh.residual)
+    assert result.returned == (b"u" * 16,), "it must not come back"
+    assert result.dropped is not None
+    assert result.dropped[0] == "E_NONFINITE"
+
+
+@pytest.mark.parametrize("damage", ["another size", "cut", "empty", "another round"])
+def test_a_returned_body_that_cannot_be_read_is_left_out_and_the_others_count(
+    chain: Chain, data: Path, damage: str
+) -> None:
+    codec = "random_k_feedback" if damage == "another round" else "topk"
+    good = done(work(a_work(chain, data, round=2, codec=codec), Memory())).body
+    other = structure_of("mlp", {"hidden": 9}, DATA)
+    values = np.ones(other.parameters, np.float32)
+    _, foreign = top_k.sparsify(top_k.init(other.parameters), values, other, 0.5)
+    bad = {"another size": foreign, "cut": good[:-3], "empty": b"", "another round": good}[damage]
+    number = 1 if damage == "another round" else 2
+    both = (given_back(good), Returned(update_id=b"w" * 16, round=number, body=bad))
+    result = done(work(a_work(chain, data, codec=codec, returned=both), Memory()))
+    only = done(work(a_work(chain, data, codec=codec, returned=both[:1]), Memory()))
+    assert (result.body, result.residual) == (only.body, only.residual)
+    assert result.returned == (b"u" * 16, b"w" * 16), "it must not come back"
+    assert result.dropped is not None
+    assert result.dropped[0] == "E_CODEC"
 
 
 def test_the_residual_of_the_last_round_goes_into_this_one(chain: Chain, data: Path) -> None:
@@ -190,8 +293,9 @@ def test_every_method_gives_updates_of_its_own_streams(chain: Chain, data: Path,
     seed = work_seed(11, "dev", "job", 3)
     sent = methods.densify(result.body, STRUCTURE, seed)
     assert np.abs(sent).max() > 0
-    again = done(work(a_work(chain, data, codec=codec, returned=((b"u" * 16, result.body),)), Memory()))
-    assert again.returned == (b"u" * 16,)
+    back = (given_back(result.body, 3),)
+    again = done(work(a_work(chain, data, round=4, codec=codec, returned=back), Memory()))
+    assert (again.returned, again.dropped) == ((b"u" * 16,), None)
 
 
 def test_an_unknown_method_is_refused_with_a_code(chain: Chain, data: Path) -> None:

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator.config import Rounds, Sparsify, parse_job
+from liberatai_coordinator.config import JobSpec, Rounds, Sparsify, parse_job
 from liberatai_coordinator.plan import (
     LINK_SHARE,
     MIN_DENSITY,
@@ -17,11 +17,13 @@ from liberatai_coordinator.plan import (
     by_link,
     density,
     make_plan,
+    spacing_s,
     update_bytes,
     warmed,
 )
 from liberatai_core.contract.messages import Capability
 from liberatai_core.sparsifier import top_k
+from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.structure import DataContract, Structure, Tensor
 
 JOB = parse_job(
@@ -71,7 +73,7 @@ def device(name: str = "d0", **changes: Any) -> Capability:
 def test_a_roomy_device_gets_the_most_wanted_structure() -> None:
     given = assign(JOB, [LARGE, SMALL], device())
     assert given.structure == "cnn-width32"
-    assert given.density == JOB.sparsify.up_density
+    assert given.density == LARGE.density
     assert "fits" in given.why
 
 
@@ -110,7 +112,7 @@ def test_a_device_that_cannot_take_part_is_told_why(changes: dict[str, Any], rea
 def test_a_slow_link_lowers_the_density_and_says_so() -> None:
     given = assign(JOB, [LARGE, SMALL], device(up_bits_s=2000.0))
     assert given.structure == "cnn-width32"
-    assert 0 < given.density < JOB.sparsify.up_density
+    assert 0 < given.density < LARGE.density
     assert "kbit/s" in given.link
 
 
@@ -262,6 +264,62 @@ def test_the_estimated_length_is_near_that_of_the_codec(share: float) -> None:
     difference = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
     _, body = top_k.sparsify(top_k.init(200_000), difference, structure, share)
     assert 0.7 < len(body) / update_bytes(200_000, share) < 1.4
+
+
+def by(method: str) -> JobSpec:
+    return msgspec.structs.replace(JOB, sparsify=msgspec.structs.replace(JOB.sparsify, method=method))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_priced_as_its_streams_are_long(method: str) -> None:
+    structure = Structure(family="mlp", params={}, tensors=(Tensor(name="w", shape=(50_000,)),))
+    difference = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    _, body = METHODS[method].sparsify(top_k.init(50_000), difference, structure, 0.05)
+    assert 0.7 < len(body) / update_bytes(50_000, 0.05, method) < 1.4
+
+
+def test_a_whole_model_takes_what_it_takes_or_the_device_no_part() -> None:
+    """Plain averaging does not get by with fewer parameters on a slow link."""
+    seconds = 8 * (4 * LARGE.parameters + OVERHEAD_BYTES) / (JOB.rounds.deadline_s * LINK_SHARE)
+    assert density(by("dense"), LARGE, device(up_bits_s=seconds * 1.01))[0] == LARGE.density
+    share, words = density(by("dense"), LARGE, device(up_bits_s=seconds * 0.99))
+    assert share == 0.0
+    assert "390.6 KiB" in words
+    assert density(by("topk"), LARGE, device(up_bits_s=seconds * 0.99))[0] == LARGE.density
+
+
+def test_a_whole_model_per_round_must_fit_storage_and_downlink() -> None:
+    room = device(storage_bytes=4 * LARGE.parameters + 512)
+    assert assign(by("dense"), [LARGE], room).structure == LARGE.id
+    less = msgspec.structs.replace(room, storage_bytes=4 * LARGE.parameters)
+    given = assign(by("quantile"), [LARGE], less)
+    assert given.structure == ""
+    assert "storage" in given.why
+    assert assign(JOB, [LARGE], less).structure == LARGE.id
+    slow = device(up_bits_s=1e6, down_bits_s=8 * 4 * LARGE.parameters / 60)
+    assert density(by("quantile"), LARGE, slow)[0] == 0.0
+    assert density(by("random_k"), LARGE, slow)[0] == LARGE.density, "its downlink is sparse"
+
+
+def test_a_link_measured_in_a_bad_hour_does_not_take_the_part_away() -> None:
+    """It gets nothing to do now, but what it may do when its link has recovered."""
+    poor = device(up_bits_s=2e3, link_measured=True)
+    given = assign(JOB, [MILLIONS], msgspec.structs.replace(poor, storage_bytes=10**7))
+    assert (given.structure, given.density) == (MILLIONS.id, 0.0)
+    assert given.link.startswith("link of 2 kbit/s measured: ")
+    assert by_link(JOB, [MILLIONS], given, device(up_bits_s=1e6)).density == MILLIONS.density
+    without_room = assign(JOB, [MILLIONS], poor)
+    assert without_room.structure == ""
+
+
+def test_a_quota_is_spread_over_the_participations_that_can_still_come() -> None:
+    assert spacing_s(JOB, 10_000) == JOB.rounds.deadline_s
+    assert spacing_s(JOB, 10_000, 300.0) == 300.0
+    assert spacing_s(JOB, 10, 5.0) == 8640.0, "ten rounds are all that follow"
+    day = device(metered=True, day_quota_bytes=2**20)
+    assert density(JOB, MILLIONS, day, round_s=60.0)[0] == 0.0
+    weekly, daily = (density(JOB, MILLIONS, day, round_s=n * 86_400.0)[0] for n in (7, 1))
+    assert weekly == daily > 0, "a day's quota does not last longer than a day"
 
 
 # --- schedules -----------------------------------------------------------------------------------

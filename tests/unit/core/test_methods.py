@@ -7,7 +7,17 @@ import pytest
 
 from liberatai_core.aggregator.mean import RULES
 from liberatai_core.errors import BombError, CodecError, LiberataiError, NonFiniteError, StructureError
-from liberatai_core.sparsifier import dense, methods, quantile, random_k, small, support, ternary, top_k
+from liberatai_core.sparsifier import (
+    codec,
+    dense,
+    methods,
+    quantile,
+    random_k,
+    small,
+    support,
+    ternary,
+    top_k,
+)
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.structure import Structure, Tensor
 from liberatai_core.weights import Vector
@@ -253,3 +263,13 @@ def test_an_update_with_overlapping_parts_is_refused() -> None:
     for data, structure in ((update, large), (b"\x06" + b"\xff" * 4 + first, STRUCTURE), (b"", STRUCTURE)):
         with pytest.raises(CodecError):
             small.densify(data, structure)
+
+
+def test_an_update_with_small_tensors_takes_only_sparse_parts() -> None:
+    """Its parts would otherwise carry plain float32 values past the first byte that was checked."""
+    structure = Structure(family="mlp", params={}, tensors=(Tensor("w", (40, 30)), Tensor("b", (40,))))
+    whole = codec.encode_dense(np.ones(40, np.float32))
+    rest = codec.encode_dense(np.zeros(structure.parameters, np.float32))
+    body = bytes([small.SMALL]) + len(whole).to_bytes(4, "little") + whole + rest
+    with pytest.raises(CodecError, match="no sparse stream"):
+        small.densify(body, structure)

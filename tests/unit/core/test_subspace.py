@@ -1,6 +1,7 @@
 """A job may train a part of every large tensor: the same one everywhere, and nothing outside it moves."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from liberatai_core.learning.distillation import DistillSettings, distill
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, train
-from liberatai_core.sparsifier.subspace import SMALLEST, Subspace, subspace
+from liberatai_core.sparsifier.subspace import SMALLEST, Subspace, recommended_share, subspace
 from liberatai_core.structure import DataContract, Structure, Tensor
 
 BIG = Structure(
@@ -114,3 +115,14 @@ def test_a_gain_of_one_changes_nothing(world) -> None:
     assert np.array_equal(
         train(structure, DATA, weights, x, y, TrainSettings(epochs=1), 0, gain=ones).weights, plain
     )
+
+
+def test_the_recommended_share_falls_with_size_and_small_models_are_trained_whole() -> None:
+    sizes = [1_000, 5_000, 250_000, 1_500_000, 60_000_000]
+    shares = [recommended_share(size) for size in sizes]
+    assert shares[0] == 1
+    assert shares[2] == pytest.approx(0.15)
+    assert shares[3] == pytest.approx(0.033, rel=0.02)
+    assert shares == sorted(shares, reverse=True)
+    # More is trained of a larger model, if less of each tensor.
+    assert all(a * b < c * d for (a, b), (c, d) in itertools.pairwise(zip(shares, sizes, strict=True)))

@@ -1,0 +1,155 @@
+"""Which ensemble method a job gets, who sees which labels, and what the version says about it."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+import pytest
+
+from liberatai_coordinator import aggregation
+from liberatai_coordinator.aggregation import Ensemble, Public
+from liberatai_coordinator.config import (
+    NEED_LABELS,
+    Aggregate,
+    EnsembleMethod,
+    JobSpec,
+    StructureChoice,
+    parse_job,
+)
+from liberatai_coordinator.repository import EnsembleRecord
+from liberatai_core.aggregator.ensemble import Evidence
+from liberatai_core.aggregator.guard import divided
+from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, TRIALS, method_of
+from liberatai_core.aggregator.searches import MAX_TRIALS
+from liberatai_core.errors import ConfigError
+from liberatai_core.structure import DataContract
+
+pytest.importorskip("torch")
+from liberatai_core.learning.families import initial_weights, structure_of
+
+DATA = DataContract(input_shape=(6,), classes=3)
+CHOICES = tuple(StructureChoice(family="mlp", params={"hidden": hidden}) for hidden in (4, 8))
+
+
+def job(**aggregate: Any) -> JobSpec:
+    return JobSpec(name="job", data=DATA, structures=CHOICES, aggregate=Aggregate(**aggregate))
+
+
+def members(*, counted: bool = True) -> Any:
+    found = {}
+    for seed, choice in enumerate(CHOICES):
+        structure = structure_of(choice.family, choice.params, DATA)
+        one = aggregation.first(job(), structure, initial_weights(structure, DATA, seed))
+        found[structure.id] = replace(one, class_counts=np.array([9.0, 4.0, 1.0]) * counted)
+    return found
+
+
+def labelled(number: int) -> Any:
+    """Labels follow the largest of three inputs, so members differ in what they get right."""
+    x = np.random.default_rng(number).standard_normal((number, *DATA.input_shape)).astype(np.float32)
+    return x, x[:, :3].argmax(axis=1).astype(np.int64)
+
+
+def test_the_settings_know_the_methods_that_there_are() -> None:
+    assert set(get_args(EnsembleMethod)) == {"auto", *ENSEMBLES}
+    assert NEED_LABELS == LABELLED
+    assert Aggregate().trials == TRIALS
+    for trials, good in ((MAX_TRIALS, True), (MAX_TRIALS + 1, False)):
+        text = f"""
+            {{name: a, data: {{input_shape: [6], classes: 3}}, structures: [{{family: mlp, params: {{hidden: 4}}}}],
+             aggregate: {{trials: {trials}}}}}"""
+        if good:
+            assert parse_job(text, "job.yaml").aggregate.trials == trials
+        else:
+            with pytest.raises(ConfigError):
+                parse_job(text, "job.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(LABELLED))
+def test_a_method_that_needs_labels_is_refused_without_them(name: str) -> None:
+    text = f"""
+        {{name: a, data: {{input_shape: [6], classes: 3}}, structures: [{{family: mlp, params: {{hidden: 4}}}}],
+         aggregate: {{ensemble: {name}}}}}"""
+    with pytest.raises(ConfigError) as raised:
+        parse_job(text, "job.yaml")
+    assert raised.value.faults == [
+        f"aggregate.validation: missing ({name} finds its weights on labelled data)"
+    ]
+
+
+def test_without_labels_the_default_is_the_rule_that_needs_none() -> None:
+    made = aggregation.combine(job(), members(), Public())
+    assert made.method == "label_free"
+    assert "not checked" in made.guard
+    assert aggregation.combine(job(), members(counted=False), Public()).method == "uniform"
+
+
+def test_a_hundred_labels_are_all_the_guards() -> None:
+    """The demo's case: too few to fit weights, so the guard keeps every one of them."""
+    made = aggregation.combine(job(), members(), Public(validation=labelled(100)))
+    assert made.method == "label_free"
+    assert "on 100 held-out labels" in made.guard
+    assert "other labels" not in made.guard
+
+
+def test_with_many_labels_the_default_is_stacking_and_the_guard_sees_others() -> None:
+    x, y = labelled(600)
+    made = aggregation.combine(job(), members(), Public(validation=(x, y)))
+    fitted, judging = divided(y, aggregation.derive_seed(job().seed, "labels", 0))
+    assert made.method == "stacking"
+    assert made.kind == "log"
+    assert f"on {len(judging)} held-out labels" in made.guard
+    assert f"{len(fitted)} other labels found its weights" in made.guard
+
+
+def test_weights_depend_on_no_label_that_the_guard_judges_by() -> None:
+    """With all labels of the guard's part turned wrong, the weights are the same to the last bit."""
+    x, y = labelled(600)
+    _, judging = divided(y, aggregation.derive_seed(job().seed, "labels", 0))
+    given = members()
+    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    fitted = np.setdiff1d(np.arange(600), judging)
+    for name in ("stacking", "random"):
+        made = aggregation.combine(
+            job(ensemble=name, trials=5, validation="v.npz"), given, Public(validation=(x, y))
+        )
+        again = method_of(name, 5)(
+            Evidence(
+                class_counts=np.stack([given[sid].class_counts for sid in sorted(given)]),
+                balance=job().training.balance,
+                log_probs=outputs[:, fitted],
+                y=y[fitted],
+                seed=job().seed,
+            )
+        )
+        assert np.array(made.weights).tolist() == again.weights.tolist()
+
+
+@pytest.mark.parametrize("name", sorted(ENSEMBLES))
+def test_a_version_keeps_what_every_method_found(name: str) -> None:
+    """Written down and read back, the ensemble gives the same answers."""
+    x, y = labelled(320)
+    given = members()
+    made = aggregation.combine(
+        job(ensemble=name, trials=3, validation="v.npz"), given, Public(validation=(x, y))
+    )
+    assert made.method == name
+    record = msgspec.convert(msgspec.structs.asdict(made), EnsembleRecord)
+    back = msgspec.convert(msgspec.json.decode(msgspec.json.encode(record)), EnsembleRecord)
+    read = msgspec.convert(msgspec.structs.asdict(back), Ensemble)
+    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    assert read.combine(outputs).tolist() == made.combine(outputs).tolist()
+
+
+def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> None:
+    """One member is right by its labels, the other names a class at random: their average is worse."""
+    x, _ = labelled(400)
+    given = members()
+    first = min(given)
+    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    y = outputs[0].argmax(axis=1).astype(np.int64)
+    made = aggregation.combine(job(ensemble="majority_vote"), given, Public(validation=(x, y)))
+    assert made.use == first
+    assert "falling back" in made.guard
+    assert made.combine(outputs).tolist() == outputs[0].tolist()
