@@ -21,7 +21,7 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
     """One device.
 
     Attributes:
-        variant_bytes: size of the model file it received first.
+        variant_bytes: what the files of the newest model take on it.
         budget_bytes: what its profile lets the model's files take.
         why: the plan's words.
         class_counts: private samples per class; known only to the demo, which made the split.

@@ -623,9 +623,7 @@ class Service:
         if stored is None:
             return await self._dry_run(msgspec.json.decode(row.spec, type=JobSpec))
         assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
-        sizes = msgspec.msgpack.decode(
-            self.ledger.job_value(name, "keyframes") or b"\x80", type=dict[str, int]
-        )
+        sizes = self._model_sizes(name)
         job = msgspec.json.decode(row.spec, type=JobSpec)
         candidates = list(self.runners[name].candidates.values()) if name in self.runners else []
         if not candidates:
@@ -687,6 +685,18 @@ class Service:
     def _capability(self, name: str) -> Capability | None:
         device = self.fleet.devices.get(name)
         return device.capability if device else None
+
+    def _model_sizes(self, name: str) -> dict[str, int]:
+        """Return per structure what the newest version's files take on a device; before one, the budget."""
+        versions = self.ledger.versions(name)
+        if not versions:
+            budgets = self.ledger.job_value(name, "keyframes") or b"\x80"
+            return msgspec.msgpack.decode(budgets, type=dict[str, int])
+        records = decode_manifest(max(versions, key=lambda row: row.number).manifest).structures
+        return {
+            sid: record.keyframe.size + sum(delta.size for delta in record.deltas)
+            for sid, record in records.items()
+        }
 
     def _structure_views(self, row: JobRow, assigned: list[Assignment]) -> tuple[StructureView, ...]:
         versions = self.ledger.versions(row.name)

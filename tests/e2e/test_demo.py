@@ -55,7 +55,7 @@ def test_demo_trains_unlike_devices_and_writes_its_report(tmp_path, broker):
         assert 0 < device.variant_bytes <= device.budget_bytes
         assert device.structure in device.why
         assert device.sent_bytes > 1000
-        assert device.received_bytes > device.variant_bytes
+        assert device.received_bytes > 1000
 
     structures = {row.id: row.parameters for row in made.structures}
     assert [row.round for row in made.rounds] == [1, 2]
