@@ -146,7 +146,9 @@ def chain_bytes(job: JobSpec, candidate: Candidate) -> int:
     """Return about how much room the deltas take before a new keyframe is due; 0 if every file is one."""
     if METHODS[job.sparsify.method].whole_downlink:
         return 0
-    return int(CHAIN_ROUNDS * candidate.travelling * candidate.density * UPDATE_BITS / 8)
+    # Merged, a chain speaks about each value once, however many rounds it covers.
+    carried = min(1.0, CHAIN_ROUNDS * candidate.density)
+    return int(carried * candidate.travelling * UPDATE_BITS / 8)
 
 
 def _largest_keyframe(job: JobSpec, candidate: Candidate) -> int:

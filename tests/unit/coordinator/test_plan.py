@@ -15,6 +15,7 @@ from liberatai_coordinator.plan import (
     Candidate,
     assign,
     by_link,
+    chain_bytes,
     density,
     make_plan,
     spacing_s,
@@ -341,3 +342,11 @@ def test_densities_count_in_what_is_trained() -> None:
     whole_words, part_words = (density(JOB, one, device())[1] for one in (LARGE, part))
     assert part.travelling * 10 == pytest.approx(LARGE.travelling, abs=10)
     assert whole_words != part_words
+
+
+def test_a_dense_job_reserves_no_more_than_one_merged_delta() -> None:
+    """With a density of 0.2 twelve single deltas are longer than the model, and a small device would get none."""
+    dense = replace(SMALL, density=0.2)
+    assert chain_bytes(JOB, dense) == chain_bytes(JOB, replace(SMALL, density=1.0))
+    assert chain_bytes(JOB, dense) < 1.3 * SMALL.parameters
+    assert assign(JOB, [dense], device(storage_bytes=17_000)).structure == SMALL.id
