@@ -16,28 +16,27 @@ that shall be done is an action. `service.py` makes it happen. The rules:
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec.structs import replace
 
-from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, TaskSpec, update_id
+from liberatai_core.contract.messages import (
+    BlobRef,
+    Cancel,
+    Receipt,
+    SparseMethod,
+    Step,
+    Task,
+    TaskSpec,
+    update_id,
+)
 
 Tier = Literal["full", "head", "observe"]
 Phase = Literal["idle", "gated", "fetching", "training", "sending", "failed"]
 Stage = Literal["none", "baseless", "fetching", "ready", "training", "storing", "failed"]
 
-CODECS = (
-    "topk",
-    "topk_small_dense",
-    "dense",
-    "client_sampling",
-    "quantile",
-    "quantile_over_senders",
-    "random_k",
-    "random_k_feedback",
-    "ternary_no_feedback",
-)
+CODECS: tuple[str, ...] = get_args(SparseMethod)
 """Sparse methods that this agent knows (`sparsifier.methods.METHODS`); a task with another one is refused."""
 RETRY_FIRST_S = 5.0
 RETRY_MAX_S = 120.0

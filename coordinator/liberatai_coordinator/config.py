@@ -8,25 +8,13 @@ import msgspec
 from msgspec import Meta
 
 from liberatai_core.contract.limits import MAX_ROUND, MAX_SAMPLES, MAX_SECONDS
-from liberatai_core.contract.messages import Training
+from liberatai_core.contract.messages import SparseMethod, Training
 from liberatai_core.contract.topics import FLEET_OR_DEVICE, NAME
 from liberatai_core.errors import ConfigError
 from liberatai_core.settings import faults, parse_mapping
 from liberatai_core.structure import DataContract, Parameter
 
 Share = Annotated[float, Meta(gt=0, le=1)]
-Method = Literal[
-    "topk",
-    "topk_small_dense",
-    "dense",
-    "client_sampling",
-    "quantile",
-    "quantile_over_senders",
-    "random_k",
-    "random_k_feedback",
-    "ternary_no_feedback",
-]
-"""Names of `sparsifier.methods.METHODS`; a test holds the two together."""
 Rule = Literal[
     "mean", "norm_clip", "trimmed_mean", "median", "centred_clipping", "nnm_trimmed_mean", "neighbour_vote"
 ]
@@ -112,7 +100,7 @@ class Sparsify(Settings, frozen=True, kw_only=True):
         residual_limit: rounds missed after which nothing of it is left.
     """
 
-    method: Method = "topk"
+    method: SparseMethod = "topk"
     up_density: Share = 0.2
     down_density: Share | None = None
     final_density: Share = 0.3

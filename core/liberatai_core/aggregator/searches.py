@@ -38,7 +38,8 @@ Walk = Generator[Point, float, None]
 """Yields points to be tried, is sent the score of each; its first point is the one that it was given."""
 Search = Callable[[Point, int], Walk]
 """(first point, seed) -> walk."""
-Surrogate = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+Doubles = NDArray[np.float64]
+Surrogate = Callable[[Doubles, Doubles, Doubles], tuple[Doubles, Doubles]]
 
 
 def searched(search: Search, trials: int) -> Method:
@@ -136,8 +137,8 @@ def modelled(surrogate: Surrogate, *, start: int, candidates: int) -> Search:
     candidates, half of them anywhere, half near the best point so far.
 
     Args:
-        surrogate: (points, scores, candidates) -> promise of every candidate; scores have mean 0 and
-            deviation 1.
+        surrogate: (points, scores, candidates) -> mean and deviation of every candidate's score; scores have
+            mean 0 and deviation 1. The candidate with the largest expected improvement is tried.
         start: trials before the model is asked, with the first one.
         candidates: how many to compare per trial.
     """
@@ -152,7 +153,9 @@ def modelled(surrogate: Surrogate, *, start: int, candidates: int) -> Search:
                 asked = _candidates(best, candidates, random)
                 known, values = np.array(points[-REMEMBERED:]), np.array(scores[-REMEMBERED:])
                 spread = float(values.std()) or 1.0
-                point = asked[int(np.argmax(surrogate(known, (values - values.mean()) / spread, asked)))]
+                values = (values - values.mean()) / spread
+                promise = expected_improvement(*surrogate(known, values, asked), float(values.max()))
+                point = asked[int(np.argmax(promise))]
             points.append(point)
             scores.append((yield point))
 

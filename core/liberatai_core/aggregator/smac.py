@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.aggregator.ensemble import Method
-from liberatai_core.aggregator.searches import expected_improvement, modelled, searched
+from liberatai_core.aggregator.searches import modelled, searched
 
 TREES = 10
 """As many as SMAC grows."""
@@ -24,12 +24,7 @@ Doubles = NDArray[np.float64]
 
 def smac(trials: int = 50) -> Method:
     """Return the method with this many trials; it needs `log_probs`, `y` and `seed`."""
-    return searched(modelled(_promise, start=START, candidates=CANDIDATES), trials)
-
-
-def _promise(points: Doubles, scores: Doubles, candidates: Doubles) -> Doubles:
-    mean, deviation = predicted(points, scores, candidates)
-    return expected_improvement(mean, deviation, float(scores.max()))
+    return searched(modelled(predicted, start=START, candidates=CANDIDATES), trials)
 
 
 def predicted(points: Doubles, scores: Doubles, candidates: Doubles) -> tuple[Doubles, Doubles]:

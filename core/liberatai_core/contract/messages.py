@@ -31,6 +31,18 @@ Seconds = Annotated[float, Meta(ge=0, le=limits.MAX_SECONDS)]
 Text = Annotated[str, Meta(max_length=limits.MAX_TEXT)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Presence = Literal["online", "offline", "lost"]
+SparseMethod = Literal[
+    "topk",
+    "topk_small_dense",
+    "dense",
+    "client_sampling",
+    "quantile",
+    "quantile_over_senders",
+    "random_k",
+    "random_k_feedback",
+    "ternary_no_feedback",
+]
+"""Names of `sparsifier.methods.METHODS`, as jobs choose them; a test holds the two together."""
 HeadState = Literal["running", "paused", "finished", "aborted"]
 
 

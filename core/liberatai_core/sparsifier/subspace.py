@@ -4,7 +4,7 @@ A large network needs only a small share of its parameters to be trained: the re
 values that it started with (the intrinsic dimension of objective landscapes: Li et al., ICLR 2018,
 arXiv:1804.08838; trained random masks: Konečný et al., arXiv:1610.05492). The part is drawn from a seed that
 is part of the job, so it costs no bytes; differences inside it are dense enough to cost two bits per
-coordinate instead of ten; and error feedback catches up in a few rounds, because a quarter of the part is
+coordinate instead of ten; and error feedback catches up in a few rounds, because a fifth of the part is
 sent in each.
 
 With a share s of a tensor's weights, the outputs move s times as fast for the same step. So gradients are
@@ -50,14 +50,6 @@ class Subspace:
     def gather(self, whole: Vector) -> Vector:
         """Return the values of the part, shape (part.parameters,); the vector itself if all is trained."""
         return whole if self.gain is None else whole[self.positions]
-
-    def scatter(self, values: Vector) -> Vector:
-        """Return a whole vector with these values in the part and zero elsewhere."""
-        if self.gain is None:
-            return values
-        whole = np.zeros(self.structure.parameters, np.float32)
-        whole[self.positions] = values
-        return whole
 
     def replaced(self, whole: Vector, values: Vector) -> Vector:
         """Return a copy of a whole vector that has these values in the part."""

@@ -35,9 +35,9 @@ WALKS = {
     "grid": grid_walk,
     "random": optuna_search(random_sampler),
     "pso": pso_walk,
-    "gp": modelled(gp._promise, start=gp.START, candidates=gp.CANDIDATES),
+    "gp": modelled(gp.predicted, start=gp.START, candidates=gp.CANDIDATES),
     "tpe": optuna_search(tpe_sampler),
-    "smac": modelled(smac._promise, start=smac.START, candidates=smac.CANDIDATES),
+    "smac": modelled(smac.predicted, start=smac.START, candidates=smac.CANDIDATES),
 }
 each_search = pytest.mark.parametrize("name", sorted(SEARCHES))
 

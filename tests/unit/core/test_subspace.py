@@ -36,13 +36,13 @@ def test_a_share_of_one_is_the_whole_vector() -> None:
     assert found.gain is None
     assert found.part is BIG
     assert found.gather(values) is values
-    assert found.scatter(values) is values
+    assert found.replaced(values + 1, values) is values
 
 
-def test_gather_undoes_scatter_and_the_rest_is_zero() -> None:
+def test_what_was_replaced_is_gathered_and_the_rest_stays() -> None:
     found = subspace(BIG, 0.1, 3)
     values = np.arange(1, found.part.parameters + 1, dtype=np.float32)
-    whole = found.scatter(values)
+    whole = found.replaced(np.zeros(BIG.parameters, np.float32), values)
     assert np.array_equal(found.gather(whole), values)
     assert np.count_nonzero(whole) == values.size
 
