@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from liberatai_core.contract.topics import FLEET_OR_DEVICE
 from liberatai_core.errors import ConfigError, NotFoundError
-from liberatai_core.profile import Profile, parse_profile
+from liberatai_core.profile import Profile, parse_profile, shipped_profiles
 from liberatai_core.settings import convert, faults, parse_mapping
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -176,11 +176,7 @@ def load_profile(config: AgentConfig) -> Profile | None:
 def _profiles_dir(config: AgentConfig) -> Path:
     if config.profiles_dir is not None:
         return Path(config.profiles_dir)
-    import liberatai_core  # noqa: PLC0415 - only its place on disk is asked
-
-    installed = Path(liberatai_core.__file__).parent / "data" / "device_profiles"
-    checkout = Path(liberatai_core.__file__).parents[2] / "device_profiles"
-    return installed if installed.is_dir() else checkout
+    return shipped_profiles()
 
 
 def _across(config: AgentConfig) -> list[str]:

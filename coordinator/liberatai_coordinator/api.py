@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -20,10 +20,22 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from liberatai_coordinator.client import JobRequest, PlanRequest, Problem, Reason, Weights
-from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, VersionView
+from liberatai_coordinator.client import JobRequest, PlanRequest, Problem, Reason, VariantUpload, Weights
+from liberatai_coordinator.repository import VariantManifest
+from liberatai_coordinator.views import (
+    DeviceView,
+    EnsembleView,
+    JobView,
+    PlanView,
+    SizesView,
+    VariantDetail,
+    VariantView,
+    VersionView,
+)
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.errors import (
     ConfigError,
+    DigestError,
     LiberataiError,
     LockedError,
     NotFoundError,
@@ -34,6 +46,8 @@ from liberatai_core.structure import DataContract, Structure
 
 MAX_BODY_BYTES: Final = 2 * 1024 * 1024
 """A job's YAML has at most 1 MiB, and JSON may escape it."""
+MAX_VARIANT_BYTES: Final = MAX_OBJECT_BYTES + MAX_BODY_BYTES
+"""A file, and a manifest with 4096 tensors."""
 MAX_SOCKET_PATH: Final = 107
 """Linux: sizeof(sun_path) - 1."""
 SHUTDOWN_S: Final = 2
@@ -49,6 +63,9 @@ STATUS: Final[dict[str, HTTPStatus]] = {
     "E_DATA": HTTPStatus.UNPROCESSABLE_ENTITY,
     "E_BUDGET": HTTPStatus.UNPROCESSABLE_ENTITY,
     "E_TOPIC": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_CODEC": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_BOMB": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_NONFINITE": HTTPStatus.UNPROCESSABLE_ENTITY,
     "E_SIZE": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     "E_DUP": HTTPStatus.CONFLICT,
     "E_DUP_CONFLICT": HTTPStatus.CONFLICT,
@@ -126,6 +143,23 @@ class Operations(Protocol):
     async def weights(self, model: str, ref: str, structure: str, /) -> tuple[Structure, DataContract, bytes]:
         """Return one structure of a version: float32, little-endian, in the order of the flat vector."""
 
+    async def sizes(self, model: str, ref: str, structure: str, /) -> SizesView:
+        """Return where the bytes of one structure's files go."""
+
+    async def commit_variant(
+        self, model: str, ref: str, manifest: VariantManifest, file: bytes, /
+    ) -> VariantView:
+        """Check a variant of a version and store it; the same one again is stored once."""
+
+    async def variants(self, model: str, ref: str, /) -> list[VariantView]:
+        """Return the variants of a version, the smallest first."""
+
+    async def variant(self, model: str, prefix: str, /) -> VariantDetail:
+        """Return one variant by the beginning of its id."""
+
+    async def variant_file(self, model: str, prefix: str, /) -> bytes:
+        """Return the file of a variant, by the beginning of its id."""
+
 
 def make_app(operations: Operations) -> FastAPI:
     """Return the web application that answers from `operations`."""
@@ -134,6 +168,7 @@ def make_app(operations: Operations) -> FastAPI:
     _add_devices(app, operations)
     _add_jobs(app, operations)
     _add_models(app, operations)
+    _add_variants(app, operations)
 
     @app.get("/v1/health", **_shows(dict[str, Any]))
     async def health() -> Response:
@@ -178,7 +213,7 @@ def _add_jobs(app: FastAPI, operations: Operations) -> None:
         """All jobs."""
         return _json(await operations.jobs())
 
-    @app.post("/v1/jobs", **_shows(JobView, JobRequest))
+    @app.post("/v1/jobs", **_shows(JobView, JobRequest, status=HTTPStatus.CREATED))
     async def create_job(request: Request) -> Response:
         """Create a job from its YAML."""
         wanted = await _body(request, JobRequest)
@@ -243,6 +278,43 @@ def _add_models(app: FastAPI, operations: Operations) -> None:
         return Response(msgspec.msgpack.encode(envelope), media_type="application/octet-stream")
 
 
+def _add_variants(app: FastAPI, operations: Operations) -> None:
+    @app.get("/v1/models/{model}/versions/{ref}/structures/{structure}/sizes", **_shows(SizesView))
+    async def sizes(model: str, ref: str, structure: str) -> Response:
+        """Where the bytes of one structure's files go."""
+        return _json(await operations.sizes(model, ref, structure))
+
+    @app.get("/v1/models/{model}/versions/{ref}/variants", **_shows(list[VariantView]))
+    async def variants(model: str, ref: str) -> Response:
+        """Variants of a version, the smallest first."""
+        return _json(await operations.variants(model, ref))
+
+    @app.post(
+        "/v1/models/{model}/versions/{ref}/variants",
+        **_shows(VariantView, VariantUpload, takes="application/msgpack", status=HTTPStatus.CREATED),
+    )
+    async def commit_variant(model: str, ref: str, request: Request) -> Response:
+        """Add a variant: a msgpack map with its manifest and its file."""
+        wanted = await _body(request, VariantUpload, MAX_VARIANT_BYTES, msgspec.msgpack.decode)
+        try:
+            made = await operations.commit_variant(model, ref, wanted.manifest, wanted.file)
+        except DigestError as error:
+            # Elsewhere a wrong digest means a damaged repository; here it came in.
+            return _json(problem(error), HTTPStatus.UNPROCESSABLE_ENTITY)
+        return _json(made, HTTPStatus.CREATED)
+
+    @app.get("/v1/models/{model}/variants/{prefix}", **_shows(VariantDetail))
+    async def variant(model: str, prefix: str) -> Response:
+        """One variant by the beginning of its id, with its structure and where its bytes go."""
+        return _json(await operations.variant(model, prefix))
+
+    @app.get("/v1/models/{model}/variants/{prefix}/file", **_BYTES)
+    async def variant_file(model: str, prefix: str) -> Response:
+        """The file of a variant."""
+        content = await operations.variant_file(model, prefix)
+        return Response(content, media_type="application/octet-stream")
+
+
 # --- answers and errors --------------------------------------------------------------------------
 
 
@@ -275,16 +347,25 @@ def _add_errors(app: FastAPI) -> None:
         return _json(Problem(code=LiberataiError.code, message=text), HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-async def _body(request: Request, wanted: type[Body]) -> Body:
+async def _body(
+    request: Request,
+    wanted: type[Body],
+    max_bytes: int = MAX_BODY_BYTES,
+    decode: Callable[..., Any] = msgspec.json.decode,
+) -> Body:
     content = bytearray()
     async for part in request.stream():
         content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise TooLargeError(f"request of more than {MAX_BODY_BYTES} bytes")
+        if len(content) > max_bytes:
+            raise TooLargeError(f"request of more than {max_bytes} bytes")
+    empty = msgspec.json.encode({}) if decode is msgspec.json.decode else msgspec.msgpack.encode({})
     try:
-        return msgspec.json.decode(bytes(content) or b"{}", type=wanted)
-    except (msgspec.DecodeError, ValueError) as error:
+        body: Body = decode(bytes(content) or empty, type=wanted)
+    except LiberataiError:
+        raise
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise SchemaError(f"request: {error}") from None
+    return body
 
 
 # --- OpenAPI: FastAPI reads pydantic models; ours are msgspec Structs ----------------------------
@@ -292,23 +373,41 @@ async def _body(request: Request, wanted: type[Body]) -> Body:
 _REFERENCE = "#/components/schemas/{name}"
 
 
-def _shows(answer: Any, body: Any = None) -> dict[str, Any]:
+_PROBLEM = {
+    "description": "Error",
+    "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(name="Problem")}}},
+}
+_BYTES: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        "default": _PROBLEM,
+    },
+}
+"""Arguments of a route that answers with bytes."""
+
+
+def _shows(
+    answer: Any,
+    body: Any = None,
+    *,
+    takes: str = "application/json",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> dict[str, Any]:
     """Return the arguments of a route that describe its answer and its body."""
     (schema, *bodies), _ = msgspec.json.schema_components(
         [answer] if body is None else [answer, body], ref_template=_REFERENCE
     )
     described: dict[str, Any] = {
         "response_class": Response,
+        "status_code": int(status),
         "responses": {
-            200: {"content": {"application/json": {"schema": schema}}},
-            "default": {
-                "description": "Error",
-                "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(name="Problem")}}},
-            },
+            int(status): {"content": {"application/json": {"schema": schema}}},
+            "default": _PROBLEM,
         },
     }
     if bodies:
-        content = {"application/json": {"schema": bodies[0]}}
+        content = {takes: {"schema": bodies[0]}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return described
 
@@ -319,11 +418,15 @@ def _add_schemas(app: FastAPI) -> None:
         EnsembleView,
         JobView,
         PlanView,
+        SizesView,
+        VariantDetail,
+        VariantView,
         VersionView,
         Problem,
         Reason,
         JobRequest,
         PlanRequest,
+        VariantUpload,
     ]
     _, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     described = app.openapi()

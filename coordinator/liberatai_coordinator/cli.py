@@ -8,22 +8,39 @@ it, so that `liberatai --help` is quick.
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see above
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-import msgspec
 import typer
 
+from liberatai_coordinator import cli_models
+from liberatai_coordinator.cli_kit import (
+    FAILED,
+    PARTLY,
+    Column,
+    Output,
+    OutputOption,
+    clean,
+    client_of,
+    complain,
+    group,
+    on_screen,
+    plain,
+    progress,
+    rate_text,
+    read_text,
+    rich_table,
+    show,
+    show_one,
+    size_text,
+    when_text,
+)
 from liberatai_coordinator.client import Client
 from liberatai_coordinator.views import (
     AssignmentView,
@@ -32,70 +49,33 @@ from liberatai_coordinator.views import (
     PlanView,
     RoundView,
     StructureView,
-    VersionView,
 )
 from liberatai_core.errors import (
     ConfigError,
-    DigestError,
     LiberataiError,
     LinkError,
-    NotFoundError,
-    RoundUnknownError,
-    UnknownDeviceError,
 )
 
 if TYPE_CHECKING:
     from liberatai_coordinator.config import CoordinatorConfig
 
 DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
-FAILED, USAGE, PARTLY, NOT_FOUND = 1, 2, 3, 4
 ENDED: Final = frozenset({"finished", "aborted", "failed"})
 MIN_FREE_BYTES: Final = 256 * 1024 * 1024
 """Less than this on the state folder's disk makes `doctor` warn: blobs of a few rounds."""
 
 
-class Output(StrEnum):
-    """How a result is written."""
-
-    TABLE = "table"
-    WIDE = "wide"
-    JSON = "json"
-    YAML = "yaml"
-
-
-class Format(StrEnum):
-    """File formats of an exported model."""
-
-    SAFETENSORS = "safetensors"
-    ONNX = "onnx"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, wide, json or yaml.")]
 JobArgument = Annotated[str, typer.Argument(help="Name of the job.")]
-ModelArgument = Annotated[str, typer.Argument(help="Name of the model.")]
 DevicesArgument = Annotated[list[str], typer.Argument(help="Names of devices.")]
-VersionOption = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
 
 
-def _group(help_text: str, example: str) -> typer.Typer:
-    return typer.Typer(
-        help=help_text,
-        epilog=f"Example: {example}",
-        no_args_is_help=True,
-        rich_markup_mode=None,  # plain help: the same on a screen, in a pipe and in a manual
-        pretty_exceptions_enable=False,
-        add_completion=False,
-    )
-
-
-app = _group("Train one model together on devices that differ.", "liberatai devices list")
-devices_app = _group("Devices of the fleet: who is there, who is let in.", "liberatai devices list")
-jobs_app = _group("Federated trainings.", "liberatai jobs list")
-models_app = _group("The model repository: versions that trainings made.", "liberatai models list")
-plan_app = _group("Which device gets which variant, and why.", "liberatai plan show")
+app = group("Train one model together on devices that differ.", "liberatai devices list")
+devices_app = group("Devices of the fleet: who is there, who is let in.", "liberatai devices list")
+jobs_app = group("Federated trainings.", "liberatai jobs list")
+plan_app = group("Which device gets which variant, and why.", "liberatai plan show")
 app.add_typer(devices_app, name="devices")
 app.add_typer(jobs_app, name="jobs")
-app.add_typer(models_app, name="models")
+app.add_typer(cli_models.app, name="models")
 app.add_typer(plan_app, name="plan")
 
 
@@ -106,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
     except LiberataiError as error:
-        return _complain(error)
+        return complain(error)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -188,7 +168,7 @@ def doctor(
     if config is not None:
         findings += _check_config(config)
     findings.append(_check_socket(context.obj))
-    _show(findings, _FINDING_COLUMNS, output)
+    show(findings, _FINDING_COLUMNS, output)
     if any(finding.state == "fail" for finding in findings):
         raise typer.Exit(FAILED)
 
@@ -246,7 +226,7 @@ def _check_state(folder: Path) -> Finding:
         text = f"{there}: not writable for this user"
         return Finding(check="state folder", state="fail", text=text)
     free = shutil.disk_usage(there).free
-    text = f"{folder}: {_size(free)} free"
+    text = f"{folder}: {size_text(free)} free"
     return Finding(check="state folder", state="ok" if free >= MIN_FREE_BYTES else "warn", text=text)
 
 
@@ -286,8 +266,8 @@ def _check_socket(socket: Path) -> Finding:
 @devices_app.command("list", epilog="Example: liberatai devices list -o wide")
 def devices_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
     """List all devices."""
-    with _client(context) as client:
-        _show(client.devices(), _DEVICE_COLUMNS, output)
+    with client_of(context) as client:
+        show(client.devices(), _DEVICE_COLUMNS, output)
 
 
 @devices_app.command("show", epilog="Example: liberatai devices show gateway-01")
@@ -297,14 +277,14 @@ def devices_show(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show everything that is known of one device."""
-    with _client(context) as client:
-        _show_one(client.device(name), output)
+    with client_of(context) as client:
+        show_one(client.device(name), output)
 
 
 @devices_app.command("approve", epilog="Example: liberatai devices approve gateway-01 camera-07")
 def devices_approve(context: typer.Context, names: DevicesArgument) -> None:
     """Let pending devices in."""
-    with _client(context) as client:
+    with client_of(context) as client:
         _each(names, client.approve, "approved")
 
 
@@ -317,14 +297,14 @@ def devices_quarantine(
     reason: Annotated[str, typer.Option(help="Why; shown in lists and to the device.")] = "",
 ) -> None:
     """Shut devices out: what they send is refused until they are released."""
-    with _client(context) as client:
+    with client_of(context) as client:
         _each(names, lambda name: client.quarantine(name, reason), "quarantined")
 
 
 @devices_app.command("release", epilog="Example: liberatai devices release camera-07")
 def devices_release(context: typer.Context, names: DevicesArgument) -> None:
     """Let quarantined devices in again."""
-    with _client(context) as client:
+    with client_of(context) as client:
         _each(names, client.release, "released")
 
 
@@ -339,21 +319,21 @@ def jobs_create(
 ) -> None:
     """Create and start a job. Relative paths in the file start from its folder."""
     text = _job_text(file)
-    with _client(context) as client:
+    with client_of(context) as client:
         _show_job(client.create_job(text, file.absolute().parent), output)
 
 
 @jobs_app.command("list", epilog="Example: liberatai jobs list -o json")
 def jobs_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
     """List all jobs, oldest first."""
-    with _client(context) as client:
-        _show(client.jobs(), _JOB_COLUMNS, output)
+    with client_of(context) as client:
+        show(client.jobs(), _JOB_COLUMNS, output)
 
 
 @jobs_app.command("show", epilog="Example: liberatai jobs show digits")
 def jobs_show(context: typer.Context, name: JobArgument, output: OutputOption = Output.TABLE) -> None:
     """Show one job with its structures and rounds."""
-    with _client(context) as client:
+    with client_of(context) as client:
         _show_job(client.job(name), output)
 
 
@@ -364,8 +344,8 @@ def jobs_watch(
     interval: Annotated[float, typer.Option(min=0.05, max=3600, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Follow a job until it ends; exit 1 if it does not finish."""
-    with _client(context) as client:
-        last = _watch_screen(client, name, interval) if _screen() else _watch_lines(client, name, interval)
+    with client_of(context) as client:
+        last = _watch_screen(client, name, interval) if on_screen() else _watch_lines(client, name, interval)
     if last.state != "finished":
         raise typer.Exit(FAILED)
 
@@ -373,56 +353,56 @@ def jobs_watch(
 @jobs_app.command("pause", epilog="Example: liberatai jobs pause digits")
 def jobs_pause(context: typer.Context, name: JobArgument) -> None:
     """Open no further round; the one that is open is finished."""
-    with _client(context) as client:
+    with client_of(context) as client:
         print(_job_line(client.pause(name)))
 
 
 @jobs_app.command("resume", epilog="Example: liberatai jobs resume digits")
 def jobs_resume(context: typer.Context, name: JobArgument) -> None:
     """Go on with a paused job."""
-    with _client(context) as client:
+    with client_of(context) as client:
         print(_job_line(client.resume(name)))
 
 
 @jobs_app.command("abort", epilog="Example: liberatai jobs abort digits")
 def jobs_abort(context: typer.Context, name: JobArgument) -> None:
     """End a job for good; its versions stay."""
-    with _client(context) as client:
+    with client_of(context) as client:
         print(_job_line(client.abort(name)))
 
 
 def _show_job(job: JobView, output: Output) -> None:
     if output in (Output.JSON, Output.YAML):
-        _show_one(job, output)
+        show_one(job, output)
         return
     print(_job_line(job))
     print(_bytes_line(job))
     if job.structures:
         print()
-        _show(job.structures, _STRUCTURE_COLUMNS, output)
+        show(job.structures, _STRUCTURE_COLUMNS, output)
     if job.rounds:
         print()
-        _show(job.rounds, _ROUND_COLUMNS, output)
+        show(job.rounds, _ROUND_COLUMNS, output)
 
 
 def _job_line(job: JobView) -> str:
-    reason = f" ({_clean(job.reason)})" if job.reason else ""
+    reason = f" ({clean(job.reason)})" if job.reason else ""
     return f"job {job.name}: {job.state}{reason}, {job.rounds_done} of {job.rounds_total} rounds"
 
 
 def _bytes_line(job: JobView) -> str:
-    told = f"all rounds: {_size(job.up_bytes)} up, {_size(job.down_bytes)} down"
+    told = f"all rounds: {size_text(job.up_bytes)} up, {size_text(job.down_bytes)} down"
     if not job.updates:
         return told
-    each = f"{_size(job.up_bytes / job.updates)} up, {_size(job.down_bytes / job.updates)} down"
+    each = f"{size_text(job.up_bytes / job.updates)} up, {size_text(job.down_bytes / job.updates)} down"
     return f"{told}; per update: {each}"
 
 
 def _round_line(view: RoundView) -> str:
-    reason = f" ({_clean(view.reason)})" if view.reason else ""
+    reason = f" ({clean(view.reason)})" if view.reason else ""
     return (
         f"round {view.round}: {view.state}{reason}, {view.updates} of {view.invited} updates, "
-        f"{view.seconds:.1f} s, {_size(view.up_bytes)} up, {_size(view.down_bytes)} down"
+        f"{view.seconds:.1f} s, {size_text(view.up_bytes)} up, {size_text(view.down_bytes)} down"
     )
 
 
@@ -453,97 +433,10 @@ def _watch_screen(client: Client, name: str, interval_s: float) -> JobView:
         while True:
             job = client.job(name)
             rows = job.rounds[-max(3, live.console.height - 6) :]
-            live.update(Group(Text(_job_line(job)), _rich_table(rows, _plain(_ROUND_COLUMNS))), refresh=True)
+            live.update(Group(Text(_job_line(job)), rich_table(rows, plain(_ROUND_COLUMNS))), refresh=True)
             if job.state in ENDED:
                 return job
             time.sleep(interval_s)
-
-
-# --- models --------------------------------------------------------------------------------------
-
-
-@models_app.command("list", epilog="Example: liberatai models list")
-def models_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
-    """List the newest version of every model."""
-    with _client(context) as client:
-        _show(client.models(), _VERSION_COLUMNS, output)
-
-
-@models_app.command("show", epilog="Example: liberatai models show digits --version 3")
-def models_show(
-    context: typer.Context,
-    name: ModelArgument,
-    version: VersionOption = "latest",
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """Show one version with the digest of every structure."""
-    with _client(context) as client:
-        _show_one(client.version(name, version), output)
-
-
-@models_app.command("log", epilog="Example: liberatai models log digits -o wide")
-def models_log(context: typer.Context, name: ModelArgument, output: OutputOption = Output.TABLE) -> None:
-    """List all versions of a model, newest first."""
-    with _client(context) as client:
-        _show(client.log(name), _VERSION_COLUMNS, output)
-
-
-@models_app.command(
-    "export",
-    epilog="Example: liberatai models export digits --structure cnn-width16 --format onnx --out digits.onnx",
-)
-def models_export(
-    context: typer.Context,
-    name: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    version: VersionOption = "latest",
-    structure: Annotated[
-        str | None, typer.Option("--structure", help="Which one; may be left out if there is only one.")
-    ] = None,
-    file_format: Annotated[
-        Format, typer.Option("--format", help="safetensors or onnx.")
-    ] = Format.SAFETENSORS,
-) -> None:
-    """Write the weights of one structure, exactly as devices hold them, to a file of a common format."""
-    with _client(context) as client, _progress(f"exporting {name}"):
-        view = client.version(name, version)
-        chosen = _structure_of(view, structure)
-        shape, data, content = client.weights(name, str(view.version), chosen)
-        from liberatai_core import weights as flat
-        from liberatai_core.learning import export
-
-        vector = flat.from_bytes(content)
-        if flat.digest(vector).hex() != view.digests[chosen]:
-            raise DigestError(
-                f"{name} version {view.version}: {chosen} does not have its digest; nothing written"
-            )
-        if file_format is Format.ONNX:
-            export.to_onnx(shape, data, vector, out)
-        else:
-            export.to_safetensors(shape, vector, out, _metadata(view, chosen, shape.params))
-    print(f"{out}: {name} version {view.version}, {chosen}, {_size(out.stat().st_size)}")
-
-
-def _structure_of(view: VersionView, wanted: str | None) -> str:
-    known = ", ".join(sorted(view.digests))
-    if wanted is None and len(view.digests) == 1:
-        return next(iter(view.digests))
-    if wanted is None:
-        raise ConfigError("--structure", [f"missing: {view.model} has {known}"])
-    if wanted not in view.digests:
-        raise NotFoundError(f"{view.model} version {view.version}: no structure {wanted!r}; it has {known}")
-    return wanted
-
-
-def _metadata(view: VersionView, structure: str, params: object) -> dict[str, str]:
-    return {
-        "model": view.model,
-        "version": str(view.version),
-        "version_id": view.id,
-        "structure": structure,
-        "params": json.dumps(params, sort_keys=True),
-        "weights_sha256": view.digests[structure],
-    }
 
 
 # --- plan ----------------------------------------------------------------------------------------
@@ -569,29 +462,23 @@ def plan_show(
     if dry_run and file is None:
         raise ConfigError("plan show", ["--dry-run needs --file: the plan of an existing job is in force"])
     text = None if file is None else _job_text(file)
-    with _client(context) as client, _progress("planning"):
+    with client_of(context) as client, progress("planning"):
         plan = client.plan(job, text)
     _show_plan(plan, output)
 
 
 def _show_plan(plan: PlanView, output: Output) -> None:
     if output in (Output.JSON, Output.YAML):
-        _show_one(plan, output)
+        show_one(plan, output)
         return
     print(f"plan of {plan.job}{' (dry run: nothing is assigned)' if plan.dry_run else ''}")
     print()
-    _show(plan.assignments, _ASSIGNMENT_COLUMNS, output)
+    show(plan.assignments, _ASSIGNMENT_COLUMNS, output)
     print()
-    _show(plan.structures, _STRUCTURE_COLUMNS, output)
+    show(plan.structures, _STRUCTURE_COLUMNS, output)
 
 
-# --- asking --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _client(context: typer.Context) -> Iterator[Client]:
-    with Client(context.obj) as client:
-        yield client
+# --- asking ---------------------------------------------------------------------------------------
 
 
 def _each(names: Sequence[str], act: Callable[[str], object], done: str) -> None:
@@ -604,24 +491,16 @@ def _each(names: Sequence[str], act: Callable[[str], object], done: str) -> None
         except LinkError:
             raise
         except LiberataiError as error:
-            codes.append(_complain(error))
+            codes.append(complain(error))
     if codes:
         raise typer.Exit(codes[0] if len(codes) == len(names) else PARTLY)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise ConfigError(str(path), [f"cannot be read: {reason}"]) from None
 
 
 def _job_text(path: Path) -> str:
     """Return a job's YAML, checked here so that the faults name the operator's own file."""
     from liberatai_coordinator.config import parse_job
 
-    text = _read(path)
+    text = read_text(path)
     parse_job(text, str(path))
     return text
 
@@ -630,47 +509,10 @@ def _coordinator_config(path: Path) -> "CoordinatorConfig":
     from liberatai_coordinator.config import CoordinatorConfig
     from liberatai_core.settings import parse
 
-    return parse(_read(path), CoordinatorConfig, str(path)).relative_to(path.absolute().parent)
+    return parse(read_text(path), CoordinatorConfig, str(path)).relative_to(path.absolute().parent)
 
 
-def _complain(error: LiberataiError) -> int:
-    """Write one line per fault to stderr and return the exit code."""
-    for line in str(error).splitlines() or [""]:
-        print(f"liberatai: {error.code}: {_clean(line)}", file=sys.stderr)
-    if isinstance(error, ConfigError):
-        return USAGE
-    if isinstance(error, NotFoundError | UnknownDeviceError | RoundUnknownError):
-        return NOT_FOUND
-    return FAILED
-
-
-# --- showing -------------------------------------------------------------------------------------
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, slots=True)
-class Column(Generic[Row]):
-    """One column of a list; a wide one is left out of narrow tables."""
-
-    title: str
-    text: Callable[[Row], str]
-    wide: bool = False
-    right: bool = False
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024 or unit == "GiB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    raise AssertionError
-
-
-def _rate(bits_s: float | None) -> str:
-    if bits_s is None:
-        return "-"
-    return f"{bits_s / 1e6:.1f} Mbit/s" if bits_s >= 1e6 else f"{bits_s / 1e3:.1f} kbit/s"
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _link_words(device: DeviceView) -> str:
@@ -678,7 +520,7 @@ def _link_words(device: DeviceView) -> str:
     if device.metered:
         words.append("metered")
     if device.day_quota_bytes:
-        words.append(f"{_size(device.day_quota_bytes)} a day{', used up' if device.quota_spent else ''}")
+        words.append(f"{size_text(device.day_quota_bytes)} a day{', used up' if device.quota_spent else ''}")
     return ", ".join(words)
 
 
@@ -692,17 +534,8 @@ def _ago(seen_s: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
 def _counts(found: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
-
-
-def _clean(text: str) -> str:
-    """Take away what could steer a terminal: devices choose some of these texts."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 _FINDING_COLUMNS: list[Column[Finding]] = [
@@ -717,19 +550,20 @@ _DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("PHASE", lambda row: row.phase),
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
-    Column("STORAGE", lambda row: _size(row.storage_bytes), right=True),
+    Column("STORAGE", lambda row: size_text(row.storage_bytes), right=True),
     Column("STRUCTURE", lambda row: row.structure),
     Column("JOB", lambda row: f"{row.job}/{row.round}" if row.job else ""),
     Column("SEEN", lambda row: _ago(row.last_seen_s), right=True),
-    Column("MEMORY", lambda row: _size(row.memory_bytes), wide=True, right=True),
+    Column("MEMORY", lambda row: size_text(row.memory_bytes), wide=True, right=True),
     Column("CPU", lambda row: f"{row.cpu_share:g} of {row.cores} {row.arch}", wide=True),
+    Column("FORM", lambda row: row.form, wide=True),
     Column("GFLOPS", lambda row: "-" if row.gflops is None else f"{row.gflops:.1f}", wide=True, right=True),
-    Column("UPLINK", lambda row: _rate(row.up_bits_s), wide=True, right=True),
-    Column("DOWNLINK", lambda row: _rate(row.down_bits_s), wide=True, right=True),
+    Column("UPLINK", lambda row: rate_text(row.up_bits_s), wide=True, right=True),
+    Column("DOWNLINK", lambda row: rate_text(row.down_bits_s), wide=True, right=True),
     Column("LINK", _link_words, wide=True),
     Column("SAMPLES", lambda row: str(row.samples), wide=True, right=True),
-    Column("SENT", lambda row: _size(row.sent_bytes), wide=True, right=True),
-    Column("RECEIVED", lambda row: _size(row.received_bytes), wide=True, right=True),
+    Column("SENT", lambda row: size_text(row.sent_bytes), wide=True, right=True),
+    Column("RECEIVED", lambda row: size_text(row.received_bytes), wide=True, right=True),
     Column("UPDATES", lambda row: str(row.updates), wide=True, right=True),
     Column("VERSION", lambda row: row.agent_version, wide=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
@@ -741,10 +575,10 @@ _JOB_COLUMNS: list[Column[JobView]] = [
     Column("ROUNDS", lambda row: f"{row.rounds_done}/{row.rounds_total}", right=True),
     Column("VERSION", lambda row: str(row.version), right=True),
     Column("STRUCTURES", lambda row: str(len(row.structures)), right=True),
-    Column("CREATED", lambda row: _when(row.created_s)),
+    Column("CREATED", lambda row: when_text(row.created_s)),
     Column("REASON", lambda row: row.reason),
-    Column("UP", lambda row: _size(row.up_bytes), wide=True, right=True),
-    Column("DOWN", lambda row: _size(row.down_bytes), wide=True, right=True),
+    Column("UP", lambda row: size_text(row.up_bytes), wide=True, right=True),
+    Column("DOWN", lambda row: size_text(row.down_bytes), wide=True, right=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
 ]
 _ROUND_COLUMNS: list[Column[RoundView]] = [
@@ -752,8 +586,8 @@ _ROUND_COLUMNS: list[Column[RoundView]] = [
     Column("STATE", lambda row: row.state),
     Column("UPDATES", lambda row: f"{row.updates}/{row.invited}", right=True),
     Column("SECONDS", lambda row: f"{row.seconds:.1f}", right=True),
-    Column("UP", lambda row: _size(row.up_bytes), right=True),
-    Column("DOWN", lambda row: _size(row.down_bytes), right=True),
+    Column("UP", lambda row: size_text(row.up_bytes), right=True),
+    Column("DOWN", lambda row: size_text(row.down_bytes), right=True),
     Column("REASON", lambda row: row.reason),
     Column("TRAIN MAX", lambda row: f"{row.train_seconds_max:.1f}", wide=True, right=True),
     Column("TEACH", lambda row: f"{row.teach_seconds:.1f}", wide=True, right=True),
@@ -764,9 +598,9 @@ _STRUCTURE_COLUMNS: list[Column[StructureView]] = [
     Column("STRUCTURE", lambda row: row.id),
     Column("FAMILY", lambda row: row.family),
     Column("PARAMETERS", lambda row: str(row.parameters), right=True),
-    Column("FLOAT32", lambda row: _size(4 * row.parameters), right=True),
-    Column("KEYFRAME", lambda row: _size(row.keyframe_bytes), right=True),
-    Column("SMALLEST", lambda row: _size(row.smallest_bytes), right=True),
+    Column("FLOAT32", lambda row: size_text(4 * row.parameters), right=True),
+    Column("KEYFRAME", lambda row: size_text(row.keyframe_bytes), right=True),
+    Column("SMALLEST", lambda row: size_text(row.smallest_bytes), right=True),
     Column("DEVICES", lambda row: str(row.devices), right=True),
 ]
 _ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
@@ -774,110 +608,8 @@ _ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
     Column("STRUCTURE", lambda row: row.structure or "none"),
-    Column("VARIANT", lambda row: _size(row.variant_bytes), right=True),
-    Column("BUDGET", lambda row: _size(row.budget_bytes), right=True),
+    Column("VARIANT", lambda row: size_text(row.variant_bytes), right=True),
+    Column("BUDGET", lambda row: size_text(row.budget_bytes), right=True),
     Column("DENSITY", lambda row: f"{row.density:.2%}", right=True),
     Column("WHY", lambda row: "; ".join(part for part in (row.why, row.link) if part)),
 ]
-_VERSION_COLUMNS: list[Column[VersionView]] = [
-    Column("MODEL", lambda row: row.model),
-    Column("VERSION", lambda row: str(row.version), right=True),
-    Column("ID", lambda row: row.id[:12]),
-    Column("ROUND", lambda row: str(row.round), right=True),
-    Column("UPDATES", lambda row: str(row.updates), right=True),
-    Column("SIZE", lambda row: _size(sum(row.bytes.values())), right=True),
-    Column("ENSEMBLE", lambda row: row.ensemble),
-    Column("CREATED", lambda row: _when(row.created_s)),
-    Column("TAGS", lambda row: ", ".join(row.tags)),
-    Column("PARENT", lambda row: (row.parent or "-")[:12], wide=True),
-    Column("GUARD", lambda row: row.guard, wide=True),
-]
-
-
-def _screen() -> bool:
-    return sys.stdout.isatty()
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """Show that something is going on, on a screen only."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-def _show_one(view: Any, output: Output) -> None:
-    """Write all fields of one record."""
-    if output in (Output.JSON, Output.YAML):
-        _dump(view, output)
-        return
-    fields = msgspec.to_builtins(view).items()
-    width = max(len(name) for name, _ in fields)
-    for name, value in fields:
-        print(f"{name:<{width}}  {_field(name, value, width)}")
-
-
-def _field(name: str, value: Any, width: int) -> str:
-    if isinstance(value, dict):
-        lines = [f"{key}: {_field(name, inner, 0)}" for key, inner in value.items()]
-        return ("\n" + " " * (width + 2)).join(lines) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(str(inner) for inner in value) or "-"
-    if name.endswith("_bits_s"):
-        return _rate(value)
-    if name.endswith("_s") and isinstance(value, int | float):
-        return _when(value) if value else "never"
-    if name.rsplit("_", maxsplit=1)[-1] == "bytes" and isinstance(value, int):
-        return f"{value} ({_size(value)})"
-    return "-" if value is None or value == "" else _clean(str(value))
-
-
-def _show(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> None:
-    """Write a list."""
-    if output in (Output.JSON, Output.YAML):
-        _dump(rows, output)
-        return
-    shown = list(columns) if output is Output.WIDE else _plain(columns)
-    if _screen():
-        from rich.console import Console
-
-        Console().print(_rich_table(rows, shown))
-        return
-    lines = [[column.title for column in shown]]
-    lines += [[_clean(column.text(row)) or "-" for column in shown] for row in rows]
-    widths = [max(map(len, place)) for place in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(line, widths, shown, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _plain(columns: Sequence[Column[Row]]) -> list[Column[Row]]:
-    return [column for column in columns if not column.wide]
-
-
-def _rich_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
-    for row in rows:
-        # Text, not str: a name in square brackets is no markup
-        table.add_row(*(Text(_clean(column.text(row)) or "-") for column in columns))
-    return table
-
-
-def _dump(value: Any, output: Output) -> None:
-    if output is Output.YAML:
-        print(msgspec.yaml.encode(value).decode(), end="")
-        return
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

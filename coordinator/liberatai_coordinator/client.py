@@ -14,8 +14,18 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta
 
-from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, VersionView
-from liberatai_core.contract.limits import MAX_TEXT
+from liberatai_coordinator.repository import VariantManifest
+from liberatai_coordinator.views import (
+    DeviceView,
+    EnsembleView,
+    JobView,
+    PlanView,
+    SizesView,
+    VariantDetail,
+    VariantView,
+    VersionView,
+)
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_TEXT
 from liberatai_core.errors import BY_CODE, ConfigError, DigestError, LiberataiError, LinkError, SchemaError
 from liberatai_core.structure import DataContract, Structure
 
@@ -68,6 +78,13 @@ class Weights(Wire, frozen=True, kw_only=True):
     data: DataContract
     sha256: bytes
     weights: bytes
+
+
+class VariantUpload(Wire, frozen=True, kw_only=True):
+    """A new variant (msgpack): what it says of itself, and its file."""
+
+    manifest: VariantManifest
+    file: Annotated[bytes, Meta(min_length=1, max_length=MAX_OBJECT_BYTES)]
 
 
 class CoordinatorError(LiberataiError):
@@ -183,14 +200,50 @@ class Client:
             raise DigestError(f"{model}: the weights of {structure} were damaged on the way")
         return found.structure, found.data, found.weights
 
-    def _ask(self, method: str, path: str, wanted: type[Answer], body: Wire | None = None) -> Answer:
-        return _decode(self._send(method, path, body), wanted, msgspec.json.decode)
+    def sizes(self, model: str, ref: str, structure: str) -> SizesView:
+        """Return where the bytes of one structure's files go."""
+        path = f"/models/{_part(model)}/versions/{_part(ref)}/structures/{_part(structure)}/sizes"
+        return self._ask("GET", path, SizesView)
 
-    def _send(self, method: str, path: str, body: Wire | None) -> bytes:
+    def commit_variant(self, ref: str, manifest: VariantManifest, file: bytes) -> VariantView:
+        """Add a variant to a version of the manifest's model; the same one again is stored once."""
+        path = f"/models/{_part(manifest.model)}/versions/{_part(ref)}/variants"
+        body = msgspec.msgpack.encode(VariantUpload(manifest=manifest, file=file))
+        content = self._send("POST", path, body, "application/msgpack")
+        return _decode(content, VariantView, msgspec.json.decode)
+
+    def variants(self, model: str, ref: str = "latest") -> list[VariantView]:
+        """Return the variants of a version, the smallest first."""
+        return self._ask("GET", f"/models/{_part(model)}/versions/{_part(ref)}/variants", list[VariantView])
+
+    def variant(self, model: str, prefix: str) -> VariantDetail:
+        """Return one variant by the beginning of its id, with its structure and where its bytes go."""
+        return self._ask("GET", f"/models/{_part(model)}/variants/{_part(prefix)}", VariantDetail)
+
+    def variant_file(self, variant: VariantView) -> bytes:
+        """Return the file of a variant, verified.
+
+        Raises:
+            DigestError: it was damaged on the way.
+        """
+        path = f"/models/{_part(variant.model)}/variants/{_part(variant.id)}/file"
+        content = self._send("GET", path, None)
+        if hashlib.sha256(content).hexdigest() != variant.file:
+            raise DigestError(
+                f"{variant.model}: the file of variant {variant.id[:12]} was damaged on the way"
+            )
+        return content
+
+    def _ask(self, method: str, path: str, wanted: type[Answer], body: Wire | None = None) -> Answer:
+        content = None if body is None else msgspec.json.encode(body)
+        return _decode(self._send(method, path, content), wanted, msgspec.json.decode)
+
+    def _send(
+        self, method: str, path: str, content: bytes | None, media_type: str = "application/json"
+    ) -> bytes:
         import httpx  # noqa: PLC0415
 
-        content = None if body is None else msgspec.json.encode(body)
-        headers: Mapping[str, str] = {} if body is None else {"content-type": "application/json"}
+        headers: Mapping[str, str] = {} if content is None else {"content-type": media_type}
         try:
             response = self._http.request(method, path, content=content, headers=headers)
         except httpx.TimeoutException:

@@ -45,6 +45,8 @@ from liberatai_core.errors import (
 APPLICATION_ID: Final = 0x4C414931
 """`LAI1`: tells `file` and us that this database is a ledger."""
 SCHEMA_VERSION: Final = 1
+"""Of the tables that a program must understand. One that is only added (and made at the next opening) changes
+nothing for older programs, which leave it alone."""
 BATCH_UPDATES: Final = 100
 """Measured: 404 updates/s with one per transaction, 5969 with 100; more gains little."""
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -180,6 +182,19 @@ _TAGS = sa.Table(
     sa.ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
     **_STRICT,
 )
+_VARIANTS = sa.Table(
+    "variants",
+    _METADATA,
+    _text("model", primary_key=True),
+    _text("id", primary_key=True),
+    _whole("number"),
+    _text("structure"),
+    _whole("size_bytes"),
+    _blob("manifest"),
+    _seconds("created_s"),
+    sa.ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
+    **_STRICT,
+)
 _REFUSALS = sa.Table(
     "refusals",
     _METADATA,
@@ -308,6 +323,19 @@ class VersionRow:
     manifest: bytes
     created_s: float
     tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantRow:
+    """One variant of version `number` of a model: `id` is the SHA-256 (hex) of `manifest`."""
+
+    model: str
+    number: int
+    id: str
+    structure: str
+    size_bytes: int
+    manifest: bytes
+    created_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -797,6 +825,55 @@ class Ledger:
         with self._read() as connection:
             query = sa.select(_VERSIONS.c.model).distinct().order_by(_VERSIONS.c.model)
             return list(connection.execute(query).scalars())
+
+    # --- variants ---
+
+    def add_variant(self, variant: VariantRow) -> None:
+        """Add a variant; adding the same again is fine.
+
+        Raises:
+            DigestError: the id is not the SHA-256 of the manifest, or is another version's variant.
+            NotFoundError: no such version of this model.
+        """
+        model, number = variant.model, variant.number
+        if hashlib.sha256(variant.manifest).hexdigest() != variant.id:
+            raise DigestError(f"variant of {model} version {number}: id and manifest do not match")
+        same = sa.select(_VARIANTS.c.number).where(_VARIANTS.c.model == model, _VARIANTS.c.id == variant.id)
+        with self._write() as connection:
+            if not any(row.number == number for row in _version_rows(connection, model)):
+                raise NotFoundError(f"model {model}: no version {number}")
+            stored = connection.execute(same).scalar()
+            if stored is not None and stored != number:
+                raise DigestError(f"variant {variant.id[:12]} of {model} is one of version {stored}")
+            if stored is None:
+                connection.execute(sa.insert(_VARIANTS), _values(variant))
+
+    def variants(self, model: str, number: int | None = None) -> list[VariantRow]:
+        """Return the variants of a model, or of one version of it: by version, then from small to large."""
+        query = sa.select(_VARIANTS).where(_VARIANTS.c.model == model)
+        if number is not None:
+            query = query.where(_VARIANTS.c.number == number)
+        query = query.order_by(_VARIANTS.c.number, _VARIANTS.c.size_bytes, _VARIANTS.c.id)
+        with self._read() as connection:
+            return [VariantRow(**row) for row in connection.execute(query).mappings()]
+
+    def variant(self, model: str, prefix: str) -> VariantRow:
+        """Return the variant whose id begins with `prefix`.
+
+        Raises:
+            NotFoundError: no variant of this model has such an id.
+            SchemaError: several have.
+        """
+        found = [row for row in self.variants(model) if prefix and row.id.startswith(prefix)]
+        if not found:
+            raise NotFoundError(
+                f"model {model}: no variant {prefix[:64]!r} (see `liberatai models show {model}`)"
+            )
+        if len(found) > 1:
+            raise SchemaError(
+                f"model {model}: {len(found)} variants begin with {prefix!r}: give more of the id"
+            )
+        return found[0]
 
     # --- refusals ---
 

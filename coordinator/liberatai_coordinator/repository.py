@@ -4,7 +4,8 @@ A blob is a file named by its SHA-256. It is written beside its place, synced, r
 synced, so it is complete or absent after any crash. A version is a manifest that names its blobs; the
 id of a version is the SHA-256 of its manifest, so it depends on content only: the same updates give the
 same id, whenever they are aggregated. `commit` stores the blobs before the manifest; the ledger's row,
-added after it, is what makes the version exist (promise P3).
+added after it, is what makes the version exist (promise P3). A variant (a structure and a compression
+setting, made from a version) is stored in the same way: its file, its manifest, the ledger's row.
 
 The folder has the blob layout of an OCI image (`blobs/sha256/<hex>`, OCI image layout 1.0).
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +30,7 @@ from liberatai_core.contract.limits import (
     MAX_OBJECT_BYTES,
     MAX_ROUND,
     MAX_SAMPLES,
+    MAX_TEXT,
 )
 from liberatai_core.contract.topics import NAME
 from liberatai_core.errors import DigestError, DiskError, NonFiniteError, NotFoundError, SchemaError
@@ -40,6 +42,7 @@ _TEMPORARY: Final = ".tmp"
 
 Sha = Annotated[str, Meta(pattern=SHA256)]
 Number = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,24 +171,96 @@ class Manifest(Record, frozen=True, kw_only=True):
         )
 
 
+MAX_WHY: Final = 4096
+"""Characters of what a search says about its choice: a few sentences per structure that it tried."""
+MAX_SEED: Final = 2**63 - 1
+
+
+class VariantManifest(Record, frozen=True, kw_only=True):
+    """One immutable variant of a model: a file that fits a budget, and what was lost for it.
+
+    Like in a version's manifest, no time stands in it.
+
+    Attributes:
+        parent: id of the version that it was made from.
+        parent_structure: id of the structure of that version that it stands for.
+        structure: its own one: the same, or a smaller member of the family, or of another family.
+        file: SHA-256 (hex) of the compressed model (`compressor.artifact`).
+        size: length of the file in bytes.
+        digest: SHA-256 (hex) of the weights that the file decodes to.
+        budget_bytes: that it was made for; the file is not longer.
+        method, why: how it was made, and why in this way, in words.
+        divergence: mean KL divergence (nats) of its outputs from the parent's; None if nobody measured.
+        agreement: share of samples with the parent's top class; None if nobody measured.
+        accuracy: on labelled test data; None if there was none.
+    """
+
+    model: Annotated[str, Meta(pattern=NAME)]
+    parent: Sha
+    parent_structure: Annotated[str, Meta(min_length=1, max_length=128)]
+    structure: Structure
+    data: DataContract
+    file: Sha
+    size: Annotated[int, Meta(ge=1, le=MAX_OBJECT_BYTES)]
+    digest: Sha
+    budget_bytes: Annotated[int, Meta(ge=1, le=MAX_OBJECT_BYTES)]
+    method: Annotated[str, Meta(max_length=MAX_TEXT)]
+    why: Annotated[str, Meta(max_length=MAX_WHY)] = ""
+    divergence: Annotated[float, Meta(ge=0)] | None = None
+    agreement: Share | None = None
+    accuracy: Share | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a file that is longer than its budget, and figures that are not finite."""
+        if self.size > self.budget_bytes:
+            raise SchemaError(
+                f"variant of {self.model}: {self.size} bytes are more than its {self.budget_bytes}"
+            )
+        figures = (self.divergence, self.agreement, self.accuracy)
+        if not all(math.isfinite(figure) for figure in figures if figure is not None):
+            raise NonFiniteError(f"variant of {self.model}: a figure is not finite")
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """SHA-256 of every blob that this variant needs."""
+        return frozenset({self.file})
+
+
+Decoded = TypeVar("Decoded", Manifest, VariantManifest)
+
 # Deterministic: the keys of every dict sorted, the fields of every Struct in the order written here.
 _ENCODER = msgspec.msgpack.Encoder(order="deterministic")
 _DECODER = msgspec.msgpack.Decoder(Manifest)
+_VARIANT_DECODER = msgspec.msgpack.Decoder(VariantManifest)
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Manifest | VariantManifest) -> bytes:
     """Return the one byte string of a manifest (msgpack)."""
     return _ENCODER.encode(manifest)
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """Return the manifest of `encode_manifest`.
+    """Return the version's manifest of `encode_manifest`.
 
     Raises:
         SchemaError: not a manifest, or not in its one form.
     """
+    return _decode(data, _DECODER)
+
+
+def decode_variant(data: bytes) -> VariantManifest:
+    """Return the variant's manifest of `encode_manifest`.
+
+    Raises:
+        SchemaError: not a manifest of a variant, or not in its one form.
+    """
+    return _decode(data, _VARIANT_DECODER)
+
+
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Decoded]) -> Decoded:
     try:
-        manifest: Manifest = _DECODER.decode(data)
+        manifest = decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, ValueError, OverflowError) as error:
         raise SchemaError(f"manifest: {str(error)[:200]}") from None
     if _ENCODER.encode(manifest) != data:
@@ -193,8 +268,8 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def version_id(manifest: Manifest) -> str:
-    """Return the id of a version: SHA-256 (hex) of its manifest."""
+def version_id(manifest: Manifest | VariantManifest) -> str:
+    """Return the id of a version or a variant: SHA-256 (hex) of its manifest."""
     return hashlib.sha256(encode_manifest(manifest)).hexdigest()
 
 
@@ -291,8 +366,26 @@ class Repository:
         encoded = encode_manifest(manifest)
         return self.put(encoded), encoded
 
-    def verify(self, manifest: Manifest) -> None:
-        """Read every blob of a version and check it.
+    def commit_variant(self, manifest: VariantManifest, file: bytes) -> tuple[str, bytes]:
+        """Store a variant: its file, then its manifest, as a blob of its own.
+
+        The variant exists when the caller has added the ledger's row with what this returns.
+
+        Returns:
+            The variant's id, and the encoded manifest.
+
+        Raises:
+            DigestError: the file is not the one that the manifest names; nothing is stored.
+            DiskError: the disk is full or refuses.
+        """
+        if (hashlib.sha256(file).hexdigest(), len(file)) != (manifest.file, manifest.size):
+            raise DigestError(f"variant of {manifest.model}: the file is not the one in its manifest")
+        self.put(file)
+        encoded = encode_manifest(manifest)
+        return self.put(encoded), encoded
+
+    def verify(self, manifest: Manifest | VariantManifest) -> None:
+        """Read every blob of a version or a variant and check it.
 
         Raises:
             NotFoundError, DigestError, DiskError: the first fault found, with the file's name.
@@ -301,7 +394,10 @@ class Repository:
             self.get(sha)
 
     def collect(self, keep: AbstractSet[str]) -> int:
-        """Remove every blob that is not in `keep` (blobs of a version being committed belong in it).
+        """Remove every blob that is not in `keep`.
+
+        What belongs in it: the `blobs` of every version and every variant in the ledger and of those being
+        committed, and the ids of all of them, which name their manifests.
 
         Returns:
             Bytes freed.

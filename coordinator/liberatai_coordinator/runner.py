@@ -41,9 +41,10 @@ from liberatai_core.errors import (
     LiberataiError,
     NormError,
     SchemaError,
+    StructureError,
 )
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
-from liberatai_core.learning.families import cost, structure_of
+from liberatai_core.learning.families import cost, statistics_of, structure_of
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -697,10 +698,17 @@ def decode_update(frame: bytes) -> Update:
 
 
 def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structure]]:
-    """Return what the plan must know of the job's structures, and the structures. Builds each one once."""
+    """Return what the plan must know of the job's structures, and the structures. Builds each one once.
+
+    Raises:
+        StructureError: a family or its parameters are wrong, or a structure has running statistics: those of
+            unlike devices have no mean that fits any of them.
+    """
     candidates, structures = [], {}
     for choice in job.structures:
         structure = structure_of(choice.family, choice.params, job.data)
+        if statistics_of(structure):
+            raise StructureError(f"{structure.id}: running statistics do not federate: use norm: group")
         price = cost(structure, job.data)
         structures[structure.id] = structure
         candidates.append(

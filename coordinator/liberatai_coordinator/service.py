@@ -16,15 +16,23 @@ from typing import Any
 
 import msgspec
 
-from liberatai_coordinator import plan, runner
+from liberatai_coordinator import plan, runner, variants
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
-from liberatai_coordinator.ledger import DeviceRow, JobRow, Ledger, StoredUpdate, TrafficRow, VersionRow
+from liberatai_coordinator.ledger import (
+    DeviceRow,
+    JobRow,
+    Ledger,
+    StoredUpdate,
+    TrafficRow,
+    VariantRow,
+    VersionRow,
+)
 from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import contribution_view, round_views
-from liberatai_coordinator.repository import Repository, decode_manifest
+from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
 from liberatai_coordinator.versions import Versions
@@ -35,7 +43,10 @@ from liberatai_coordinator.views import (
     JobState,
     JobView,
     PlanView,
+    SizesView,
     StructureView,
+    VariantDetail,
+    VariantView,
     VersionView,
 )
 from liberatai_core.compressor.codebook import smallest_bytes
@@ -69,6 +80,7 @@ from liberatai_core.errors import (
     TopicError,
 )
 from liberatai_core.link.link import Connected, Disconnected, Link, Received
+from liberatai_core.profile import form_of
 from liberatai_core.structure import DataContract, Structure
 
 log = logging.getLogger(__name__)
@@ -744,6 +756,40 @@ class Service:
         record = decode_manifest(self._version_row(model, ref).manifest).ensemble
         return msgspec.convert(msgspec.structs.asdict(record), EnsembleView)
 
+    async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
+        """Return where the bytes of one structure's files go."""
+        row = self._version_row(model, ref)
+        return await asyncio.to_thread(variants.sizes, self.repository, row, structure)
+
+    async def commit_variant(
+        self, model: str, ref: str, manifest: VariantManifest, file: bytes
+    ) -> VariantView:
+        """Check and store a variant of a version."""
+        row = self._version_row(model, ref)
+        made = await asyncio.to_thread(
+            variants.commit, self.ledger, self.repository, model, row, manifest, file
+        )
+        return variants.view(made)
+
+    async def variants(self, model: str, ref: str) -> list[VariantView]:
+        """Return the variants of a version, the smallest first."""
+        number = self._version_row(model, ref).number
+        return [variants.view(row) for row in self.ledger.variants(model, number)]
+
+    async def variant(self, model: str, prefix: str) -> VariantDetail:
+        """Return one variant by the beginning of its id."""
+        row = self._variant_row(model, prefix)
+        return await asyncio.to_thread(variants.detail, self.repository, row)
+
+    async def variant_file(self, model: str, prefix: str) -> bytes:
+        """Return the file of a variant."""
+        row = self._variant_row(model, prefix)
+        return await asyncio.to_thread(variants.file_of, self.repository, row)
+
+    def _variant_row(self, model: str, prefix: str) -> VariantRow:
+        self.ledger.version(model)  # an unknown model is told as such
+        return self.ledger.variant(model, prefix)
+
     def _version_row(self, model: str, ref: str) -> VersionRow:
         return self.ledger.version(model, int(ref) if ref.isdigit() else ref)
 
@@ -803,6 +849,7 @@ class Service:
             reason=device.reason or (report.reason if report else ""),
             profile=capability.profile if capability else "",
             tier=capability.tier if capability else "",
+            form=form_of(capability.tier, capability.runtimes) if capability else "",
             arch=capability.arch if capability else "",
             cores=capability.cores if capability else 0,
             cpu_share=capability.cpu_share if capability else 0.0,

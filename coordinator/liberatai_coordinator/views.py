@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from liberatai_core.structure import DataContract, Parameter, Structure
+
 JobState = Literal["waiting", "running", "paused", "finished", "aborted", "failed"]
 
 
@@ -31,6 +33,7 @@ class DeviceView(View, frozen=True, kw_only=True):
     """One device as the coordinator knows it. Times are Unix seconds of the coordinator.
 
     Attributes:
+        form: file that suits its tier and runtimes, to pull or export for it; "" while they are unknown.
         up_bits_s, down_bits_s: link; `link_measured`: from real transfers, not from the profile.
         day_quota_bytes: that the link may move in a day; 0: no quota.
         sent_bytes, received_bytes: of its socket, over all its starts.
@@ -47,6 +50,7 @@ class DeviceView(View, frozen=True, kw_only=True):
     reason: str = ""
     profile: str = ""
     tier: str = ""
+    form: str = ""
     arch: str = ""
     cores: int = 0
     cpu_share: float = 0.0
@@ -193,3 +197,83 @@ class EnsembleView(View, frozen=True, kw_only=True):
     kind: str = "log"
     use: str = "ensemble"
     guard: str = ""
+
+
+class TensorView(View, frozen=True, kw_only=True):
+    """What one tensor takes in a model file, see `compressor.artifact.TensorSize`.
+
+    Attributes:
+        name: of the tensor; "header" for the file's own header.
+        kind: how it is written.
+        bytes: its record, with its share of what tensors write together.
+        distinct: number of different values that its coding allows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    kind: str
+    bytes: int
+    distinct: int
+
+
+class SizesView(View, frozen=True, kw_only=True):
+    """Where the bytes of one structure's files go.
+
+    Attributes:
+        keyframe_bytes: the whole model, compressed.
+        delta_bytes: what leads from there to the version.
+        tensors: of the keyframe: its header, then the tensors in the order of the structure.
+    """
+
+    structure: str
+    parameters: int
+    keyframe_bytes: int
+    delta_bytes: int
+    tensors: tuple[TensorView, ...]
+
+
+class VariantView(View, frozen=True, kw_only=True):
+    """One variant of a version: a file that fits a budget, and what was lost for it.
+
+    Attributes:
+        version, parent: number and id of the version that it was made from.
+        parent_structure: structure of that version that it stands for.
+        structure, family, params, parameters: its own one.
+        bytes: length of the file.
+        file: SHA-256 (hex) of the file.
+        digest: SHA-256 (hex) of the weights that it decodes to.
+        divergence: mean KL divergence (nats) of its outputs from the parent's; None: not measured.
+        agreement: share of samples with the parent's top class; None: not measured.
+        accuracy: on labelled test data; None: not measured.
+    """
+
+    model: str
+    version: int
+    parent: str
+    id: str
+    parent_structure: str
+    structure: str
+    family: str
+    params: dict[str, Parameter]
+    parameters: int
+    bytes: int
+    budget_bytes: int
+    file: str
+    digest: str
+    method: str
+    why: str
+    divergence: float | None
+    agreement: float | None
+    accuracy: float | None
+    seed: int
+    created_s: float
+
+
+class VariantDetail(View, frozen=True, kw_only=True):
+    """A variant with all that is needed to decode its file, and where its bytes go."""
+
+    variant: VariantView
+    structure: Structure
+    data: DataContract
+    tensors: tuple[TensorView, ...]

@@ -1,9 +1,11 @@
 """Limits of one class of hardware: what `device_profiles/*.yaml` holds, checked.
 
 A profile states limits; the probe measures; the smaller one counts. Units stand in the names.
-Reading files is up to the caller: this module does no I/O.
+Reading files is up to the caller: this module only says where the shipped ones lie.
 """
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,6 +15,9 @@ from liberatai_core.settings import parse
 
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
 Count = Annotated[int, Meta(ge=1)]
+Form = Literal["liberatai", "onnx-int8"]
+"""Files that a device can run a model from: the compressed file (numpy decodes it, torch computes with it),
+or int8 for onnxruntime, which cannot train."""
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,3 +80,23 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def parse_profile(text: str, where: str) -> Profile:
     """Return the profile that a YAML text holds, or raise ConfigError with every fault."""
     return parse(text, Profile, where)
+
+
+def shipped_profiles() -> Path:
+    """Return the folder of the profiles that come with LiberatAI, installed or in a source tree."""
+    package = Path(__file__).parent
+    installed = package / "data" / "device_profiles"
+    return installed if installed.is_dir() else package.parents[1] / "device_profiles"
+
+
+def form_of(tier: Literal["full", "head", "observe"], runtimes: Collection[str]) -> Form:
+    """Return the form of a model that suits a device.
+
+    Args:
+        tier: what the device can do ("full" trains everything, "head" and "observe" do not).
+        runtimes: names of what is installed there.
+
+    Who trains needs float32 weights of an exact digest, which only the compressed file restores. Who only
+    computes is served by int8 where something runs it; the compressed file can be decoded everywhere.
+    """
+    return "onnx-int8" if tier != "full" and "onnxruntime" in runtimes else "liberatai"

@@ -32,7 +32,7 @@ TOTAL = 1 << PRECISION
 STATE_BITS = 24
 """States keep 8 bits more than the frequencies: their rounding costs less than 0.01 %."""
 MAX_TABLES = 40
-"""Tables of one message: a decoder holds 128 KiB for each."""
+"""Tables of one message: a decoder holds up to 128 KiB for each."""
 MAX_ALPHABET = 512
 """Symbols of one table; all tables together are numbered in 16 bits."""
 _LOW = 1 << STATE_BITS
@@ -85,11 +85,13 @@ class Coded:
         tables: frequencies, one int64 array per table, each adding up to TOTAL.
         counts: symbols per run; run i uses table owners[i].
         owners: table numbers, one per run.
+        each: table numbers, one per symbol, where runs are short; counts and owners are not used then.
     """
 
     tables: list[Integers]
     counts: list[int]
     owners: list[int]
+    each: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the decoder could not hold."""
@@ -99,7 +101,11 @@ class Coded:
     @property
     def symbols(self) -> int:
         """Number of symbols."""
-        return sum(self.counts)
+        return sum(self.counts) if self.each is None else self.each.size
+
+    def of_symbols(self) -> NDArray[np.uint8]:
+        """Return the table number of every symbol."""
+        return np.repeat(np.array(self.owners, np.uint8), self.counts) if self.each is None else self.each
 
 
 def encode(symbols: NDArray[np.integer], coded: Coded, lanes: int, raw: bytes) -> bytes:
@@ -116,7 +122,7 @@ def encode(symbols: NDArray[np.integer], coded: Coded, lanes: int, raw: bytes) -
     least, limits = _renormalisation(frequencies, decoder=False)
     number = symbols.astype(np.uint16)
     if len(coded.tables) > 1:
-        number += np.repeat(_offsets(coded)[coded.owners].astype(np.uint16), coded.counts)
+        number += _offsets(coded).astype(np.uint16)[coded.of_symbols()]
     state = _states(raw[: 3 * lanes].ljust(3 * lanes, b"\0"))
     widths, values = np.empty(number.size, np.uint8), np.empty(number.size, np.uint16)
     one, precision = np.uint32(1), np.uint32(PRECISION)
@@ -135,7 +141,8 @@ def encode(symbols: NDArray[np.integer], coded: Coded, lanes: int, raw: bytes) -
 def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
     """Return the symbols and the raw bytes (at least 3 per lane) of a message.
 
-    Besides the result it holds 8 bytes per symbol, 4 per byte of data and the tables.
+    Besides the result it holds 1 byte per symbol, 8 per byte of data and 64 KiB per table (128 above 256
+    symbols).
 
     Raises:
         CodecError: the message is truncated.
@@ -145,10 +152,9 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
     frequencies = np.concatenate(coded.tables).astype(np.uint32)
     starts = np.concatenate([np.cumsum(table) - table for table in coded.tables]).astype(np.uint32)
     least, limits = _renormalisation(frequencies, decoder=True)
-    slots = np.repeat(np.arange(frequencies.size, dtype=np.uint16), frequencies)
-    base = None
-    if len(coded.tables) > 1:
-        base = np.repeat(np.array(coded.owners, np.uint32) << np.uint32(PRECISION), coded.counts)
+    slots = _slots(coded.tables)
+    offsets = _offsets(coded).astype(np.uint16)
+    owner = coded.of_symbols() if len(coded.tables) > 1 else None
     state = _states(data[: 3 * lanes])
     view, limit = _windows(data[3 * lanes :]), 8 * (len(data) - 3 * lanes)
     total, at = coded.symbols, 0
@@ -158,8 +164,14 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
         row = slice(first, min(first + lanes, total))
         now = state[: row.stop - first]
         slot = now & mask
-        number = slots[slot if base is None else base[row] + slot]
-        symbols[row] = number
+        if owner is None:
+            number = slots[slot]
+            symbols[row] = number
+        else:
+            own = owner[row]
+            symbol = slots[(own.astype(np.uint32) << precision) + slot]
+            symbols[row] = symbol
+            number = offsets[own] + symbol
         now = frequencies[number] * (now >> precision) + slot - starts[number]
         width = least[number] + (now < limits[number])
         ends = np.cumsum(width, dtype=np.int64)
@@ -170,12 +182,19 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
             raise CodecError("entropy-coded part: truncated")
         window = view[places >> 3] << (places & 7).astype(np.uint32)
         state[: now.size] = now << width | window >> one >> (last - width)
-    if base is not None:
-        symbols -= np.repeat(_offsets(coded)[coded.owners].astype(np.uint16), coded.counts)
     used = 3 * lanes + (at + 7) // 8
     if at % 8 and data[used - 1] & (0xFF >> at % 8):
         raise CodecError("entropy-coded part: padding that is not zero")
     return symbols, _state_bytes(state) + data[used:]
+
+
+def _slots(tables: list[Integers]) -> NDArray[np.unsignedinteger]:
+    """Return the symbol of every slot, one table after the other."""
+    kind = np.uint8 if max(table.size for table in tables) <= 1 << 8 else np.uint16
+    slots: NDArray[np.unsignedinteger] = np.empty(len(tables) << PRECISION, kind)
+    for number, table in enumerate(tables):
+        slots[number << PRECISION :][:TOTAL] = np.repeat(np.arange(table.size, dtype=kind), table)
+    return slots
 
 
 def pack(values: NDArray[np.unsignedinteger], widths: NDArray[np.unsignedinteger]) -> bytes:
@@ -210,12 +229,9 @@ def unpack(data: bytes, at: int, widths: Integers) -> Integers:
 
 
 def _windows(data: bytes) -> NDArray[np.uint32]:
-    """Return the 32 bits from every byte on; zeros follow the data."""
-    padded = np.frombuffer(data + bytes(4), np.uint8).astype(np.uint32)
-    view = padded[:-3] << np.uint32(24)
-    for place in (1, 2, 3):
-        view |= padded[place : padded.size - 3 + place] << np.uint32(24 - 8 * place)
-    return view
+    """Return the 32 bits from every byte on, high bit first; zeros follow the data."""
+    overlapping = np.ndarray((len(data) + 1,), ">u4", data + bytes(4), strides=(1,))
+    return overlapping.astype(np.uint32)
 
 
 def _states(data: bytes) -> NDArray[np.uint32]:

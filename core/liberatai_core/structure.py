@@ -32,7 +32,7 @@ MAX_INPUT = 1 << 24
 MAX_RANK = 8
 """Axes of one tensor: a 3-D convolution has 5."""
 MAX_PARAMS = 16
-"""Parameters of a family; built-in ones have at most 3."""
+"""Parameters of a family; built-in ones have at most 4."""
 MAX_ID = 128
 """Characters of a structure's name, which stands in updates and file names."""
 

@@ -35,6 +35,8 @@ STRUCTURE = Structure(
 )
 DENSITIES = (0.001, 0.01, 0.05, 0.2, 1.0)
 BUDGETS = (1_500, 4_000, 10_000, 40_000)
+UNEVEN = 10_000
+"""Bytes up to which values are coarse enough to be trained."""
 
 
 def noise(seed: int) -> Vector:
@@ -92,6 +94,20 @@ def compressor(folder: Path) -> Iterator[tuple[str, bytes]]:
         content = file.read_bytes()
         yield f"model file/{budget}", content
         yield f"restored/{budget}", to_bytes(artifact.restore(content, STRUCTURE))
+        if budget > UNEVEN:
+            continue
+        # Rows of unlike size and importance: several tables, factors per row, values that moved.
+        file = folder / f"{budget}-uneven.lam"
+        if not file.exists():
+            rows = np.ldexp(np.float32(1), -(np.arange(STRUCTURE.parameters) // 1024 % 6)).astype(np.float32)
+            first = codebook.compress(
+                noise(budget) * rows, STRUCTURE, budget, importance=np.reciprocal(rows), retraining=True
+            )
+            half = artifact.restore(first, STRUCTURE) * np.float32(0.5)
+            file.write_bytes(artifact.recentred(first, STRUCTURE, half))
+        content = file.read_bytes()
+        yield f"uneven model file/{budget}", content
+        yield f"uneven restored/{budget}", to_bytes(artifact.restore(content, STRUCTURE))
 
 
 def main() -> None:

@@ -100,7 +100,8 @@ done
 # Left out: what only a coordinator does (choosing codings for a budget), and long searches for inputs whose
 # answer depends on no architecture. Emulation is ten times slower than the machine.
 left_out="budget or sensitive or smallest or extreme_scales or pruned or many_tensors or flipped_bit_is_refused_or_changes \
-    or random_bytes_behind or many_rounds or within_one_percent"
+    or random_bytes_behind or many_rounds or importan or unlike or project_weights or for_retraining or row_and_column \
+    or alike_rows"
 # shellcheck disable=SC2086 # a list of words
 emulated -m pytest -q -p no:cacheprovider -k "not ($left_out)" ${AARCH64_PYTEST:-} $tests
 

@@ -58,33 +58,42 @@ def model() -> tuple[list[Coding], Structure]:
         Coding(artifact.CONSTANT, np.float32(0.1)),
         Coding(artifact.HALF, values=np.array([0.1, -2, 3, 6e-8], np.float16)),
         Coding(artifact.FULL, values=np.array([0.1, -2e-39], np.float32)),
-        Coding(
-            artifact.GRID,
-            np.float32(0.0123),
-            low=-7,
-            raw_bits=4,
-            frequencies=np.array([4096]),
-            indices=random[:33] % 16,
-        ),
+        Coding(artifact.GRID, np.float32(0.0123), low=-7, levels=16, raw_bits=4, indices=random[:33] % 16),
         Coding(
             artifact.GRID,
             np.float32(0.00371),
             low=-20,
-            raw_bits=2,
-            frequencies=np.array([96, 3000, 0, 1000]),
-            indices=np.array([0, 4, 5, 6, 7, 12, 13, 15])[random[33:1033] % 8],
+            levels=73,
+            centre=20,
+            indices=np.array([0, 4, 15, 20, 21, 22, 23, 72])[random[33:1033] % 8],
         ),
         Coding(
             artifact.CODEBOOK,
-            np.float32(1.7),
+            np.float32(2),
             entries=book,
-            frequencies=np.array([100, 500, 2996, 400, 100]),
+            centre=2,
             indices=np.minimum(random[1033:] % 23, 4) * (random[1033:] % 3 > 0),
         ),
+        Coding(
+            artifact.GRID,
+            np.float32(0.5),
+            low=-1,
+            levels=3,
+            centre=1,
+            indices=(1 + clustered_rows(2400)),
+            channels=np.arange(40, dtype=np.uint8),
+        ),
     ]
-    sizes = (6, 4, 2, 33, 1000, 1967)
-    tensors = tuple(Tensor(f"t{number}", (size,)) for number, size in enumerate(sizes))
+    shapes: tuple[tuple[int, ...], ...] = ((6,), (4,), (2,), (33,), (1000,), (1967,), (40, 20, 3))
+    tensors = tuple(Tensor(f"t{number}", shape) for number, shape in enumerate(shapes))
     return codings, Structure(family="mlp", params={}, tensors=tensors)
+
+
+def clustered_rows(size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Levels -1, 0, 1: rare in the first rows of 60, frequent in the last ones: tables are several."""
+    draw = numbers(size)
+    signs = 1 - 2 * (draw >> 7 & 1)
+    return np.where(draw % 2400 < np.arange(size) * (np.arange(size) // 60) // 40, signs, 0)
 
 
 def clustered_update() -> codec.Sparse:
@@ -136,8 +145,8 @@ CLUSTERED_UPDATE = (
 PLAIN_UPDATE = "02ad020301000000030000002c0100000000003f000000c0cdcccc3d"
 DENSE_UPDATE = "04030000003f000000c0cdcccc3d"
 MODEL = (
-    "6188bce8ae0c8025c261519e940c751d0a84c4e05b9ebf205596b7ac59ce9c25",
-    "85990dc9138ca72cc32d5b6d6b587648631d1883712d923588cedfdb1902430d",
+    "c6052c5b6738ddc831c5fae75436dae4f4f5426b967ad3388225494ddab98acd",
+    "d9a2c6e12021e054e13ff0c5770fec6bb1350d6af00933674d88ba2921728c85",
 )
 """SHA-256 of the file, and the digest of the weights in it."""
 STATES = {

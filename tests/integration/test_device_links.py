@@ -63,6 +63,18 @@ def test_a_devices_bytes_in_total_and_per_round_survive_restarts_of_both_sides(t
     run(scenario())
 
 
+def test_the_form_of_the_model_that_suits_a_device_follows_what_it_says_of_itself(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a") as (device,), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 1)
+            assert (await service.device("a")).form == "liberatai"
+            await tells(service, device, tier="observe", runtimes=("onnxruntime",))
+            assert (await service.device("a")).form == "onnx-int8"
+
+    run(scenario())
+
+
 def test_a_slow_link_gets_a_smaller_share_in_its_task_and_the_plan_says_so(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()

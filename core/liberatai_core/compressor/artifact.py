@@ -1,186 +1,380 @@
 """File of a compressed model, both ends.
 
-Indices of all tensors form one stream, entropy-coded by interleaved rANS (Duda, arXiv 1311.2540; Giesen,
-arXiv 1402.3392) with one frequency table per tensor. Lanes are numpy elements, so a device decodes a
-million weights in some ten milliseconds without compiled code of our own. All arithmetic is integer but
-one float32 multiplication per table entry or weight: the same bits on every machine, which the digest
-in the file proves.
+Indices are entropy-coded by `rans`, in messages of whole tensors or parts of large ones, so a device decodes
+a million weights in some ten milliseconds without compiled code of our own, and holds little beside the
+result. All arithmetic is integer but one or two float32 multiplications per weight: the same bits on every
+machine, which the digest in the file proves. How a tensor is taken apart: `layout`.
 
 File::
 
-    "LAM1" | 32 B digest of the decoded weights | varint parameters | varint tensors | one record per tensor
-    raw bits of all grids, high bit first, tensors in order, zero padding to a byte
-    nothing more if no tensor has a frequency table, else
-    varint lanes | varint words | lanes x u32 state | words x u16
+    "LAM2" | 32 B digest of the decoded weights | varint parameters | varint tensors | one record per tensor
+    messages
 
 Records: u8 kind, then
     0 constant  f32 value
     1 half      size x f16
     2 full      size x f32
-    3 grid      f32 step | varint zigzag(lowest level) | u8 raw bits b | table
-                value = step x (lowest level + (symbol << b | raw bits))
-    4 codebook  f32 scale | table | K x f16 entries
-                value = scale x entry[symbol]
-    table: varint K (1 … 256) | K - 1 varint frequencies; the last is 4096 minus their sum
-           (K = 1: nothing is entropy-coded)
+    3 grid      f32 step | varint levels K | u8 flags | varint zigzag(lowest level) | channels | tables
+                value = step x (lowest level + index)
+    4 codebook  f32 scale | varint entries K | u8 flags | u8 centre, if centred | channels | tables | K x f16
+                value = scale x entry[index]
     5 drawn     f32 step | varint reach | u32 seed
                 value = step x level, levels uniform in [-reach, reach], drawn by `levels_of`
+
+    flags       bits 0-4: 0, or b: indices are b raw bits each and nothing else is flagged (grid only)
+                32 centred | 64 classes | 128 channels
+    channels    if flagged: u8 width | first axis x width bits, zero padding to a byte: exponent e
+                value x 2^(-e / 8), as `layout.channel_scales` rounds it
+    tables      nothing if indices are raw; unless flagged: one table
+                u8 2 bits per axis: bits of its classes | per axis: classes, zero padding to a byte
+                tables 0 ... sum of the largest classes, u8 254 for one that no weight uses
+    table       u8 per symbol: 8 x -log2(share), 255: none (`layout.frequencies_of`)
+
+Index and centre c (grid: level 0; not centred: c = 0) give the distance |index - c|, which is the symbol of
+a codebook. The symbol of a grid is the distance below 16, and eight to the octave above:
+8 e + (distance >> e) with e = bits of the distance - 4; its e low bits are raw bits. Where both c - distance
+and c + distance are indices, so is a sign (1: below c).
+
+Messages: tensors with symbols or raw bits in order, joined while they are together at most
+L = clamp(2 x size of the largest tensor, 2^18, 2^19) weights and 40 tables; a tensor above L is cut into
+equal parts, the last being shorter, that are joined with no other tensor.
+    varint bytes | varint lanes, if there are symbols | rANS message of all symbols
+    its raw bits, tensor by tensor, 2^15 weights at a time: b or e low bits of each of them, high bit first |
+    their signs; zero padding
 
 All integers are little-endian; a varint has 7 bits per byte, low bits first, at most 5 bytes.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_core import rans
+from liberatai_core.compressor.contexts import choose
+from liberatai_core.compressor.layout import (
+    CODEBOOK,
+    CONSTANT,
+    DRAWN,
+    FULL,
+    GRID,
+    HALF,
+    MAX_ENTRIES,
+    MAX_LEVEL,
+    MAX_RAW_BITS,
+    MAX_REACH,
+    Bytes,
+    Coding,
+    Indices,
+    Integers,
+    Reader,
+    Tables,
+    axes_of,
+    channel_scales,
+    class_starts,
+    class_widths,
+    classes_of,
+    levels_of,
+    read_record,
+    record,
+    varint,
+)
 from liberatai_core.errors import BombError, CodecError, DigestError, TooLargeError
-from liberatai_core.structure import Structure
+from liberatai_core.structure import Structure, Tensor, require_length
 from liberatai_core.weights import Vector, digest, require_finite
 
-Integers = NDArray[np.int64]
-Bits = NDArray[np.uint8]
+__all__ = [
+    "CODEBOOK",
+    "CONSTANT",
+    "DRAWN",
+    "FULL",
+    "GRID",
+    "HALF",
+    "MAX_ENTRIES",
+    "MAX_LEVEL",
+    "MAX_RAW_BITS",
+    "MAX_REACH",
+    "Cells",
+    "Coding",
+    "Indices",
+    "Integers",
+    "TensorSize",
+    "cells",
+    "channel_scales",
+    "entropy_bits",
+    "header_bytes",
+    "levels_of",
+    "read",
+    "recentred",
+    "record",
+    "restore",
+    "sizes",
+    "write",
+]
 
-MAGIC = b"LAM1"
-CONSTANT, HALF, FULL, GRID, CODEBOOK, DRAWN = range(6)
-SCALE_BITS = 12
-TOTAL = 1 << SCALE_BITS
-"""Frequencies add up to this: 0.1 % above the entropy, and a lookup table of 4 KiB per tensor."""
-MAX_SYMBOLS = 256
-MAX_RAW_BITS = 16
-MAX_LEVEL = 1 << 24
-"""Levels are exact in float32."""
-MAX_REACH = 1 << 15
-"""Of drawn levels: 2 x reach + 1 times a 32-bit draw stays below 2^64."""
-_LOW = 1 << 16
-"""rANS states lie in [2^16, 2^32) and move 16 bits at a time."""
-_ROWS = 4096
-"""Most symbols per lane: bounds the time of the decoder's loop, about 25 us per row of lanes."""
-_LANE_BITS = 3200
-"""Payload bits per lane: the 16 bits that a lane costs are 0.5 %."""
+MAGIC = b"LAM2"
 _DIGEST = 32
+_PARTS = (1 << 18, 1 << 19)
+"""Weights of a message: a decoder holds about 14 bytes for each of them, and wants many lanes in each row."""
+_PORTION = 1 << 15
+"""Weights whose raw bits lie together: a decoder's intermediate results fit a cache."""
+_LONGEST = 4096
+"""Most symbols per lane: bounds the time of the decoder's loop, about 20 us per row of lanes."""
+_SHORTEST = 16
+"""More lanes than a sixteenth of the symbols save no time."""
+_LANES = 8192
+"""At most, as far as they are free: more would not fit a cache."""
+_PAID = 0.002
+"""Share of a message that may be spent on lanes where raw bits are few."""
+_SIGNED_WORTH = 1.02
+"""Raw signs may cost this much more than modelled ones: without them a decoder has few lanes and is slow."""
 
 
-def _no_integers() -> Integers:
-    return np.empty(0, np.int64)
+@dataclass(frozen=True, slots=True)
+class TensorSize:
+    """Where the bytes of a file go.
+
+    Attributes:
+        name: of the tensor; "header" for what stands before the first record.
+        kind: "constant", "half", "full", "grid", "codebook", "drawn" or "header".
+        weights: number of them.
+        bytes: of its record and its share of the messages; whole bytes that add up to the file's size.
+        distinct: different values that the coding allows.
+    """
+
+    name: str
+    kind: str
+    weights: int
+    bytes: int
+    distinct: int
 
 
 @dataclass(frozen=True, eq=False)
-class Coding:
-    """How one tensor is written.
+class Cells:
+    """Which weights of a file share one value, and which values may change without changing its size.
+
+    weight = value of its cell x factor, in float32.
 
     Attributes:
-        kind: CONSTANT, HALF, FULL, GRID, CODEBOOK or DRAWN.
-        scale: the constant, the step of the grid, or what the codebook is multiplied with.
-        values: HALF and FULL: the weights, float16 or float32.
-        low: GRID: level of index 0.
-        raw_bits: GRID: low bits of every index that are stored as they are.
-        entries: CODEBOOK: float16, one per symbol.
-        frequencies: int64, one per symbol, TOTAL together; one entry if nothing is entropy-coded.
-        indices: unsigned or int64, one per weight; the symbol is index >> raw_bits.
-        reach, seed: DRAWN: largest level, and the key of the draw.
+        of_weight: int32, shape (parameters,); -1: the weight is fixed (fine grids, drawn tensors).
+        count: number of cells.
+        pinned: bool, shape (count,): the cell's value is zero and has to stay.
+        factor: float32, shape (parameters,): scale of the weight's channel, 1 where there are none.
     """
 
-    kind: int
-    scale: np.float32 = field(default_factory=lambda: np.float32(0))
-    values: NDArray[np.float16] | Vector | None = None
-    low: int = 0
-    raw_bits: int = 0
-    entries: NDArray[np.float16] | None = None
-    frequencies: Integers = field(default_factory=_no_integers)
-    indices: NDArray[np.integer] = field(default_factory=_no_integers)
-    reach: int = 0
-    seed: int = 0
-
-    def weights(self, size: int) -> Vector:
-        """Return the `size` float32 weights that this coding decodes to."""
-        if self.kind == CONSTANT:
-            return np.full(size, self.scale, np.float32)
-        if self.values is not None:
-            return self.values.astype(np.float32)
-        if self.kind == DRAWN:
-            return levels_of(self.seed, self.reach, size).astype(np.float32) * self.scale
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.entries is not None:
-                return np.asarray((self.entries.astype(np.float32) * self.scale)[self.indices], np.float32)
-            if self.raw_bits == 0:
-                levels = np.arange(self.low, self.low + self.frequencies.size)
-                return np.asarray((levels.astype(np.float32) * self.scale)[self.indices], np.float32)
-            return (self.indices + self.low).astype(np.float32) * self.scale
+    of_weight: NDArray[np.int32]
+    count: int
+    pinned: NDArray[np.bool_]
+    factor: Vector
 
 
-def levels_of(seed: int, reach: int, size: int) -> Integers:
-    """Return `size` integers, uniform in [-reach, reach]: the same ones on every machine.
+@dataclass(frozen=True)
+class _Part:
+    """Weights start … stop of tensor `number`."""
 
-    Raw output of Philox (Salmon et al., SC 2011), which numpy keeps stable, and integer arithmetic.
-    """
-    draws = np.random.Philox(key=seed).random_raw(size) >> np.uint64(32)
-    return (draws * np.uint64(2 * reach + 1) >> np.uint64(32)).astype(np.int64) - reach
+    number: int
+    start: int
+    stop: int
+
+    def portions(self) -> Iterator["_Part"]:
+        """Yield parts whose raw bits lie together."""
+        for start in range(self.start, self.stop, _PORTION):
+            yield _Part(self.number, start, min(start + _PORTION, self.stop))
 
 
 def header_bytes(structure: Structure) -> int:
     """Return the bytes of a file before its records."""
-    return len(MAGIC) + _DIGEST + len(_varint(structure.parameters)) + len(_varint(len(structure.tensors)))
+    return len(MAGIC) + _DIGEST + len(varint(structure.parameters)) + len(varint(len(structure.tensors)))
 
 
-def record(coding: Coding) -> bytes:
-    """Return the record of one tensor, without its indices."""
-    scale = _le(coding.scale)
-    kind = bytes([coding.kind])
-    if coding.kind == CONSTANT:
-        return kind + scale
-    if coding.values is not None:
-        return kind + _le(coding.values)
-    if coding.kind == DRAWN:
-        return kind + scale + _varint(coding.reach) + coding.seed.to_bytes(4, "little")
-    numbers = coding.frequencies.tolist()
-    table = _varint(len(numbers)) + b"".join(map(_varint, numbers[:-1]))
-    if coding.entries is not None:
-        return kind + scale + table + _le(coding.entries)
-    zigzag = coding.low * 2 if coding.low >= 0 else -coding.low * 2 - 1
-    return kind + scale + _varint(zigzag) + bytes([coding.raw_bits]) + table
+# --- writing ---------------------------------------------------------------------------------------
 
 
-def coded_bytes(bits: float, symbols: int) -> int:
-    """Return the size of the entropy-coded section, to about 0.1 %: `bits` of information in `symbols`."""
-    if symbols == 0:
-        return 0
-    lanes = _lanes(bits, symbols)
-    # A final state holds 16 … 32 bits, 24 on average, of which 16 were there at the start.
-    words = max(0, math.ceil(bits / 16 - lanes / 2))
-    return 4 * lanes + 2 * words + len(_varint(lanes)) + len(_varint(words))
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A tensor on its way into a file.
+
+    Attributes:
+        coding: how it is written, with or without a centre, whichever costs less.
+        tables: its frequency tables.
+        bits: what it adds to the messages: information in its symbols, and raw bits.
+    """
+
+    coding: Coding
+    tables: Tables
+    bits: float
 
 
 def write(codings: Sequence[Coding], structure: Structure) -> bytes:
-    """Return the file; `codings` has one entry per tensor, in order."""
-    sizes = [tensor.size for tensor in structure.tensors]
-    weights = np.concatenate([coding.weights(size) for coding, size in zip(codings, sizes, strict=True)])
+    """Return the file; `codings` has one entry per tensor, in order.
+
+    Raises:
+        NonFiniteError: a weight that they stand for is NaN or infinite.
+    """
+    pairs = zip(codings, structure.tensors, strict=True)
+    return write_planned([planned(coding, tensor) for coding, tensor in pairs], structure)
+
+
+def write_planned(plans: Sequence[Planned], structure: Structure) -> bytes:
+    """Return the file of codings that `planned` has seen.
+
+    Raises:
+        NonFiniteError: a weight that they stand for is NaN or infinite.
+    """
+    slices = list(structure.slices())
+    weights = np.empty(structure.parameters, np.float32)
+    for plan, (tensor, place) in zip(plans, slices, strict=True):
+        weights[place] = plan.coding.weights(tensor.size)
     require_finite(weights, "decoded weights")
-    raw = [
-        _to_bits(coding.indices.astype(np.int64), coding.raw_bits) for coding in codings if coding.raw_bits
-    ]
-    parts = [
-        MAGIC,
-        digest(weights),
-        _varint(structure.parameters),
-        _varint(len(sizes)),
-        *map(record, codings),
-    ]
-    if raw:
-        parts.append(np.packbits(np.concatenate(raw)).tobytes())
-    coded = [coding for coding in codings if coding.frequencies.size > 1]
-    if coded:
-        parts.append(_write_symbols(coded))
+    parts = [MAGIC, digest(weights), varint(structure.parameters), varint(len(slices))]
+    parts += [record(plan.coding, plan.tables) for plan in plans]
+    layouts = [(plan.coding, plan.tables) for plan in plans]
+    for group in _groups(layouts, structure):
+        bits = sum(
+            plans[p.number].bits * (p.stop - p.start) / plans[p.number].coding.indices.size for p in group
+        )
+        parts.append(_message(group, layouts, structure, bits))
     return b"".join(parts)
+
+
+def planned(coding: Coding, tensor: Tensor) -> Planned:
+    """Choose how the indices of one tensor are stored."""
+    if not coding.quantised:
+        return Planned(coding, Tables(), 0.0)
+    plan = _tabled(coding, tensor)
+    if coding.centre is None:
+        return plan
+    other = _tabled(replace(coding, centre=None), tensor)
+    return other if plan.bits > _SIGNED_WORTH * other.bits else plan
+
+
+def _tabled(coding: Coding, tensor: Tensor) -> Planned:
+    if coding.raw_bits:
+        return Planned(coding, Tables(), float(coding.raw_bits * tensor.size))
+    distances = _distances(coding, coding.indices)
+    symbols = _symbols(coding, distances)
+    raw = np.count_nonzero(_two_sided(coding, distances))
+    if coding.kind == GRID:
+        raw += int(class_widths(symbols).sum())
+    chosen = choose(symbols, axes_of(tensor.shape), coding.symbols)
+    return Planned(coding, chosen.tables, chosen.coded + raw)
+
+
+def _symbols(coding: Coding, distances: Integers) -> Integers:
+    return distances if coding.kind == CODEBOOK else classes_of(distances)
+
+
+def _distances(coding: Coding, indices: Indices) -> Integers:
+    distances = indices.astype(np.int64)
+    if coding.centre:
+        distances -= coding.centre
+        np.abs(distances, out=distances)
+    return distances
+
+
+def _two_sided(coding: Coding, distances: Indices) -> NDArray[np.bool_]:
+    """Return which weights have a sign."""
+    near = coding.reaches[0]
+    return (distances > 0) & (distances <= near)
+
+
+def _groups(layouts: Sequence[tuple[Coding, Tables]], structure: Structure) -> Iterator[list[_Part]]:
+    """Yield the parts of tensors of each message."""
+    largest = max(tensor.size for tensor in structure.tensors)
+    limit = min(max(2 * largest, _PARTS[0]), _PARTS[1])
+    group: list[_Part] = []
+    weights = tables = 0
+    for number, ((coding, own_tables), tensor) in enumerate(zip(layouts, structure.tensors, strict=True)):
+        if not coding.quantised:
+            continue
+        own = sum(codes is not None for codes in own_tables.codes)
+        if group and (weights + tensor.size > limit or tables + own > rans.MAX_TABLES):
+            yield group
+            group, weights, tables = [], 0, 0
+        if tensor.size > limit:
+            size = -(-tensor.size // -(-tensor.size // limit))
+            for start in range(0, tensor.size, size):
+                yield [_Part(number, start, min(start + size, tensor.size))]
+            continue
+        group.append(_Part(number, 0, tensor.size))
+        weights, tables = weights + tensor.size, tables + own
+    if group:
+        yield group
+
+
+def _message(
+    group: list[_Part], layouts: Sequence[tuple[Coding, Tables]], structure: Structure, bits: float
+) -> bytes:
+    rows, raw = [], []
+    for part in (portion for whole in group for portion in whole.portions()):
+        coding = layouts[part.number][0]
+        indices = coding.indices[part.start : part.stop]
+        distances = _distances(coding, indices)
+        if coding.raw_bits:
+            raw.append((distances.astype(np.uint32), np.full(distances.size, coding.raw_bits, np.uint8)))
+            continue
+        symbols = _symbols(coding, distances)
+        rows.append(symbols.astype(np.uint16))
+        if coding.kind == GRID:
+            far = np.flatnonzero(class_widths(symbols))
+            rests = distances[far] - class_starts(symbols[far])
+            raw.append((rests.astype(np.uint32), class_widths(symbols[far]).astype(np.uint8)))
+        below = indices[_two_sided(coding, distances)].astype(np.int64) < (coding.centre or 0)
+        raw.append((below.astype(np.uint32), np.ones(below.size, np.uint8)))
+    values, widths = (np.concatenate(part) for part in zip(*raw, strict=True))
+    packed = rans.pack(values, widths) if values.size else b""
+    coded = _coded(group, layouts, structure)
+    if coded is None:
+        return varint(len(packed)) + packed
+    row = np.concatenate(rows)
+    lanes = _lanes(row.size, len(packed), bits)
+    body = varint(lanes) + rans.encode(row, coded, lanes, packed)
+    return varint(len(body)) + body
+
+
+def _lanes(symbols: int, raw_bytes: int, bits: float) -> int:
+    most = min(max(symbols // _SHORTEST, 1), _LANES)
+    paid = int(_PAID * bits / rans.STATE_BITS)
+    return max(min(raw_bytes // 3 + paid, most), -(-symbols // _LONGEST), 1)
+
+
+def _coded(
+    group: list[_Part], layouts: Sequence[tuple[Coding, Tables]], structure: Structure
+) -> rans.Coded | None:
+    """Return the tables of a message; None if it has no symbols."""
+    frequencies: list[Integers] = []
+    counts, owners = [], []
+    each: list[Bytes] = []
+    several = any(layouts[part.number][1].classes for part in group)
+    for part in group:
+        tables = layouts[part.number][1]
+        if not tables.codes:
+            continue
+        first, size = len(frequencies), part.stop - part.start
+        frequencies += tables.frequencies()
+        counts.append(size)
+        owners.append(first)
+        if several:
+            of_weight = tables.owners(axes_of(structure.tensors[part.number].shape))
+            if of_weight is None:
+                each.append(np.full(size, first, np.uint8))
+            else:
+                each.append(of_weight[part.start : part.stop] + np.uint8(first))
+    if not frequencies:
+        return None
+    return rans.Coded(frequencies, counts, owners, np.concatenate(each) if several else None)
+
+
+# --- reading ---------------------------------------------------------------------------------------
 
 
 def restore(artifact: bytes, structure: Structure) -> Vector:
     """Return the weights in a file from anywhere, float32, shape (parameters,).
 
-    Memory stays below 48 bytes per parameter (16 for files without raw bits) and 8 KiB per tensor,
-    whatever the file says.
+    Beside them it holds about 12 bytes per weight of the largest message, one byte per weight of the
+    largest tensor and 150 KiB per table of a message, whatever the file says.
 
     Raises:
         CodecError: not such a file, of another structure, truncated, trailing or nonsensical bytes.
@@ -189,249 +383,343 @@ def restore(artifact: bytes, structure: Structure) -> Vector:
         NonFiniteError: a weight is NaN or infinite.
         DigestError: the weights are not the ones that were compressed.
     """
-    limit = header_bytes(structure) + 5 * structure.parameters + 1100 * len(structure.tensors) + 64
-    if len(artifact) > limit:
-        raise TooLargeError(f"model file: {len(artifact)} bytes, at most {limit} for {structure.id}")
-    reader = _Reader(artifact)
-    if reader.take(len(MAGIC)) != MAGIC:
-        raise CodecError("model file: wrong magic or version")
-    wanted = reader.take(_DIGEST)
-    parameters, tensors = reader.varint(), reader.varint()
-    if parameters != structure.parameters or tensors != len(structure.tensors):
-        raise CodecError(f"model file: {parameters} parameters in {tensors} tensors are not {structure.id}")
-    sizes = [tensor.size for tensor in structure.tensors]
-    codings = [_read_record(reader, size) for size in sizes]
-    raw = _read_raw(reader, codings, sizes)
-    tables = [
-        (coding.frequencies, size)
-        for coding, size in zip(codings, sizes, strict=True)
-        if coding.frequencies.size > 1
-    ]
-    symbols = iter(_decode(reader, tables) if tables else ())
-    reader.end()
-    weights = np.empty(parameters, np.float32)
-    at = 0
-    for coding, (tensor, place) in zip(codings, structure.slices(), strict=True):
-        filled = coding
-        if coding.kind in (GRID, CODEBOOK):
-            indices: NDArray[np.integer] = np.zeros(tensor.size, np.uint8)
-            if coding.frequencies.size > 1:
-                indices = next(symbols)
-            if coding.raw_bits:
-                low = _read_bits(raw, at, coding.raw_bits, tensor.size)
-                indices = indices.astype(np.int64) << coding.raw_bits | low
-                at += coding.raw_bits * tensor.size
-            filled = replace(coding, indices=indices)
-        weights[place] = filled.weights(tensor.size)
+    reader, wanted, layouts = _open(artifact, structure)
+    weights = np.empty(structure.parameters, np.float32)
+    slices = list(structure.slices())
+    for (coding, _), (tensor, place) in zip(layouts, slices, strict=True):
+        if not coding.quantised:
+            weights[place] = coding.weights(tensor.size)
+    for part, indices in _parts(reader, layouts, structure):
+        start = slices[part.number][1].start
+        weights[start + part.start : start + part.stop] = layouts[part.number][0].looked_up(indices)
+    for (coding, _), (_, place) in zip(layouts, slices, strict=True):
+        coding.scale_channels(weights[place])
     require_finite(weights, "model file")
     if digest(weights) != wanted:
         raise DigestError("model file: the decoded weights do not have the digest in the file")
     return weights
 
 
-def normalise(counts: Integers) -> Integers:
-    """Return frequencies that add up to TOTAL, at least 1 for every symbol that occurs, 0 for others."""
-    used = counts > 0
-    if np.count_nonzero(used) == 1:
-        return np.where(used, TOTAL, 0)
-    exact = counts * (TOTAL / counts.sum())
-    frequencies = np.where(used, np.maximum(np.rint(exact).astype(np.int64), 1), 0)
-    # Repair the rounding where it costs least: at the largest frequencies.
-    while (excess := int(frequencies.sum()) - TOTAL) != 0:
-        largest = int(np.argmax(frequencies))
-        step = min(excess, max(1, int(frequencies[largest]) // 8)) if excess > 0 else excess
-        frequencies[largest] -= step
-    return frequencies
+def read(artifact: bytes, structure: Structure) -> list[Coding]:
+    """Return the codings in a file from anywhere, one per tensor: what `write` was given.
+
+    Raises:
+        CodecError, TooLargeError, BombError, NonFiniteError: as for `restore`; the digest is not checked.
+    """
+    reader, _, layouts = _open(artifact, structure)
+    codings = [coding for coding, _ in layouts]
+    indices: dict[int, list[Indices]] = {}
+    for part, piece in _parts(reader, layouts, structure):
+        indices.setdefault(part.number, []).append(piece)
+    for number, pieces in indices.items():
+        codings[number] = replace(codings[number], indices=np.concatenate(pieces))
+    return codings
 
 
-def _le(values: np.generic | NDArray[np.floating]) -> bytes:
-    """Return little-endian bytes in the width of the values."""
-    return bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
+def _open(artifact: bytes, structure: Structure) -> tuple[Reader, bytes, list[tuple[Coding, Tables]]]:
+    """Return a reader behind the records, the digest and what the records say."""
+    limit = header_bytes(structure) + 8 * structure.parameters + 8192 * len(structure.tensors)
+    if len(artifact) > limit:
+        raise TooLargeError(f"model file: {len(artifact)} bytes, at most {limit} for {structure.id}")
+    reader = Reader(artifact)
+    if reader.take(len(MAGIC)) != MAGIC:
+        raise CodecError("model file: wrong magic or version")
+    wanted = reader.take(_DIGEST)
+    parameters, tensors = reader.varint(), reader.varint()
+    if parameters != structure.parameters or tensors != len(structure.tensors):
+        raise CodecError(f"model file: {parameters} parameters in {tensors} tensors are not {structure.id}")
+    return reader, wanted, [read_record(reader, tensor.shape, tensor.size) for tensor in structure.tensors]
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def _parts(
+    reader: Reader, layouts: list[tuple[Coding, Tables]], structure: Structure
+) -> Iterator[tuple[_Part, Indices]]:
+    """Yield the indices of all quantised tensors, part by part, and check that nothing follows."""
+    for group in _groups(layouts, structure):
+        yield from _read_message(Reader(reader.take(reader.varint())), group, layouts, structure)
+    reader.end()
 
 
-class _Reader:
-    """Cursor over the file; what is missing is refused before anything is allocated."""
+def _read_message(
+    reader: Reader, group: list[_Part], layouts: list[tuple[Coding, Tables]], structure: Structure
+) -> Iterator[tuple[_Part, Indices]]:
+    coded = _coded(group, layouts, structure)
+    symbols: Indices = np.empty(0, np.uint16)
+    least = 0
+    if coded is not None:
+        lanes = reader.varint()
+        if not 0 < lanes <= coded.symbols:
+            raise BombError(f"model file: {lanes} lanes for {coded.symbols} symbols")
+        if coded.symbols > lanes * _LONGEST:
+            raise CodecError(f"model file: only {lanes} lanes for {coded.symbols} symbols")
+        symbols, raw = rans.decode(reader.take(len(reader.data) - reader.at), coded, lanes)
+        least = 3 * lanes
+    else:
+        raw = reader.data
+    bits = _Bits(raw)
+    at = 0
+    for part in (portion for whole in group for portion in whole.portions()):
+        coding, size = layouts[part.number][0], part.stop - part.start
+        if coding.raw_bits:
+            numbers = bits.numbers(np.full(size, coding.raw_bits))
+            if int(numbers.max()) >= coding.levels:
+                raise CodecError(f"model file: index {int(numbers.max())} of {coding.levels} levels")
+            yield part, numbers
+            continue
+        yield part, _indices(coding, symbols[at : at + size], bits)
+        at += size
+    bits.end(least)
+
+
+class _Bits:
+    """Cursor over raw bits."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise CodecError("model file: truncated")
-        self.at += size
-        return self.data[self.at - size : self.at]
+    def _slice(self, size: int) -> tuple[bytes, int]:
+        """Return the bytes in which the next `size` bits lie, and where they begin."""
+        start, stop = self.at, self.at + size
+        if stop > 8 * len(self.data):
+            raise CodecError("model file: raw bits are missing")
+        self.at = stop
+        return self.data[start // 8 : (stop + 7) // 8], start % 8
 
-    def varint(self) -> int:
-        value = 0
-        for place in range(0, 35, 7):
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << place
-            if byte < 0x80:
-                if byte == 0 and place:
-                    raise CodecError("model file: padded number")
-                return value
-        raise CodecError("model file: number too long")
+    def take(self, size: int) -> Bytes:
+        """Return the next `size` bits."""
+        data, first = self._slice(size)
+        return np.unpackbits(np.frombuffer(data, np.uint8))[first:][:size]
 
-    def float32(self) -> np.float32:
-        value = np.frombuffer(self.take(4), "<f4").astype(np.float32)
-        require_finite(value, "model file: scale")
-        return np.float32(value[0])
+    def numbers(self, widths: Integers) -> Integers:
+        """Return the next numbers of these widths."""
+        data, first = self._slice(int(widths.sum()))
+        return rans.unpack(data, first, widths)
 
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise CodecError("model file: trailing bytes")
-
-
-def _read_record(reader: _Reader, size: int) -> Coding:
-    kind = reader.take(1)[0]
-    if kind == CONSTANT:
-        return Coding(kind, reader.float32())
-    if kind == HALF:
-        return Coding(kind, values=np.frombuffer(reader.take(2 * size), "<f2").astype(np.float16))
-    if kind == FULL:
-        return Coding(kind, values=np.frombuffer(reader.take(4 * size), "<f4").astype(np.float32))
-    if kind == DRAWN:
-        return _read_drawn(reader)
-    if kind not in (GRID, CODEBOOK):
-        raise CodecError(f"model file: unknown kind {kind} of record")
-    scale = reader.float32()
-    if kind == CODEBOOK:
-        table = _read_table(reader)
-        entries = np.frombuffer(reader.take(2 * table.size), "<f2").astype(np.float16)
-        return Coding(kind, scale, entries=entries, frequencies=table)
-    zigzag, raw_bits = reader.varint(), reader.take(1)[0]
-    low = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag + 1 >> 1)
-    if raw_bits > MAX_RAW_BITS or abs(low) > MAX_LEVEL:
-        raise CodecError(f"model file: {raw_bits} raw bits from level {low}")
-    return Coding(kind, scale, low=low, raw_bits=raw_bits, frequencies=_read_table(reader))
+    def end(self, least: int) -> None:
+        """Refuse more bytes than the bits, or `least` bytes, need, and padding that is not zero."""
+        used = (self.at + 7) // 8
+        if len(self.data) != max(used, least) or any(self.data[used:]):
+            raise CodecError("model file: raw bits that nothing needs")
+        if self.at % 8 and self.data[used - 1] & (0xFF >> self.at % 8):
+            raise CodecError("model file: padding that is not zero")
 
 
-def _read_drawn(reader: _Reader) -> Coding:
-    step, reach, seed = reader.float32(), reader.varint(), int.from_bytes(reader.take(4), "little")
-    if reach > MAX_REACH:
-        raise CodecError(f"model file: drawn levels up to {reach}, at most {MAX_REACH}")
-    return Coding(DRAWN, step, reach=reach, seed=seed)
+def _indices(coding: Coding, symbols: Indices, bits: _Bits) -> Indices:
+    """Return the indices that the symbols of a portion and its raw bits stand for."""
+    distances: Indices = symbols
+    if coding.kind == GRID:
+        far_off = np.flatnonzero(symbols >= 16)
+        if far_off.size:
+            classes = symbols[far_off]
+            distances = symbols.astype(np.int32)
+            distances[far_off] = class_starts(classes) + bits.numbers(class_widths(classes))
+    near, far = coding.reaches
+    if int(distances.max()) > far:
+        raise CodecError(f"model file: index of distance {int(distances.max())}, at most {far}")
+    if coding.centre is None:
+        return distances
+    signed = np.flatnonzero(_two_sided(coding, distances))
+    below = signed[bits.take(signed.size).astype(np.bool_)]
+    indices = distances.astype(np.int32)
+    indices[below] *= -1
+    if coding.centre > near:
+        indices[distances > near] *= -1
+    indices += coding.centre
+    return indices
 
 
-def _read_table(reader: _Reader) -> Integers:
-    symbols = reader.varint()
-    if not 1 <= symbols <= MAX_SYMBOLS:
-        raise CodecError(f"model file: {symbols} symbols, at most {MAX_SYMBOLS}")
-    table = np.array([reader.varint() for _ in range(symbols - 1)], np.int64)
-    last = TOTAL - int(table.sum())
-    table = np.append(table, last)
-    # A symbol that is certain needs no table; with one, its frequency would overflow the coder.
-    if last < 0 or (symbols > 1 and table.max() >= TOTAL):
-        raise CodecError("model file: frequencies do not add up")
-    return table
+# --- what is in a file -----------------------------------------------------------------------------
+
+_KINDS = ("constant", "half", "full", "grid", "codebook", "drawn")
 
 
-def _read_raw(reader: _Reader, codings: list[Coding], sizes: list[int]) -> Bits:
-    """Return the bytes of the raw bits of all grids."""
-    total = sum(coding.raw_bits * size for coding, size in zip(codings, sizes, strict=True))
-    packed = np.frombuffer(reader.take((total + 7) // 8), np.uint8)
-    if total % 8 and packed[-1] & (0xFF >> total % 8):
-        raise CodecError("model file: padding that is not zero")
-    return packed
+def sizes(artifact: bytes, structure: Structure) -> list[TensorSize]:
+    """Return where the bytes of a file go: its header first, then every tensor in order.
+
+    The bytes of a message are shared in proportion to the information of its tensors.
+
+    Raises:
+        CodecError, TooLargeError, BombError, NonFiniteError: as for `restore`; the digest is not checked.
+    """
+    reader, _, layouts = _open(artifact, structure)
+    codings = read(artifact, structure)
+    heads = [len(record(coding, tables)) for coding, tables in layouts]
+    shares = [0.0] * len(layouts)
+    for group in _groups(layouts, structure):
+        before = reader.at
+        reader.take(reader.varint())
+        bits = [_information(codings[p.number], layouts[p.number][1], p, structure) for p in group]
+        for part, information in zip(group, bits, strict=True):
+            shares[part.number] += (reader.at - before) * information / (sum(bits) or 1.0)
+    ends = np.rint(np.cumsum(np.array(heads) + np.array(shares))).astype(np.int64)
+    own = np.diff(ends, prepend=0).tolist()
+    rows = [TensorSize("header", "header", 0, header_bytes(structure), 0)]
+    for tensor, coding, size in zip(structure.tensors, codings, own, strict=True):
+        rows.append(TensorSize(tensor.name, _KINDS[coding.kind], tensor.size, size, _distinct(coding)))
+    return rows
 
 
-def _read_bits(packed: Bits, at: int, width: int, size: int) -> Integers:
-    """Return `size` numbers of `width` bits from bit `at` on; unpacks no more than these."""
-    stop = at + width * size
-    bits = np.unpackbits(packed[at // 8 : (stop + 7) // 8])[at % 8 :][: width * size]
-    values = np.zeros(size, np.int64)
-    for column in bits.reshape(size, width).T:
-        values <<= 1
-        values |= column
-    return values
+def entropy_bits(artifact: bytes, structure: Structure) -> float:
+    """Return what the indices of a file would take with one ideal table per tensor: order-0 entropy.
+
+    Indices that are stored raw, in small tensors, count as they are: a table would cost more.
+    """
+    bits = 0.0
+    for coding in read(artifact, structure):
+        if coding.raw_bits:
+            bits += coding.raw_bits * coding.indices.size
+        elif coding.quantised:
+            symbols, distances = coding.indices.astype(np.int64), np.zeros(0, np.int64)
+            if coding.kind == GRID:
+                # Rests of distances are noise that no table of a finite tensor could tell from a law.
+                distances = _distances(coding, symbols)
+                signs = np.where(symbols < (coding.centre or 0), -1, 1)
+                symbols = signs * classes_of(distances)
+            counts = np.unique(symbols, return_counts=True)[1].astype(np.float64)
+            bits += float(counts @ (math.log2(symbols.size) - np.log2(counts)))
+            bits += float(class_widths(classes_of(distances)).sum())
+    return bits
 
 
-def _lanes(bits: float, symbols: int) -> int:
-    return min(symbols, max(int(bits) // _LANE_BITS, -(-symbols // _ROWS), 1))
+def _distinct(coding: Coding) -> int:
+    if coding.kind == DRAWN:
+        return 2 * coding.reach + 1
+    if coding.values is not None:
+        return int(np.unique(coding.values).size)
+    return int(np.unique(coding.indices).size) if coding.quantised else 1
 
 
-def _rows(lanes: int, symbols: int) -> list[slice]:
-    return [slice(start, min(start + lanes, symbols)) for start in range(0, symbols, lanes)]
+def _information(coding: Coding, tables: Tables, part: _Part, structure: Structure) -> float:
+    if coding.raw_bits:
+        return float(coding.raw_bits * (part.stop - part.start))
+    distances = _distances(coding, coding.indices[part.start : part.stop])
+    symbols = _symbols(coding, distances)
+    bits = float(np.count_nonzero(_two_sided(coding, distances)))
+    if coding.kind == GRID:
+        bits += float(class_widths(symbols).sum())
+    costs = rans.PRECISION - np.log2(np.stack(tables.frequencies()))
+    owners = tables.owners(axes_of(structure.tensors[part.number].shape))
+    rows = 0 if owners is None else owners[part.start : part.stop].astype(np.intp)
+    return bits + float(costs[rows, symbols].sum())
 
 
-def _write_symbols(coded: list[Coding]) -> bytes:
-    frequency, start = [], []
-    for coding in coded:
-        symbols = coding.indices >> coding.raw_bits
-        frequency.append(coding.frequencies[symbols].astype(np.uint32))
-        start.append((np.cumsum(coding.frequencies) - coding.frequencies)[symbols].astype(np.uint32))
-    frequencies, starts = np.concatenate(frequency), np.concatenate(start)
-    bits = float((SCALE_BITS - np.log2(frequencies)).sum())
-    lanes = _lanes(bits, frequencies.size)
-    state = np.full(lanes, _LOW, np.uint32)
-    words = []
-    for row in reversed(_rows(lanes, frequencies.size)):
-        width, first = frequencies[row], starts[row]
-        now = state[: width.size]
-        full = now >= width << np.uint32(32 - SCALE_BITS)
-        words.append(now[full].astype(np.uint16))
-        now = np.where(full, now >> np.uint32(16), now)
-        quotient = now // width
-        state[: width.size] = (quotient << np.uint32(SCALE_BITS)) + (now - quotient * width) + first
-    stream = np.concatenate(words[::-1]).astype("<u2")
-    return _varint(lanes) + _varint(stream.size) + state.astype("<u4").tobytes() + stream.tobytes()
+def cells(artifact: bytes, structure: Structure) -> Cells:
+    """Return which weights of a file share a value: what training with frozen indices may move.
+
+    A packed grid (small tensors) has a cell for every weight: `recentred` rounds to a new grid of the same
+    width.
+
+    Raises:
+        CodecError, TooLargeError, BombError, NonFiniteError: as for `restore`; the digest is not checked.
+    """
+    of_weight = np.full(structure.parameters, -1, np.int32)
+    factor = np.ones(structure.parameters, np.float32)
+    pinned: list[bool] = []
+    count = 0
+    for coding, (tensor, place) in zip(read(artifact, structure), structure.slices(), strict=True):
+        own, zero = _own_cells(coding, tensor.size)
+        if own is None:
+            continue
+        of_weight[place] = own + count
+        count += len(zero)
+        pinned += zero
+        coding.scale_channels(factor[place])
+    return Cells(of_weight, count, np.array(pinned, np.bool_), factor)
 
 
-def _decode(reader: _Reader, tables: list[tuple[Integers, int]]) -> list[NDArray[np.uint8]]:
-    """Undo `_write_symbols`: one uint8 array of symbols per (frequencies, size)."""
-    sizes = [size for _, size in tables]
-    total = sum(sizes)
-    lanes, count = reader.varint(), reader.varint()
-    if not 0 < lanes <= total:
-        raise BombError(f"model file: {lanes} lanes for {total} symbols")
-    if total > lanes * _ROWS:
-        raise CodecError(f"model file: only {lanes} lanes for {total} symbols")
-    state = np.frombuffer(reader.take(4 * lanes), "<u4").astype(np.uint32)
-    words = np.frombuffer(reader.take(2 * count), "<u2").astype(np.uint32)
-    if (state < _LOW).any():
-        raise CodecError("model file: impossible state of the entropy coder")
-    # One lookup from (table, slot) to the symbol, one from (table, symbol) to frequency and start.
-    slots = np.concatenate([np.repeat(np.arange(f.size, dtype=np.uint8), f) for f, _ in tables])
-    frequency = np.zeros(len(tables) * MAX_SYMBOLS, np.uint32)
-    start = np.zeros(len(tables) * MAX_SYMBOLS, np.uint32)
-    for number, (table, _) in enumerate(tables):
-        frequency[number * MAX_SYMBOLS :][: table.size] = table
-        start[number * MAX_SYMBOLS :][: table.size] = np.cumsum(table) - table
-    owner = np.repeat(np.arange(len(tables), dtype=np.uint16), sizes)
-    symbols = np.empty(total, np.uint8)
-    mask, scale_bits, low = np.uint32(TOTAL - 1), np.uint32(SCALE_BITS), np.uint32(_LOW)
-    at = 0
-    for row in _rows(lanes, total):
-        table_of = owner[row].astype(np.uint32)
-        now = state[: table_of.size]
-        slot = now & mask
-        symbol = slots[(table_of << scale_bits) + slot]
-        symbols[row] = symbol
-        entry = (table_of << np.uint32(8)) + symbol
-        now = frequency[entry] * (now >> scale_bits) + slot - start[entry]
-        empty = np.flatnonzero(now < low)
-        if empty.size > words.size - at:
-            raise CodecError("model file: the entropy-coded part is truncated")
-        now[empty] = now[empty] << np.uint32(16) | words[at : at + empty.size]
-        at += empty.size
-        state[: table_of.size] = now
-    if at != words.size or (state != low).any():
-        raise CodecError("model file: the entropy-coded part does not end where it should")
-    return np.split(symbols, np.cumsum(sizes)[:-1])
+def _own_cells(coding: Coding, size: int) -> tuple[Indices | None, list[bool]]:
+    """Return cells of one tensor, and which of them are pinned; None: its weights are fixed."""
+    if coding.kind == CONSTANT:
+        return np.zeros(size, np.int32), [False]
+    if coding.values is not None or _packed_grid(coding):
+        return np.arange(size, dtype=np.int32), [False] * size
+    if coding.kind == DRAWN or coding.raw_bits or coding.count > MAX_ENTRIES:
+        return None, []
+    values = coding.looked_up(np.arange(coding.count))
+    return coding.indices, [bool(value == 0) for value in values]
 
 
-def _to_bits(values: Integers, width: int) -> Bits:
-    """Return the `width` low bits of each value, high bit first."""
-    bits = np.empty((values.size, width), np.uint8)
-    for place in range(width):
-        bits[:, place] = values >> (width - 1 - place) & 1
-    return bits.ravel()
+def _packed_grid(coding: Coding) -> bool:
+    return coding.kind == GRID and coding.raw_bits > 0
+
+
+def recentred(artifact: bytes, structure: Structure, weights: Vector) -> bytes:
+    """Return a file with the same indices and other values, those of `weights`.
+
+    Entries of codebooks become float16 times a power of two; packed grids are rounded to a grid of the same
+    width: neither grows. Grids with tables become codebooks, which adds two bytes per level, and one more
+    per level beyond the 16 nearest to zero; files for retraining have none.
+
+    Args:
+        artifact: the file.
+        structure: its named tensors.
+        weights: float32, shape (parameters,); constant on every cell of `cells(artifact, structure)`, times
+            its factors, to 1e-4 of the tensor's largest weight.
+
+    Raises:
+        ValueError: weights of one cell differ, a pinned one is not zero, or a fixed one changed.
+        StructureError, NonFiniteError: the weights do not belong to the structure, or are not finite.
+        CodecError, TooLargeError, BombError: as for `restore`.
+    """
+    require_length(weights, structure)
+    require_finite(weights, "weights")
+    codings = [
+        _moved(coding, weights[place], tensor)
+        for coding, (tensor, place) in zip(read(artifact, structure), structure.slices(), strict=True)
+    ]
+    return write(codings, structure)
+
+
+def _moved(coding: Coding, weights: Vector, tensor: Tensor) -> Coding:
+    before = coding.weights(tensor.size)
+    if np.array_equal(before, weights):
+        return coding
+    if coding.values is not None:
+        exact = weights if coding.kind == FULL else weights.astype(np.float16)
+        return replace(coding, values=exact)
+    if _packed_grid(coding):
+        return _regridded(coding, weights)
+    own, pinned = _own_cells(coding, tensor.size)
+    if own is None:
+        raise ValueError(f"{tensor.name}: its coding has no cells, so its weights cannot change")
+    counts = np.bincount(own, minlength=len(pinned))
+    factor = np.ones(tensor.size, np.float32)
+    coding.scale_channels(factor)
+    # Rows with large factors know the value best.
+    power = np.bincount(own, factor.astype(np.float64) ** 2, len(pinned))
+    sums = np.bincount(own, factor.astype(np.float64) * weights, len(pinned))
+    values = sums / np.where(counts > 0, power, 1)
+    if coding.kind != CONSTANT:
+        values = np.where(counts > 0, values, coding.looked_up(np.arange(coding.count)))
+    values[pinned] = 0.0
+    if np.abs(values[own] * factor - weights).max() > 1e-4 * np.abs(weights).max():
+        raise ValueError(f"{tensor.name}: weights of one cell differ, or a zero moved")
+    if coding.kind == CONSTANT:
+        return replace(coding, scale=np.float32(values[0]))
+    scale, entries = book_of(values)
+    return replace(coding, kind=CODEBOOK, scale=scale, entries=entries, low=0, levels=0)
+
+
+def book_of(values: NDArray[np.float64]) -> tuple[np.float32, NDArray[np.float16]]:
+    """Return scale, a power of two, and float16 entries of a codebook with these values."""
+    top = float(np.abs(values).max())
+    exponent = min(max(math.ceil(math.log2(top)), -140), 127) if top > 0 else 0
+    scale = np.float32(2.0**exponent)
+    return scale, (values / float(scale)).astype(np.float16)
+
+
+def _regridded(coding: Coding, weights: Vector) -> Coding:
+    """Return a packed grid of the same width and record size around other weights."""
+    low, high = float(weights.min()), float(weights.max())
+    size = len(record(coding))
+    top = max(abs(low), abs(high), float(np.finfo(np.float32).tiny))
+    step = max((high - low) / max(coding.levels - 2, 1), 2 * top / MAX_LEVEL)
+    while True:
+        exact = np.float32(step)
+        first, last = round(low / float(exact)), round(high / float(exact))
+        moved = replace(coding, scale=exact, low=first)
+        if last - first < coding.levels and len(record(moved)) <= size:
+            break
+        step *= 1.01
+    indices = np.rint(weights / np.float64(exact)).astype(np.int64) - first
+    return replace(moved, indices=indices)

@@ -2,6 +2,8 @@
 
 Small models spend most of a training step in per-tensor overhead; with one flat parameter the
 optimizer, clipping and the proximal term are one operation each, and loading and storing is a copy.
+Running statistics of batch norms are views into it, too: torch updates them in place in training mode, and
+their gradient stays zero.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from liberatai_core.learning.families import build, require_same, require_torch
+from liberatai_core.learning.families import FAMILIES, build, require_same, require_torch, statistics_of
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
 
@@ -43,15 +45,36 @@ def flat_module(structure: Structure, data: DataContract, weights: Vector) -> Fl
     import torch
 
     require_length(weights, structure)
-    module = build(structure.family, structure.params, data)
+    # Shapes are compared before memory is taken: parameters and tensors may come in one message.
+    module = build(structure.family, structure.params, data, device="meta")
     require_same(structure, module)
+    if structure.family in FAMILIES:
+        module.to_empty(device="cpu")  # all state is overwritten below: random values would only cost time
+    else:
+        module = build(structure.family, structure.params, data)
+        require_same(structure, module)
     flat = torch.nn.Parameter(torch.from_numpy(np.array(weights, dtype=np.float32)))
     gradient = torch.zeros_like(flat.data)
     flat.grad = gradient
-    for parameter, (tensor, place) in zip(module.parameters(), structure.slices(), strict=True):
-        parameter.data = flat.data[place].view(tensor.shape)
-        parameter.grad = gradient[place].view(tensor.shape)
+    state = module.state_dict(keep_vars=True)
+    for tensor, place in structure.slices():
+        part = state[tensor.name]
+        part.data = flat.data[place].view(tensor.shape)
+        if isinstance(part, torch.nn.Parameter):
+            part.grad = gradient[place].view(tensor.shape)
     return FlatModule(module, flat, gradient)
+
+
+def learned(structure: Structure, gain: Vector | None) -> Vector | None:
+    """Return the gain (see `training.train`) with running statistics at 0: no decay or pull may move them."""
+    names = statistics_of(structure)
+    if not names:
+        return gain
+    kept = np.ones(structure.parameters, dtype=np.float32) if gain is None else gain.copy()
+    for tensor, place in structure.slices():
+        if tensor.name in names:
+            kept[place] = 0
+    return kept
 
 
 @contextmanager

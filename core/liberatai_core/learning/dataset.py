@@ -112,15 +112,24 @@ def load_labelled(path: Path | str, data: DataContract) -> Samples:
     return samples
 
 
-def load_unlabeled(path: Path | str, data: DataContract | None = None) -> NDArray[np.float32]:
+def load_unlabeled(
+    path: Path | str, data: DataContract | None = None, *, keep_test: bool = True
+) -> NDArray[np.float32]:
     """Return the inputs of a file, shape (n, *input_shape); labels, if any, are not looked at.
 
+    Args:
+        path: the npz file.
+        data: see `load_npz`.
+        keep_test: samples that the file marks as test samples come along; those of `x_test` never do.
+
     Raises:
-        DataError: as `load_npz`.
+        DataError: as `load_npz`, or no sample is left.
     """
     arrays = _read(Path(path))
     where = str(path)
     inputs = arrays["x_train"] if "x_train" in arrays else _inputs(arrays, where)
+    if not keep_test and "x_train" not in arrays and "test" in arrays:
+        inputs = inputs[_integers(arrays["test"], len(inputs), f"{where}: test") == 0]
     return _prepared(inputs, data, where)
 
 

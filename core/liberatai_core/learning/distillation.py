@@ -13,19 +13,22 @@ Training", NeurIPS 2020, arXiv:1904.12848). Optional mixup: Zhang et al., ICLR 2
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import ConfigError, DataError, TrainingError
-from liberatai_core.learning._flat import flat_module, reproducible
+from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
 from liberatai_core.learning.augmentation import augment
 from liberatai_core.learning.families import require_torch
 from liberatai_core.learning.training import require_inputs, require_ranges
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
+
+if TYPE_CHECKING:
+    import torch
 
 Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Inputs (n, *input_shape) -> log-probabilities (n, classes)."""
@@ -49,6 +52,8 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             that can be asked.
         augment: strength of their changes, 0 … 4.
         mixup: parameter of the Beta distribution by which samples of a batch are mixed, 0 none, at most 10.
+        loss: "kl", T^2 KL(teacher_T || student_T), or "outputs", the mean squared difference of the two
+            probability vectors (Thonglek et al., IJCNN 2020).
     """
 
     steps: int = 150
@@ -60,12 +65,15 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     copies: int = 4
     augment: float = 1.0
     mixup: float = 0.0
+    loss: Literal["kl", "outputs"] = "kl"
 
     def __post_init__(self) -> None:
         """Refuse values outside the ranges given above, all faults at once."""
         require_ranges(self, "distillation", DISTILL_RANGES)
         if self.optimizer not in ("adam", "sgd"):
             raise ConfigError("distillation", [f"optimizer: {self.optimizer!r} is neither adam nor sgd"])
+        if self.loss not in LOSSES:
+            raise ConfigError("distillation", [f"loss: {self.loss!r} is none of {', '.join(LOSSES)}"])
         if self.learning_rate == 0:
             raise ConfigError("distillation", ["learning_rate: must be above 0"])
 
@@ -171,38 +179,98 @@ def distill(
         inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
         target = torch.softmax(softened, dim=1)
-        optimizer: torch.optim.Optimizer = torch.optim.Adam([model.flat], lr=settings.learning_rate)
-        if settings.optimizer == "sgd":
-            optimizer = torch.optim.SGD([model.flat], lr=settings.learning_rate, momentum=MOMENTUM)
         mix = np.random.default_rng(seed)
-        model.module.train()
         order = torch.empty(0, dtype=torch.int64)
-        for step in range(settings.steps):
+
+        def batch_of(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal order
             if len(order) < min(settings.batch_size, len(x)):
                 order = torch.cat([order, torch.randperm(len(x), generator=generator)])
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * _cosine(step, settings.steps)
-            model.gradient.zero_()
             batch, wanted = inputs[chosen], target[chosen]
-            if settings.mixup:
-                share = float(mix.beta(settings.mixup, settings.mixup))
-                other = torch.randperm(len(batch), generator=generator)
-                batch, wanted = (
-                    torch.lerp(batch[other], batch, share),
-                    torch.lerp(wanted[other], wanted, share),
-                )
-            student = torch.log_softmax(model.module(batch) / settings.temperature, dim=1)
-            loss = torch.nn.functional.kl_div(student, wanted, reduction="batchmean")
-            torch.autograd.backward(loss * settings.temperature**2)
+            if not settings.mixup:
+                return batch, wanted
+            share = float(mix.beta(settings.mixup, settings.mixup))
+            other = torch.randperm(len(batch), generator=generator)
+            return torch.lerp(batch[other], batch, share), torch.lerp(wanted[other], wanted, share)
+
+        def collect() -> None:
             if settings.clip_norm:
                 torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)
             if factor is not None:
                 model.gradient.mul_(factor)
-            optimizer.step()
+
+        optimizer: torch.optim.Optimizer = torch.optim.Adam([model.flat], lr=settings.learning_rate)
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD([model.flat], lr=settings.learning_rate, momentum=MOMENTUM)
+        teach(model, optimizer, batch_of, settings, collect=collect)
         taught = model.weights()
     if not np.isfinite(taught).all():
         raise TrainingError(f"{structure.id}: weights are not finite after distillation: lower learning_rate")
     return taught
+
+
+def teach(
+    model: FlatModule,
+    optimizer: "torch.optim.Optimizer",
+    batch_of: "Callable[[int], tuple[torch.Tensor, torch.Tensor]]",
+    settings: DistillSettings,
+    *,
+    first: int = 0,
+    before: Callable[[int], None] | None = None,
+    collect: Callable[[], None] | None = None,
+) -> None:
+    """Run the steps `first` … `settings.steps` - 1 of a distillation: the loop that all forms of it share.
+
+    What is trained need not be the weights themselves: `before` writes the model's weights from what the
+    optimizer trains, `collect` brings the gradient of the weights back to it.
+
+    Args:
+        model: the student.
+        optimizer: of what is trained; its rate falls along a cosine.
+        batch_of: step -> inputs (b, *input_shape), and the teacher's probabilities at the temperature
+            (b, classes).
+        settings: temperature, loss, learning rate and steps.
+        first: steps done before.
+        before: called with the step number before every step.
+        collect: called after every backward pass.
+    """
+    import torch
+
+    loss_of = LOSSES[settings.loss]
+    model.module.train()
+    for step in range(first, settings.steps):
+        if before is not None:
+            before(step)
+        batch, wanted = batch_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("share", 1.0) * settings.learning_rate * _cosine(step, settings.steps)
+        model.gradient.zero_()
+        loss = loss_of(model.module(batch) / settings.temperature, wanted) * settings.temperature**2
+        torch.autograd.backward(loss)
+        if collect is not None:
+            collect()
+        optimizer.step()
+
+
+def _kl(logits: "torch.Tensor", wanted: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    divergence: torch.Tensor = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, dim=1), wanted, reduction="batchmean"
+    )
+    return divergence
+
+
+def _outputs(logits: "torch.Tensor", wanted: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    error: torch.Tensor = torch.nn.functional.mse_loss(torch.softmax(logits, dim=1), wanted)
+    return error
+
+
+LOSSES: "dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]" = {"kl": _kl, "outputs": _outputs}
+"""Student's logits over the temperature, teacher's probabilities -> loss, before the factor T^2."""
 
 
 def _cosine(step: int, steps: int) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import ConfigError, DataError, TrainingError
-from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
+from liberatai_core.learning._flat import FlatModule, flat_module, learned, reproducible
 from liberatai_core.learning.augmentation import augment
 from liberatai_core.learning.families import require_torch
 from liberatai_core.structure import DataContract, Structure, require_length
@@ -166,7 +166,7 @@ def train(
     started = time.perf_counter()
     with reproducible(seed):
         model = flat_module(structure, data, weights)
-        loss = _fit(model, data, x, y, settings, seed, gain, on_step)
+        loss = _fit(model, data, x, y, settings, seed, learned(structure, gain), on_step)
         trained = model.weights()
     if not np.isfinite(trained).all():
         raise TrainingError(f"{structure.id}: weights are not finite after training: lower learning_rate")

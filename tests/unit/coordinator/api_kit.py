@@ -4,14 +4,16 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from liberatai_coordinator.api import make_app, serve_uds
+from liberatai_coordinator.api import Operations, make_app, serve_uds
 from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.repository import VariantManifest, version_id
 from liberatai_coordinator.views import (
     AssignmentView,
     DeviceView,
@@ -20,10 +22,14 @@ from liberatai_coordinator.views import (
     JobView,
     PlanView,
     RoundView,
+    SizesView,
     StructureView,
+    TensorView,
+    VariantDetail,
+    VariantView,
     VersionView,
 )
-from liberatai_core.errors import ConfigError, DiskError, NotFoundError, StateError
+from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError, StateError
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest, to_bytes
 
@@ -72,6 +78,7 @@ class MemoryOperations:
         self.base_dirs: dict[str, str] = {}
         self.look: Callable[[JobView], JobView] = lambda job: job
         self.disk_full = False
+        self.committed: dict[str, tuple[VariantView, bytes]] = {}
 
     async def health(self) -> dict[str, Any]:
         return {"ok": True, "epoch": 3}
@@ -178,6 +185,68 @@ class MemoryOperations:
             return STRUCTURE, DATA, to_bytes(-WEIGHTS)
         return STRUCTURE, DATA, to_bytes(WEIGHTS)
 
+    async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
+        row = await self.version(model, ref)
+        find(row.digests, structure, "structure")
+        return SizesView(
+            structure=structure, parameters=12, keyframe_bytes=900, delta_bytes=100, tensors=TENSORS
+        )
+
+    async def commit_variant(
+        self, model: str, ref: str, manifest: VariantManifest, file: bytes
+    ) -> VariantView:
+        row = await self.version(model, ref)
+        if sha256(file).hexdigest() != manifest.file:
+            raise DigestError("the file is not the one that its manifest names")
+        made = VariantView(
+            model=model,
+            version=row.version,
+            parent=row.id,
+            id=version_id(manifest),
+            parent_structure=manifest.parent_structure,
+            structure=manifest.structure.id,
+            family=manifest.structure.family,
+            params=manifest.structure.params,
+            parameters=manifest.structure.parameters,
+            bytes=manifest.size,
+            budget_bytes=manifest.budget_bytes,
+            file=manifest.file,
+            digest=manifest.digest,
+            method=manifest.method,
+            why=manifest.why,
+            divergence=manifest.divergence,
+            agreement=manifest.agreement,
+            accuracy=manifest.accuracy,
+            seed=manifest.seed,
+            created_s=1.7e9,
+        )
+        self.committed[made.id] = (made, file)
+        return made
+
+    async def variants(self, model: str, ref: str) -> list[VariantView]:
+        row = await self.version(model, ref)
+        made = [one for one, _ in self.committed.values() if one.version == row.version]
+        return sorted(made, key=lambda one: one.bytes)
+
+    async def variant(self, model: str, prefix: str) -> VariantDetail:
+        await self.log(model)
+        made, _ = self._committed(prefix)
+        return VariantDetail(variant=made, structure=STRUCTURE, data=DATA, tensors=TENSORS)
+
+    async def variant_file(self, model: str, prefix: str) -> bytes:
+        await self.log(model)
+        return self._committed(prefix)[1]
+
+    def _committed(self, prefix: str) -> tuple[VariantView, bytes]:
+        return find({sha[: len(prefix)]: made for sha, made in self.committed.items()}, prefix, "variant")
+
+
+TENSORS = (
+    TensorView(name="header", shape=(), weights=0, kind="header", bytes=40, distinct=0),
+    TensorView(name="0.weight", shape=(4, 2), weights=8, kind="codebook", bytes=800, distinct=4),
+    TensorView(name="0.bias", shape=(4,), weights=4, kind="half", bytes=60, distinct=4),
+)
+
 
 def a_version(number: int, tags: tuple[str, ...] = ()) -> VersionView:
     return VersionView(
@@ -226,7 +295,7 @@ def next_round(job: JobView) -> JobView:
 
 
 @contextmanager
-def served(operations: MemoryOperations, path: Path) -> Iterator[None]:
+def served(operations: Operations, path: Path) -> Iterator[None]:
     """Serve in a thread of its own; the socket is bound when the block begins and gone when it has ended."""
     loop = asyncio.new_event_loop()
     started = threading.Event()

@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import typer
 from tests.unit.coordinator.api_kit import (
+    DATA,
     JOB,
     STRUCTURE,
     VERSIONS,
@@ -27,7 +29,8 @@ from tests.unit.coordinator.api_kit import (
 
 from liberatai_coordinator import cli
 from liberatai_coordinator.cli import main
-from liberatai_core.weights import digest
+from liberatai_coordinator.views import VersionView
+from liberatai_core.weights import digest, to_bytes
 
 SOURCE = [str(path) for path in map(Path, sys.path) if path.is_dir()]
 
@@ -80,7 +83,7 @@ def test_the_tree_has_every_command_of_the_design() -> None:
         *("serve", "doctor", "demo", "version"),
         *(f"devices {verb}" for verb in ("list", "show", "approve", "quarantine", "release")),
         *(f"jobs {verb}" for verb in ("create", "list", "show", "watch", "pause", "resume", "abort")),
-        *(f"models {verb}" for verb in ("list", "show", "log", "export")),
+        *(f"models {verb}" for verb in ("list", "show", "log", "fit", "pull", "export")),
         "plan show",
     }
 
@@ -358,6 +361,57 @@ def test_a_model_is_exported_with_its_digest(
     assert (tensors["0.weight"].ravel() == WEIGHTS[:8]).all()
     assert digest(WEIGHTS).hex().encode() in out.read_bytes()
     assert capsys.readouterr().out.startswith(f"{out}: digits version 2, mlp-hidden4, ")
+
+
+def test_int8_needs_inputs_to_calibrate_on_and_other_formats_take_none(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, inputs = str(tmp_path / "x.onnx"), str(tmp_path / "x.npz")
+    assert main(["models", "export", "digits", "--format", "onnx-int8", "--out", out]) == 2
+    assert "--unlabeled: missing: onnx-int8 is calibrated on inputs" in capsys.readouterr().err
+    for exact in ("onnx", "safetensors"):
+        given = ["models", "export", "digits", "--format", exact, "--unlabeled", inputs, "--out", out]
+        assert main(given) == 2
+        assert f"--unlabeled: only onnx-int8 is calibrated, {exact} is exact" in capsys.readouterr().err
+    assert list(tmp_path.glob("x.*")) == []
+
+
+def test_an_int8_export_is_calibrated_on_the_file_and_says_what_it_lost(
+    fleet: MemoryOperations,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for needed in ("torch", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    from liberatai_core.learning.families import initial_weights, structure_of
+
+    shape = structure_of("mlp", {"hidden": 4}, DATA)
+    weights = initial_weights(shape, DATA, 0)
+    row = msgspec.structs.replace(VERSIONS[0], digests={shape.id: digest(weights).hex()})
+
+    async def version(model: str, ref: str) -> VersionView:
+        return row
+
+    async def held(model: str, ref: str, structure: str) -> Any:
+        return shape, DATA, to_bytes(weights)
+
+    monkeypatch.setattr(fleet, "version", version)
+    monkeypatch.setattr(fleet, "weights", held)
+    inputs, out = tmp_path / "in.npz", tmp_path / "m.onnx"
+    np.savez(inputs, x=np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
+    given = ["models", "export", "digits", "--format", "onnx-int8", "--unlabeled", str(inputs)]
+    assert main([*given, "--out", str(out)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{out}: digits version 2, {shape.id}, ")
+    assert re.search(
+        r"in float32\); same answer as float32 on [\d.]+% of 10 unlabeled samples, divergence ", line
+    )
+    assert "ranges come from 20 samples only" in line
+    assert b"QuantizeLinear" in out.read_bytes()
+    np.savez(inputs, x=np.zeros((40, 3), np.float32))
+    assert main([*given, "--out", str(out)]) == 1
+    assert "E_DATA" in capsys.readouterr().err
 
 
 def test_the_only_structure_of_a_model_need_not_be_named(fleet: MemoryOperations, tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_onnx_computes_the_same_for_every_batch_size(
         assert scores == pytest.approx(log_probabilities(structure, data, weights, x), abs=1e-4)
 
 
+def test_an_onnx_file_says_nothing_about_the_machine_that_made_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    to_onnx(MLP, DATA, initial_weights(MLP, DATA, 0), tmp_path / "m.onnx")
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert b"stack_trace" not in content
+    assert b".py" not in content
+
+
 def test_an_onnx_file_that_computes_something_else_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

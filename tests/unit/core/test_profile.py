@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from liberatai_core.errors import ConfigError
-from liberatai_core.profile import parse_profile
+from liberatai_core.profile import form_of, parse_profile
 
 TEXT = """
 id: raspberry-pi-4
@@ -64,3 +64,20 @@ SHIPPED = sorted((Path(__file__).parents[3] / "device_profiles").glob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_profile_is_valid_and_named_like_its_file(path: Any) -> None:
     assert parse_profile(path.read_text(encoding="utf-8"), path.name).id == path.stem
+
+
+@pytest.mark.parametrize(
+    ("tier", "runtimes", "form"),
+    [
+        ("full", ("torch", "onnxruntime"), "liberatai"),
+        ("full", ("torch",), "liberatai"),
+        ("head", ("onnxruntime",), "onnx-int8"),
+        ("observe", ("torch", "onnxruntime"), "onnx-int8"),
+        ("observe", ("torch",), "liberatai"),
+        ("observe", (), "liberatai"),
+    ],
+)
+def test_who_trains_gets_the_compressed_file_and_who_only_computes_int8_where_something_runs_it(
+    tier: Any, runtimes: Any, form: str
+) -> None:
+    assert form_of(tier, runtimes) == form

@@ -1,0 +1,570 @@
+"""`liberatai models fit`, `pull` and `show`: variants that fit a byte budget, made, chosen and explained."""
+
+# ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from liberatai_coordinator.cli_kit import (
+    Column,
+    Output,
+    OutputOption,
+    budget_of,
+    budget_of_profile,
+    clean,
+    client_of,
+    dump,
+    only_structure,
+    progress,
+    show,
+    show_one,
+    size_text,
+)
+from liberatai_coordinator.client import Client
+from liberatai_coordinator.fit_report import FitPoint, FitReport
+from liberatai_coordinator.repository import MAX_WHY, VariantManifest
+from liberatai_coordinator.views import SizesView, TensorView, VariantDetail, VariantView, VersionView
+from liberatai_core.contract.limits import MAX_TEXT
+from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
+from liberatai_core.structure import DataContract, Structure
+
+if TYPE_CHECKING:
+    from liberatai_core.learning.dataset import Samples
+    from liberatai_core.learning.fitting import OnProgress, Variant
+    from liberatai_core.weights import Vector
+
+LOST = (
+    "no --unlabeled: nothing was retrained, and neither divergence nor agreement was measured; importance "
+    "comes from the weights alone, which costs accuracy at small budgets"
+)
+
+Name = Annotated[str, typer.Argument(help="Name of the model.")]
+Ref = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
+
+
+# --- fit -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Original:
+    """What is fitted: one structure of one version."""
+
+    view: VersionView
+    structure: Structure
+    data: DataContract
+    weights: "Vector"
+
+
+def fit(
+    context: typer.Context,
+    name: Name,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budget", help="Size of the file, e.g. 120KB; may be repeated.")
+    ] = None,
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option("--profile", help="What this class of hardware lets a model take; may be repeated."),
+    ] = None,
+    structure: Annotated[
+        str | None, typer.Option("--structure", help="Which one; may be left out if there is only one.")
+    ] = None,
+    version: Ref = "latest",
+    unlabeled: Annotated[
+        Path | None,
+        typer.Option("--unlabeled", help="File (npz) with inputs; labels in it are never looked at."),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option("--test", help="Labelled file (npz): measures accuracy, decides nothing.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder for a picture (fit.png) and figures (fit.json).")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=1_000_000, help="Steps of retraining per variant.")
+    ] = None,
+    no_retrain: Annotated[bool, typer.Option("--no-retrain", help="Search only: no retraining.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Of everything random.")] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            help="Folder where an interrupted fit goes on from [default: that of the socket].",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Commit nothing.")] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Compress a model into byte budgets, without labels, and commit what came out as variants.
+
+    It runs in this process: the coordinator stays free for its devices. The variants are committed when all
+    are made; interrupted before, nothing is, and the same command goes on where it stopped.
+    """
+    wanted = _budgets(budgets, profiles)
+    if report is not None:
+        from liberatai_coordinator import fit_report
+
+        fit_report.require_parts(report)
+    with client_of(context) as client:
+        with progress(f"loading {name}"):
+            original = _original(client, name, version, structure)
+            x_unlabeled, samples = _data(unlabeled, test, original.data)
+        made = _fitted(
+            original,
+            wanted,
+            x_unlabeled,
+            samples,
+            steps=steps,
+            retrain=not no_retrain,
+            seed=seed,
+            cache=(cache or Path(context.obj).absolute().parent) / "fit",
+        )
+        ids = [] if dry_run else [_commit(client, original, one, seed).id for one in made]
+    found = _report(original, made, ids, x_unlabeled, samples, seed=seed, dry_run=dry_run)
+    _show_fit(found, output)
+    if report is not None:
+        for path in fit_report.write(found, report):
+            print(f"{path}: written", file=sys.stderr)
+
+
+def _budgets(sizes: Sequence[str] | None, profiles: Sequence[str] | None) -> list[int]:
+    """Return all budgets, in bytes, from large to small."""
+    found = {budget_of(text, "--budget") for text in sizes or ()}
+    found |= {budget_of_profile(name) for name in profiles or ()}
+    if not found:
+        raise ConfigError("models fit", ["give --budget or --profile: how large may the file be?"])
+    return sorted(found, reverse=True)
+
+
+def _original(client: Client, name: str, ref: str, structure: str | None) -> _Original:
+    view = client.version(name, ref)
+    chosen = only_structure(view, structure)
+    shape, data, content = client.weights(name, str(view.version), chosen)
+    from liberatai_core.weights import digest, from_bytes
+
+    vector = from_bytes(content)
+    if digest(vector).hex() != view.digests[chosen]:
+        raise DigestError(f"{name} version {view.version}: {chosen} does not have its digest; nothing fitted")
+    return _Original(view=view, structure=shape, data=data, weights=vector)
+
+
+def _data(unlabeled: Path | None, test: Path | None, data: DataContract) -> "tuple[Any, Samples | None]":
+    from liberatai_core.learning.dataset import load_labelled, load_unlabeled
+
+    x = None if unlabeled is None else load_unlabeled(unlabeled, data, keep_test=False)
+    return x, None if test is None else load_labelled(test, data)
+
+
+def _test_part(samples: "Samples | None") -> Any:
+    """Return (inputs, labels) of a test file: the part that it marks as test samples, or all of it."""
+    if samples is None or samples.y is None:
+        return None
+    if samples.test is None or not samples.test.any():
+        return samples.x, samples.y
+    return samples.x[samples.test], samples.y[samples.test]
+
+
+def _fitted(
+    original: _Original,
+    budgets: list[int],
+    x_unlabeled: Any,
+    samples: "Samples | None",
+    *,
+    steps: int | None,
+    retrain: bool,
+    seed: int,
+    cache: Path,
+) -> "list[Variant]":
+    from liberatai_core.learning import fitting
+
+    settings = fitting.FitSettings(retrain=retrain)
+    if steps is not None:
+        settings = msgspec.structs.replace(settings, steps=steps)
+    with _fit_progress() as told:
+        return fitting.fit(
+            original.structure,
+            original.data,
+            original.weights,
+            budgets,
+            x_unlabeled,
+            settings,
+            seed,
+            test=_test_part(samples),
+            on_progress=told,
+            cache=cache,
+        )
+
+
+@contextmanager
+def _fit_progress() -> "Iterator[OnProgress | None]":
+    """Draw one bar per kind of work, on a screen only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        known: dict[str, TaskID] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(clean(what), total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield told
+
+
+def _commit(client: Client, original: _Original, variant: "Variant", seed: int) -> VariantView:
+    from liberatai_core.compressor.artifact import restore
+    from liberatai_core.weights import digest
+
+    manifest = VariantManifest(
+        model=original.view.model,
+        parent=original.view.id,
+        parent_structure=original.structure.id,
+        structure=variant.structure,
+        data=original.data,
+        file=hashlib.sha256(variant.file).hexdigest(),
+        size=len(variant.file),
+        digest=digest(restore(variant.file, variant.structure)).hex(),
+        budget_bytes=variant.budget_bytes,
+        method=variant.method[:MAX_TEXT],
+        why=variant.why[:MAX_WHY],
+        divergence=_measured(variant.divergence),
+        agreement=_measured(variant.agreement),
+        accuracy=variant.accuracy,
+        seed=seed,
+    )
+    return client.commit_variant(str(original.view.version), manifest, variant.file)
+
+
+def _measured(figure: float) -> float | None:
+    """Return a figure without the noise below zero that float32 leaves of a divergence; None for NaN."""
+    return None if math.isnan(figure) else max(0.0, figure)
+
+
+def _report(
+    original: _Original,
+    made: "Sequence[Variant]",
+    ids: Sequence[str],
+    x_unlabeled: Any,
+    samples: "Samples | None",
+    *,
+    seed: int,
+    dry_run: bool,
+) -> FitReport:
+    from liberatai_core.learning import fitting
+
+    best = {id(one) for one in fitting.pareto(made)}
+    float32_bytes = 4 * original.structure.parameters
+    named = ids or [""] * len(made)
+    points = [
+        FitPoint(
+            budget_bytes=one.budget_bytes,
+            file_bytes=len(one.file),
+            ratio=float32_bytes / len(one.file),
+            bits_per_weight=8 * len(one.file) / one.structure.parameters,
+            divergence=_measured(one.divergence),
+            agreement=_measured(one.agreement),
+            accuracy=one.accuracy,
+            structure=one.structure.id,
+            smaller=one.structure != original.structure,
+            method=one.method,
+            why=one.why,
+            seconds=one.seconds,
+            pareto=id(one) in best,
+            id=name,
+        )
+        for one, name in zip(made, named, strict=True)
+    ]
+    labelled = _test_part(samples)
+    measured = None
+    if labelled is not None:
+        measured = fitting.accuracy(original.structure, original.data, original.weights, *labelled)
+    return FitReport(
+        model=original.view.model,
+        version=original.view.version,
+        parent=original.view.id,
+        structure=original.structure.id,
+        parameters=original.structure.parameters,
+        float32_bytes=float32_bytes,
+        seed=seed,
+        unlabeled_samples=0 if x_unlabeled is None else len(x_unlabeled),
+        test_samples=0 if labelled is None else len(labelled[0]),
+        accuracy=measured,
+        dry_run=dry_run,
+        points=tuple(sorted(points, key=lambda point: point.file_bytes)),
+        lost=LOST if x_unlabeled is None else "",
+    )
+
+
+def _show_fit(found: FitReport, output: Output) -> None:
+    if output in (Output.JSON, Output.YAML):
+        dump(found, output)
+        return
+    right = (
+        "" if found.accuracy is None else f", accuracy {found.accuracy:.2%} on {found.test_samples} samples"
+    )
+    print(
+        f"{found.model} version {found.version}, {found.structure}: {found.parameters} weights, "
+        f"{size_text(found.float32_bytes)} as float32{right}"
+    )
+    if found.lost:
+        print(f"{found.lost}.")
+    print()
+    show(found.points, _POINT_COLUMNS, output)
+    print()
+    for point in found.points:
+        print(f"{point.budget_bytes} bytes: {clean(point.why) or clean(point.method)}")
+    if found.dry_run:
+        print("dry run: nothing was committed")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+_POINT_COLUMNS: list[Column[FitPoint]] = [
+    Column("BUDGET", lambda row: f"{row.budget_bytes} B", right=True),
+    Column("FILE", lambda row: f"{row.file_bytes} B", right=True),
+    Column("RATIO", lambda row: f"{row.ratio:.1f}x", right=True),
+    Column("BITS/WEIGHT", lambda row: f"{row.bits_per_weight:.2f}", right=True),
+    Column("DIVERGENCE", lambda row: "-" if row.divergence is None else f"{row.divergence:.4f}", right=True),
+    Column("AGREEMENT", lambda row: _share(row.agreement), right=True),
+    Column("ACCURACY", lambda row: _share(row.accuracy), right=True),
+    Column("PARETO", lambda row: "yes" if row.pareto else "no"),
+    Column("METHOD", lambda row: row.method),
+    Column("SECONDS", lambda row: f"{row.seconds:.1f}", right=True),
+    Column("ID", lambda row: row.id[:12] or "-"),
+    Column("STRUCTURE", lambda row: row.structure, wide=True),
+]
+
+
+# --- pull ----------------------------------------------------------------------------------------
+
+
+def pull(
+    context: typer.Context,
+    name: Name,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="The best variant whose file is not larger, e.g. 120KB.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="The best variant that this class of hardware can store.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="This variant: the beginning of its id.")
+    ] = None,
+    version: Ref = "latest",
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write the file of a variant: the one that answers best among those that fit, or one by its id."""
+    given = [one for one in (budget, profile, variant) if one is not None]
+    if len(given) != 1:
+        raise ConfigError("models pull", ["give one of --budget, --profile and --variant"])
+    with client_of(context) as client, progress(f"pulling {name}"):
+        if variant is not None:
+            found = client.variant(name, variant)
+        else:
+            room = budget_of(budget, "--budget") if budget is not None else budget_of_profile(str(profile))
+            found = client.variant(name, _best(client, name, version, room).id)
+        file = client.variant_file(found.variant)
+    _write_checked(found, file, out)
+    if output in (Output.JSON, Output.YAML):
+        dump(found, output)
+        return
+    print(f"{out}: {_variant_line(found.variant)}")
+
+
+def _best(client: Client, name: str, version: str, budget_bytes: int) -> VariantView:
+    from liberatai_coordinator.plan import best_variant
+
+    view = client.version(name, version)
+    variants = client.variants(name, str(view.version))
+    found = best_variant(variants, budget_bytes)
+    if found is None:
+        have = f"the smallest has {variants[0].bytes} bytes" if variants else "it has none"
+        raise NotFoundError(
+            f"{name} version {view.version}: no variant of at most {budget_bytes} bytes ({have}); "
+            f"make one: `liberatai models fit {name} --budget {budget_bytes}`"
+        )
+    return found
+
+
+def _write_checked(found: VariantDetail, file: bytes, out: Path) -> None:
+    """Write a file that decodes to the weights that its variant names."""
+    from liberatai_core.compressor.artifact import restore
+    from liberatai_core.weights import digest
+
+    if digest(restore(file, found.structure)).hex() != found.variant.digest:
+        raise DigestError(
+            f"variant {found.variant.id[:12]} decodes to other weights than it names: not written"
+        )
+    part = out.with_name(f"{out.name}.part")
+    try:
+        part.write_bytes(file)
+        part.replace(out)
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _variant_line(one: VariantView) -> str:
+    figures = [
+        f"{text} {value:.2%}"
+        for text, value in (("accuracy", one.accuracy), ("agreement", one.agreement))
+        if value is not None
+    ]
+    words = [
+        f"{one.model} version {one.version}",
+        f"variant {one.id[:12]}",
+        one.structure,
+        f"{one.bytes} bytes",
+        clean(one.method),
+    ]
+    return ", ".join([*words, *figures])
+
+
+# --- show ----------------------------------------------------------------------------------------
+
+
+class VersionDetail(VersionView, frozen=True, kw_only=True):
+    """A version with where the bytes of its files go, and its variants."""
+
+    sizes: tuple[SizesView, ...]
+    variants: tuple[VariantView, ...]
+
+
+def show_version(
+    context: typer.Context,
+    name: Name,
+    version: Ref = "latest",
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="A variant instead: the beginning of its id.")
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Every tensor by itself, as with -o wide.")
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show one version: its digests, where the bytes of its files go, and its variants."""
+    whole = tensors or output is Output.WIDE
+    with client_of(context) as client:
+        if variant is not None:
+            _show_variant(client.variant(name, variant), output, whole=whole)
+            return
+        view = client.version(name, version)
+        sizes = tuple(client.sizes(name, str(view.version), one) for one in sorted(view.digests))
+        variants = tuple(client.variants(name, str(view.version)))
+    if output in (Output.JSON, Output.YAML):
+        fields = {field: getattr(view, field) for field in view.__struct_fields__}
+        dump(VersionDetail(**fields, sizes=sizes, variants=variants), output)
+        return
+    show_one(view, output)
+    for one in sizes:
+        deltas = f" and {size_text(one.delta_bytes)} of deltas" if one.delta_bytes else ""
+        print()
+        print(f"{one.structure}: {one.parameters} weights, keyframe {size_text(one.keyframe_bytes)}{deltas}")
+        _show_tensors(one.tensors, one.keyframe_bytes, output, whole=whole)
+    if variants:
+        print()
+        show(variants, _VARIANT_COLUMNS, output)
+
+
+def _show_variant(found: VariantDetail, output: Output, *, whole: bool) -> None:
+    if output in (Output.JSON, Output.YAML):
+        dump(found, output)
+        return
+    show_one(found.variant, output)
+    print()
+    _show_tensors(found.tensors, found.variant.bytes, output, whole=whole)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One line of where a file's bytes go."""
+
+    name: str
+    shape: str
+    kind: str
+    tensors: int
+    weights: int
+    size_bytes: int
+    distinct: int
+    share: float
+
+
+def _parts(tensors: Sequence[TensorView], file_bytes: int, *, whole: bool) -> list[_Part]:
+    """Return one line per tensor or per kind of coding; the file's header is a kind too."""
+    named = [(one.name, one.kind, [one]) for one in tensors]
+    if not whole:
+        ranked = sorted(tensors, key=lambda one: one.kind)
+        groups = [(kind, list(members)) for kind, members in groupby(ranked, key=lambda one: one.kind)]
+        named = [(_how_many(members), kind, members) for kind, members in groups]
+        named.sort(key=lambda row: -sum(one.bytes for one in row[2]))
+    return [
+        _Part(
+            name=name,
+            shape="x".join(map(str, members[0].shape)) if whole else "",
+            kind=kind,
+            tensors=len(members),
+            weights=sum(one.weights for one in members),
+            size_bytes=sum(one.bytes for one in members),
+            distinct=max(one.distinct for one in members),
+            share=sum(one.bytes for one in members) / file_bytes,
+        )
+        for name, kind, members in named
+    ]
+
+
+def _how_many(members: Sequence[TensorView]) -> str:
+    return members[0].name if len(members) == 1 else f"{len(members)} tensors"
+
+
+def _show_tensors(tensors: Sequence[TensorView], file_bytes: int, output: Output, *, whole: bool) -> None:
+    """Write where the bytes of one file go."""
+    columns = [one for one in _PART_COLUMNS if whole or one.title not in ("SHAPE", "DISTINCT")]
+    show(_parts(tensors, file_bytes, whole=whole), columns, output)
+
+
+def _optional(row: _Part, text: Callable[[_Part], str]) -> str:
+    return text(row) if row.weights else "-"
+
+
+_PART_COLUMNS: list[Column[_Part]] = [
+    Column("TENSOR", lambda row: row.name),
+    Column("SHAPE", lambda row: row.shape),
+    Column("WEIGHTS", lambda row: _optional(row, lambda one: str(one.weights)), right=True),
+    Column("KIND", lambda row: row.kind),
+    Column("BYTES", lambda row: str(row.size_bytes), right=True),
+    Column(
+        "BITS/WEIGHT",
+        lambda row: _optional(row, lambda one: f"{8 * one.size_bytes / one.weights:.2f}"),
+        right=True,
+    ),
+    Column("DISTINCT", lambda row: _optional(row, lambda one: str(one.distinct)), right=True),
+    Column("SHARE", lambda row: f"{row.share:.1%}", right=True),
+]
+_VARIANT_COLUMNS: list[Column[VariantView]] = [
+    Column("VARIANT", lambda row: row.id[:12]),
+    Column("STRUCTURE", lambda row: row.structure),
+    Column("FILE", lambda row: f"{row.bytes} B", right=True),
+    Column("BUDGET", lambda row: f"{row.budget_bytes} B", right=True),
+    Column("BITS/WEIGHT", lambda row: f"{8 * row.bytes / row.parameters:.2f}", right=True),
+    Column("DIVERGENCE", lambda row: "-" if row.divergence is None else f"{row.divergence:.4f}", right=True),
+    Column("AGREEMENT", lambda row: _share(row.agreement), right=True),
+    Column("ACCURACY", lambda row: _share(row.accuracy), right=True),
+    Column("METHOD", lambda row: row.method),
+    Column("FROM", lambda row: row.parent_structure, wide=True),
+    Column("WHY", lambda row: row.why, wide=True),
+]
