@@ -161,8 +161,8 @@ class Teach(Settings, frozen=True, kw_only=True):
     Attributes:
         unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
         every: rounds between two teachings.
-        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, copies, augment, mixup: of the
-            distillation, see `learning.distillation.DistillSettings`.
+        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, copies, augment, mixup, loss: of
+            the distillation, see `learning.distillation.DistillSettings`.
     """
 
     unlabeled: str | None = None
@@ -176,6 +176,7 @@ class Teach(Settings, frozen=True, kw_only=True):
     copies: Annotated[int, Meta(ge=0, le=100)] = 4
     augment: Annotated[float, Meta(ge=0, le=4)] = 0.8
     mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    loss: Literal["kl", "outputs"] = "kl"
 
 
 class JobSpec(Settings, frozen=True, kw_only=True):

@@ -136,7 +136,7 @@ def test_a_teacher_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture
     second = teacher_of(tmp_path)
     assert "from the cache" in capsys.readouterr().err
     assert first.weights.tobytes() == second.weights.tobytes()
-    assert first.accuracy > 0.5
+    assert first.accuracy > 0.3  # chance: 0.1
     assert teacher_of(tmp_path, "--seed", "1").weights.tobytes() != first.weights.tobytes()
     assert len(list((tmp_path / "teachers").glob("*.npz"))) == 2
 

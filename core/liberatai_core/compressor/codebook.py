@@ -19,12 +19,13 @@ from liberatai_core.structure import Structure, require_length
 from liberatai_core.weights import Vector, require_finite
 
 __all__ = [
+    "Fitted",
     "Prepared",
     "Quantiser",
     "compress",
     "compress_prepared",
+    "fitted",
     "prepare",
-    "quantisers",
     "smallest",
     "smallest_bytes",
 ]
@@ -148,26 +149,60 @@ def compress_prepared(prepared: Prepared, budget_bytes: int) -> bytes:
         BudgetError: the budget is below `smallest_bytes(structure)`; the text names that size.
     """
     _require_budget(budget_bytes, prepared.structure)
-    fitted = allocation.fit(prepared.tensors, prepared.structure, budget_bytes)
-    return fitted[0] if fitted else smallest(prepared.weights, prepared.structure)
+    found = allocation.fit(prepared.tensors, prepared.structure, budget_bytes)
+    return found[0] if found else smallest(prepared.weights, prepared.structure)
 
 
-def quantisers(prepared: Prepared, budget_bytes: int) -> dict[str, Quantiser]:
-    """Return the scalar quantiser of every tensor that the file for this budget uses.
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The codings that a file of some budget has, to be used for other weights, too.
 
-    Tensors that it keeps as they are, or on a grid of more than 4096 levels, are missing.
+    Attributes:
+        structure: the named tensors.
+        choices: one per tensor.
+    """
+
+    structure: Structure
+    choices: tuple[quantiser.Choice, ...]
+
+    @property
+    def quantisers(self) -> dict[str, Quantiser]:
+        """The scalar quantiser of every tensor.
+
+        Tensors that the file keeps as they are, or on a grid of more than 4096 levels, are missing.
+        """
+        found = {
+            tensor.name: quantiser.listed(choice)
+            for tensor, choice in zip(self.structure.tensors, self.choices, strict=True)
+        }
+        return {name: each for name, each in found.items() if each is not None}
+
+    def file(self, weights: Vector) -> bytes:
+        """Return the file of these weights; it has about the size of the one that was fitted.
+
+        Raises:
+            StructureError: the weights do not belong to the structure.
+            NonFiniteError: a weight is NaN or infinite, or too large for float16 where the file has that.
+        """
+        require_length(weights, self.structure)
+        require_finite(weights, "weights")
+        codings = [
+            quantiser.recoded(choice, weights[place])
+            for choice, (_, place) in zip(self.choices, self.structure.slices(), strict=True)
+        ]
+        return artifact.write(codings, self.structure)
+
+
+def fitted(prepared: Prepared, budget_bytes: int) -> Fitted:
+    """Return the codings of the file for one budget.
 
     Raises:
         BudgetError: the budget is below `smallest_bytes(structure)`; the text names that size.
     """
     _require_budget(budget_bytes, prepared.structure)
-    fitted = allocation.fit(prepared.tensors, prepared.structure, budget_bytes)
-    choices = fitted[1] if fitted else [tensor.simple[0] for tensor in prepared.tensors]
-    found = {
-        tensor.name: quantiser.listed(choice)
-        for tensor, choice in zip(prepared.structure.tensors, choices, strict=True)
-    }
-    return {name: each for name, each in found.items() if each is not None}
+    found = allocation.fit(prepared.tensors, prepared.structure, budget_bytes)
+    choices = found[1] if found else [tensor.simple[0] for tensor in prepared.tensors]
+    return Fitted(prepared.structure, tuple(choices))
 
 
 def _require_budget(budget_bytes: int, structure: Structure) -> None:

@@ -300,6 +300,17 @@ def choose(tensor: Prepared, multiplier: float) -> Choice:
     return min(candidates, key=lambda choice: choice.cost(tensor, multiplier))
 
 
+def recoded(choice: Choice, weights: Vector) -> Coding:
+    """Return the coding of other weights of the tensor with the same quantiser, constant or grid."""
+    head = choice.head
+    if choice.quantiser is not None or head.kind == CONSTANT:
+        return choice.coding(weights)
+    if head.values is not None:
+        return replace(head, values=weights.astype(np.float16) if head.kind == HALF else weights)
+    nearest = np.rint(weights.astype(np.float64) / float(head.scale)).astype(np.int64)
+    return replace(head, indices=np.clip(nearest - head.low, 0, head.levels - 1))
+
+
 def listed(choice: Choice) -> Quantiser | None:
     """Return the quantiser of a candidate; None if it keeps the weights as they are, or nearly so."""
     head = choice.head

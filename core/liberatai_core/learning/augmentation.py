@@ -17,6 +17,8 @@ SCALE = 0.10
 SHEAR = 0.10
 SHIFT = 1 / 8
 """Standard deviation of the shift in the grid's units, where the whole side has length 2."""
+REACH = 0.1
+"""Share of the side by which whole images move."""
 NOISE = 0.03
 """Standard deviation of the noise as a share of the batch's standard deviation."""
 
@@ -62,3 +64,37 @@ def _shifted(x: "torch.Tensor", strength: float, generator: "torch.Generator") -
     place = (torch.arange(length) - steps).clamp(0, length - 1)
     moved: torch.Tensor = x.gather(-1, place[:, None, :].expand_as(x))
     return moved
+
+
+def shift_images(x: "torch.Tensor", strength: float, generator: "torch.Generator") -> "torch.Tensor":
+    """Return images (n, channel, height, width) moved by whole pixels; the edge is repeated.
+
+    Strength 1 means up to a tenth of the side in either direction, at least one pixel. Nothing is blurred,
+    unlike `augment`: what comes out is as sharp as what a model was trained on.
+    """
+    import torch
+
+    if strength == 0:
+        return x
+    count, channels, height, width = x.shape
+    rows, columns = (
+        _moved_places(count, side, max(1, round(strength * side * REACH)), generator)
+        for side in (height, width)
+    )
+    every = torch.arange(count)[:, None, None, None]
+    return x[every, torch.arange(channels)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def mirror_images(x: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
+    """Return images, each mirrored left to right with probability one half."""
+    import torch
+
+    chosen = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(chosen[:, None, None, None], x.flip(3), x)
+
+
+def _moved_places(count: int, side: int, reach: int, generator: "torch.Generator") -> "torch.Tensor":
+    import torch
+
+    steps = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
+    return (torch.arange(side) + steps).clamp(0, side - 1)

@@ -56,7 +56,7 @@ class FitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         batch_size: samples of one step, 1 … 65536.
         retrain: teach the compressed model; else the search only.
         smaller: try smaller members of the family where much is lost.
-        learning_rate: of retraining, in units of a tensor's root mean square.
+        learning_rate: of retraining, in units of its own (`retraining.RetrainSettings`).
         augment: strength of the changes of the unlabeled samples, 0 … 4.
         mixup: parameter of the Beta distribution by which samples are mixed, 0 none, at most 10.
     """
@@ -65,7 +65,7 @@ class FitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_size: int = 128
     retrain: bool = True
     smaller: bool = True
-    learning_rate: float = 0.02
+    learning_rate: float = 0.002
     augment: float = 1.0
     mixup: float = 0.0
 

@@ -15,6 +15,7 @@ The teacher is asked about every changed copy of a sample itself (Beyer et al., 
 good teacher is patient and consistent", CVPR 2022, arXiv:2106.05237).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.errors import DataError, TrainingError
 from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
-from liberatai_core.learning.augmentation import augment
+from liberatai_core.learning.augmentation import augment, mirror_images, shift_images
 from liberatai_core.learning.dataset import UNREADABLE
 from liberatai_core.learning.distillation import DistillSettings, teach
 from liberatai_core.learning.families import statistics_of
@@ -41,8 +42,15 @@ if TYPE_CHECKING:
 
 MILD = 8
 """The first budget is an eighth of float32, where hardly anything is lost without training."""
-LARGE = 0.1
-"""Most that a vector's typical value counts: scales of normalisation are near 1 and need not move far."""
+MIRRORED = 0.7
+"""Agreement of the original with itself on mirrored images from which they are more samples of the same kind:
+a network that was taught pictures of things has about 0.8, one of digits or spectrograms far less."""
+DRIFT = 0.004
+"""Share of the budget that is kept free for what weights change after the last search."""
+LEAST_SENSITIVE = 2e-3
+"""Divergence (nats) below which a tensor is taught no faster: a step would be a twentieth of its weights."""
+UNKNOWN = 0.05
+"""Taken for a tensor whose sensitivity was not measured."""
 CENTROID_RATE = 0.3
 """Learning rate of the second phase, as a share of the first one's: the values are close to their end."""
 
@@ -53,19 +61,20 @@ class RetrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Attributes:
         steps: batches of both phases together, 1 … 1e6.
         batch_size: samples of one step, 1 … 65536.
-        learning_rate: of Adam, at the start of the first phase, in units of a tensor's root mean square: what
-            is normalised has no scale of its own. 1e-9 … 10.
+        learning_rate: of Adam, at the start of the first phase, in units that cost about one nat of
+            divergence each (`_units`): what is normalised has no scale of its own. 1e-9 … 10.
         temperature: softens teacher and student, 0.1 … 100.
-        augment: strength of the changes of inputs (`augmentation.py`), 0 … 4.
+        augment: strength of the changes of inputs (`augmentation.py`), 0 … 4: images are moved by a tenth of
+            their side at most, and mirrored if the original answers alike; others as in training.
         mixup: parameter of the Beta distribution by which samples are mixed, 0 none, at most 10.
-        refresh: steps between two searches for quantisers, 1 … 1e6.
+        refresh: steps between two searches for quantisers while the budget shrinks, 1 … 1e6.
         ramp: share of the first phase in which the budget shrinks, 0 … 1.
         centroids: share of the steps for the second phase, 0 … 1.
     """
 
     steps: int = 600
     batch_size: int = 128
-    learning_rate: float = 0.02
+    learning_rate: float = 0.002
     temperature: float = 2.0
     augment: float = 1.0
     mixup: float = 0.0
@@ -164,8 +173,8 @@ def retrain(
         saved = _Saved(cache / f"{course.name(budget_bytes, start, start_bytes)}.npz")
     with reproducible(seed):
         first = start_bytes or 4 * structure.parameters // MILD
-        shadow = _quantised_training(course, budget_bytes, first, start, saved, on_step)
-        file = _centroids(course, budget_bytes, shadow, on_step)
+        shadow, fitted = _quantised_training(course, budget_bytes, first, start, saved, on_step)
+        file = _centroids(course, budget_bytes, shadow, fitted, on_step)
     if saved is not None:
         saved.remove()
     return Retrained(file=file, shadow=shadow)
@@ -204,19 +213,35 @@ class _Course:
     def compressed(self, shadow: Vector, budget: int) -> bytes:
         return codebook.compress(shadow, self.structure, budget, self.sensitivity, importance=self.importance)
 
+    def fitted(self, shadow: Vector, budget: int) -> codebook.Fitted:
+        prepared = codebook.prepare(
+            shadow, self.structure, self.sensitivity, self.importance, retraining=True
+        )
+        return codebook.fitted(prepared, budget)
+
+    def searches(self) -> frozenset[int]:
+        """Return the steps of the first phase before which quantisers are searched.
+
+        Often while the budget shrinks, then at its end and once more: every search moves what was learnt.
+        """
+        ramp = round(self.settings.ramp * self.split)
+        last = ramp + (self.split - ramp) // 2
+        return frozenset([*range(0, ramp, self.settings.refresh), ramp, last])
+
     def batches(self, settings: DistillSettings) -> "Callable[[int], tuple[torch.Tensor, torch.Tensor]]":
         """Return step -> changed inputs and the original's softened answer about them."""
         import torch
 
         teacher = flat_module(self.structure, self.data, self.weights).module.eval()
         inputs = torch.from_numpy(np.ascontiguousarray(self.x, dtype=np.float32))
+        varied = self._varied(teacher, inputs)
         given = None if self.answers is None else torch.from_numpy(np.ascontiguousarray(self.answers))
 
         def batch_of(step: int) -> "tuple[torch.Tensor, torch.Tensor]":
             # A generator per step, so that an interrupted course goes on where it was.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
             chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
-            batch = augment(inputs[chosen], settings.augment, generator)
+            batch = varied(inputs[chosen], generator)
             if settings.mixup:
                 mix = np.random.default_rng([self.seed, step])
                 other = torch.randperm(len(batch), generator=generator)
@@ -227,6 +252,30 @@ class _Course:
                 return batch, torch.softmax(teacher(batch) / settings.temperature, dim=1)
 
         return batch_of
+
+    def _varied(
+        self, teacher: "torch.nn.Module", inputs: "torch.Tensor"
+    ) -> "Callable[[torch.Tensor, torch.Generator], torch.Tensor]":
+        """Return how samples are changed: images are moved, and mirrored where the original does not mind."""
+        strength = self.settings.augment
+        if inputs.dim() != 4 or strength == 0:
+            return lambda batch, generator: augment(batch, strength, generator)
+        mirrors = self._agrees(teacher, inputs) >= MIRRORED
+
+        def varied(batch: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
+            moved = shift_images(batch, strength, generator)
+            return mirror_images(moved, generator) if mirrors else moved
+
+        return varied
+
+    def _agrees(self, teacher: "torch.nn.Module", inputs: "torch.Tensor") -> float:
+        """Return on which share of some samples the original says the same about the mirrored ones."""
+        import torch
+
+        some = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), 256)).long()]
+        with torch.no_grad():
+            same = teacher(some).argmax(dim=1) == teacher(some.flip(3)).argmax(dim=1)
+        return float(same.float().mean())
 
     def distill_settings(self, steps: int, share: float) -> DistillSettings:
         own = self.settings
@@ -247,14 +296,14 @@ def _quantised_training(
     start: Vector | None,
     saved: "_Saved | None",
     on_step: OnStep | None,
-) -> Vector:
-    """Return the trained float weights behind the quantised ones."""
+) -> tuple[Vector, codebook.Fitted | None]:
+    """Return the trained float weights behind the quantised ones, and the quantisers they know."""
     import torch
 
     settings = course.distill_settings(course.split, 1.0)
     model = flat_module(course.structure, course.data, course.weights)
     begin = course.weights if start is None else start
-    unit = torch.from_numpy(_units(course.structure, begin))
+    unit = torch.from_numpy(_units(course.structure, begin, course.sensitivity))
     trained = torch.nn.Parameter(torch.from_numpy(begin.copy()) / unit)
     trained.grad = torch.zeros_like(trained)
     gradient = trained.grad
@@ -263,18 +312,23 @@ def _quantised_training(
     done = saved.load(trained, optimizer) if saved is not None else 0
     ramp = course.settings.ramp * course.split
     quantisers: list[_Quantiser] = []
+    fitted: codebook.Fitted | None = None
+    searches = course.searches()
     at = done
 
     def before(step: int) -> None:
-        nonlocal quantisers
+        nonlocal quantisers, fitted
         with torch.no_grad():
             torch.mul(trained.data, unit, out=shadow)
-        if step % course.settings.refresh == 0 or not quantisers:
+        if step in searches or fitted is None:
             if saved is not None and step > done:
                 saved.store(trained, optimizer, step)
             share = min(1.0, step / ramp) if ramp else 1.0
             now = round(max(budget, first_budget) ** (1 - share) * budget**share)
-            quantisers = _searched(course, shadow.numpy().copy(), now)
+            # Weights still move after the last search, and the size with them.
+            now = max(round(now * (1 - DRIFT)), codebook.smallest_bytes(course.structure))
+            fitted = course.fitted(shadow.numpy().copy(), now)
+            quantisers = _listed(fitted)
         with torch.no_grad():
             # What no quantiser covers is stored as it is.
             model.flat.data.copy_(shadow)
@@ -295,17 +349,20 @@ def _quantised_training(
     behind: Vector = (trained.detach() * unit).numpy().copy()
     if not np.isfinite(behind).all():
         raise TrainingError(f"{course.structure.id}: weights are not finite: lower learning_rate")
-    return behind
+    return behind, fitted
 
 
-def _units(structure: Structure, weights: Vector) -> Vector:
-    """Return for every weight the root mean square of its tensor, in which rates are meant; never 0."""
+def _units(structure: Structure, weights: Vector, sensitivity: Mapping[str, float]) -> Vector:
+    """Return for every weight the unit in which rates are meant; never 0.
+
+    A step of this size in all weights of a tensor costs about one nat of divergence: root mean square over
+    square root of what a relative squared error of 1 costs. So early layers, where little noise does much
+    harm, are taught with care, whatever the scale of the weights.
+    """
     units = np.empty(structure.parameters, np.float32)
     for tensor, place in structure.slices():
-        typical = float(np.sqrt(np.square(weights[place], dtype=np.float64).mean()))
-        if len(tensor.shape) < 2:
-            typical = min(typical, LARGE)
-        units[place] = typical if typical > 0 else LARGE
+        typical = float(np.sqrt(np.square(weights[place], dtype=np.float64).mean())) or 1.0
+        units[place] = typical / math.sqrt(max(sensitivity.get(tensor.name, UNKNOWN), LEAST_SENSITIVE))
     return units
 
 
@@ -329,16 +386,13 @@ class _Quantiser:
             out[self.place] = self.points[torch.bucketize(part / self.factor, self.edges)] * self.factor
 
 
-def _searched(course: _Course, shadow: Vector, budget: int) -> "list[_Quantiser]":
-    """Return the quantisers of all tensors that a file of this budget would have."""
+def _listed(fitted: codebook.Fitted) -> "list[_Quantiser]":
+    """Return the quantisers of all tensors, ready to be applied to the flat vector."""
     import torch
 
-    prepared = codebook.prepare(
-        shadow, course.structure, course.sensitivity, course.importance, retraining=True
-    )
-    found = codebook.quantisers(prepared, budget)
-    places = {tensor.name: place for tensor, place in course.structure.slices()}
-    sizes = {tensor.name: tensor.size for tensor in course.structure.tensors}
+    structure, found = fitted.structure, fitted.quantisers
+    places = {tensor.name: place for tensor, place in structure.slices()}
+    sizes = {tensor.name: tensor.size for tensor in structure.tensors}
     return [
         _Quantiser(
             places[name],
@@ -352,12 +406,17 @@ def _searched(course: _Course, shadow: Vector, budget: int) -> "list[_Quantiser]
     ]
 
 
-def _centroids(course: _Course, budget: int, shadow: Vector, on_step: OnStep | None) -> bytes:
+def _centroids(
+    course: _Course, budget: int, shadow: Vector, fitted: codebook.Fitted | None, on_step: OnStep | None
+) -> bytes:
     """Return the file of the trained weights, its values trained on with indices that stay."""
     import torch
 
     structure = course.structure
-    file = course.compressed(shadow, budget)
+    # The quantisers that the weights know; a new search would choose others, which they do not.
+    file = course.compressed(shadow, budget) if fitted is None else fitted.file(shadow)
+    if len(file) > budget:
+        file = course.compressed(shadow, budget)
     steps = course.settings.steps - course.split
     has_statistics = bool(statistics_of(structure))
     if steps == 0 and not has_statistics:
@@ -371,7 +430,7 @@ def _centroids(course: _Course, budget: int, shadow: Vector, on_step: OnStep | N
     kept = torch.from_numpy(np.where(movable, 0, model.weights()).astype(np.float32))
     # In the units of the tensors, as in the first phase; cells do not reach over tensors.
     unit = torch.ones(cells.count)
-    unit[of_weight[movable]] = torch.from_numpy(_units(structure, shadow)[movable])
+    unit[of_weight[movable]] = torch.from_numpy(_units(structure, shadow, course.sensitivity)[movable])
     values = torch.nn.Parameter(_values(model, of_weight, factor, cells.count) / unit)
     values.grad = torch.zeros_like(values)
     gradient = values.grad

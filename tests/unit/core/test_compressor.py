@@ -513,7 +513,7 @@ def test_quantisers_project_weights_onto_those_of_the_file(bits: float) -> None:
     prepared = codebook.prepare(weights, structure, importance=importance)
     budget = int(bits * weights.size / 8)
     again = artifact.restore(codebook.compress_prepared(prepared, budget), structure)
-    found = codebook.quantisers(prepared, budget)
+    found = codebook.fitted(prepared, budget).quantisers
     assert {"t0", "t1"} <= set(found)
     for tensor, place in structure.slices():
         if tensor.name in found:

@@ -139,7 +139,7 @@ def test_an_interrupted_retraining_ends_with_the_same_bytes(
         cache=tmp_path,
         on_step=lambda d, _: steps.append(d),
     )
-    assert steps[0] == 21
+    assert steps[0] == 26
     assert again.file == whole.file
     assert np.array_equal(again.shadow, whole.shadow)
     assert not left.exists()
