@@ -68,10 +68,14 @@ class Net:
 
 NETS = {
     "vgg16": Net(
-        "vgg", {"depth": 16, "width": 64}, Recipe(40, 12, learning_rate=0.1, batch_size=128, start=0.14)
+        "vgg",
+        {"depth": 16, "width": 64},
+        Recipe(40, 12, learning_rate=0.1, batch_size=128, start=0.25, augment=0.35),
     ),
     "vgg11": Net(
-        "vgg", {"depth": 11, "width": 64}, Recipe(40, 12, learning_rate=0.1, batch_size=128, start=0.14)
+        "vgg",
+        {"depth": 11, "width": 64},
+        Recipe(40, 12, learning_rate=0.1, batch_size=128, start=0.25, augment=0.35),
     ),
     "resnet20": Net("resnet", {"depth": 20, "width": 16}, Recipe(40, 8)),
     "resnet18": Net("resnet", {"depth": 18, "width": 64}, Recipe(30, 6)),

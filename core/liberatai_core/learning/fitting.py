@@ -326,8 +326,8 @@ class _Bench:
 
     def _measured(self, structure: Structure, weights: Vector) -> dict[str, float]:
         assert self.teaching is not None  # noqa: S101 (only called with samples)
-        # Within a tensor all weights count alike: weighed by their Fisher information, files of 10 … 60 times
-        # were worse in every trial (docs/compressor.md).
+        # Within a tensor all weights count alike: weighed by their Fisher information, files of 20 … 60 times
+        # were worse (docs/decisions/0015-noise-over-signal.md).
         fisher = importance(structure, self.data, weights, self.teaching, self.seed)
         return sensitivity(
             structure,

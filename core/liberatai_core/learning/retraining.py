@@ -64,8 +64,9 @@ class RetrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         learning_rate: of Adam, at the start of the first phase, in units that cost about one nat of
             divergence each (`_units`): what is normalised has no scale of its own. 1e-9 … 10.
         temperature: softens teacher and student, 0.1 … 100.
-        augment: strength of the changes of inputs (`augmentation.py`), 0 … 4: images are moved by a tenth of
-            their side at most, and mirrored if the original answers alike; others as in training.
+        augment: strength of the changes of inputs (`augmentation.py`), 0 … 4: half of the images are moved
+            by a tenth of their side at most, and mirrored if the original answers alike; other inputs as in
+            training.
         mixup: parameter of the Beta distribution by which samples are mixed, 0 none, at most 10.
         refresh: steps between two searches for quantisers while the budget shrinks, 1 … 1e6.
         ramp: share of the first phase in which the budget shrinks, 0 … 1.
@@ -256,14 +257,19 @@ class _Course:
     def _varied(
         self, teacher: "torch.nn.Module", inputs: "torch.Tensor"
     ) -> "Callable[[torch.Tensor, torch.Generator], torch.Tensor]":
-        """Return how samples are changed: images are moved, and mirrored where the original does not mind."""
+        """Return how samples are changed: half of the images move; mirrored if the original agrees."""
+        import torch
+
         strength = self.settings.augment
         if inputs.dim() != 4 or strength == 0:
             return lambda batch, generator: augment(batch, strength, generator)
         mirrors = self._agrees(teacher, inputs) >= MIRRORED
 
         def varied(batch: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
-            moved = shift_images(batch, strength, generator)
+            # The first half stays where it is: what a device sees is not moved, and the original may know
+            # moved images less well.
+            half = len(batch) // 2
+            moved = torch.cat([batch[:half], shift_images(batch[half:], strength, generator)])
             return mirror_images(moved, generator) if mirrors else moved
 
         return varied
