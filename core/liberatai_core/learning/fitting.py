@@ -65,9 +65,9 @@ class FitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_size: int = 128
     retrain: bool = True
     smaller: bool = True
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     augment: float = 1.0
-    mixup: float = 0.0
+    mixup: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse values outside the ranges given above, all faults at once."""

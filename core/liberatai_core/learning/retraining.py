@@ -75,10 +75,10 @@ class RetrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     steps: int = 600
     batch_size: int = 128
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     temperature: float = 2.0
     augment: float = 1.0
-    mixup: float = 0.0
+    mixup: float = 0.5
     refresh: int = 50
     ramp: float = 0.5
     centroids: float = 0.15
@@ -243,12 +243,15 @@ class _Course:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
             chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
             batch = varied(inputs[chosen], generator)
+            answers = None if given is None else given[chosen]
             if settings.mixup:
                 mix = np.random.default_rng([self.seed, step])
                 other = torch.randperm(len(batch), generator=generator)
-                batch = torch.lerp(batch[other], batch, float(mix.beta(settings.mixup, settings.mixup)))
-            if given is not None:
-                return batch, given[chosen]
+                share = float(mix.beta(settings.mixup, settings.mixup))
+                batch = torch.lerp(batch[other], batch, share)
+                answers = None if answers is None else torch.lerp(answers[other], answers, share)
+            if answers is not None:
+                return batch, answers
             with torch.no_grad():
                 return batch, torch.softmax(teacher(batch) / settings.temperature, dim=1)
 
