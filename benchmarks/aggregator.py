@@ -9,6 +9,11 @@ Every arm trains the same way for the same rounds on the same devices in virtual
 - ensemble: the members of fedavg_family together, by every method and its seconds;
 - students: the mixed fleet again, the guarded ensemble teaching every structure on unlabeled samples.
 
+`figures`, in points: the taught ensemble over the best student; what teaching gives the smallest structure,
+and the structure that gains least; the worst student below the ensemble; all devices' own structures on
+average over the smallest one on all devices (what all of them can run; with `--structures 6` six profiles);
+the largest student over the largest structure on all devices; the best model over the centralised largest.
+
 Private, unlabeled, labelled and test samples are disjoint. Methods see the labelled part that is theirs, the
 guard the other one, and the test samples decide nothing.
 """
@@ -180,7 +185,10 @@ def job_of(options: argparse.Namespace, data: DataContract, choices: tuple[Struc
             augment=options.augment,
         ),
         sparsify=Sparsify(method="dense"),
-        aggregate=Aggregate(ensemble=options.method, trials=options.trials, validation="validation.npz"),
+        # Arms with and without teaching differ in nothing else; `benchmarks.nested` compares that.
+        aggregate=Aggregate(
+            nested="off", ensemble=options.method, trials=options.trials, validation="validation.npz"
+        ),
         teach=Teach(every=options.teach_every, steps=options.teach_steps, copies=options.copies),
         seed=options.seed,
     )
@@ -382,10 +390,44 @@ def summary(
         "default_method": {"name": default, **methods[default]},
         "students": {sid: {"before": before[sid], "after": after[sid]} for sid in ids},
         "smallest": {"structure": ids[0], "before": before[ids[0]], "after": after[ids[0]]},
+        "figures": figures(given, ended, before, after, accuracy(taught.together, y)),
         "taught_ensemble": {"accuracy": round(accuracy(taught.together, y), 4), "guard": taught.guard},
         "worst10": {"before": round(worst(given, family), 4), "after": round(worst(given, taught), 4)},
         "seconds": {f"{name} {place}": round(one.seconds, 1) for (name, place), one in ended.items()},
     }
+
+
+def figures(
+    given: World,
+    ended: Mapping[tuple[str, int], Ended],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    ensemble: float,
+) -> dict[str, float]:
+    """Return what the table says in single numbers, points; those of arms that ran."""
+    ids, y = given.ids, given.people.test[1]
+    last = len(ids) - 1
+
+    def arm(name: str, place: int) -> float | None:
+        found = ended.get((name, place))
+        return None if found is None else accuracy(found.test[ids[place]], y)
+
+    best = max(ensemble, *after.values())
+    own = float(np.mean([after[ids[place]] for place in given.owners]))
+    found = {
+        "ensemble_over_best_student": ensemble - max(after.values()),
+        "smallest_gain": after[ids[0]] - before[ids[0]],
+        "least_gain": min(after[sid] - before[sid] for sid in ids),
+        "worst_student_under_ensemble": min(after.values()) - ensemble,
+    }
+    common, largest, central = arm("all", 0), arm("all", last), arm("centralised", last)
+    if common is not None:
+        found["own_models_over_common_structure"] = own - common
+    if largest is not None:
+        found["largest_over_largest_on_all"] = after[ids[last]] - largest
+    if central is not None:
+        found["best_over_centralised_largest"] = best - central
+    return {name: round(100 * value, 2) for name, value in found.items()}
 
 
 def told(options: argparse.Namespace) -> str:
@@ -402,6 +444,9 @@ def table(found: Mapping[str, Any]) -> None:
         values = [found["centralised"].get(sid), found["fedavg_all"].get(sid), row["before"], row["after"]]
         print(f"{sid:24}", *(f"{value:8.1%}" if value is not None else f"{'-':>8}" for value in values))
     print(f"{'taught ensemble':24} {found['taught_ensemble']['accuracy']:35.1%}")
+    print(f"worst tenth of the devices: {found['worst10']['before']:.1%} -> {found['worst10']['after']:.1%}")
+    for name, value in found["figures"].items():
+        print(f"{name.replace('_', ' '):36} {value:+7.2f} points")
     print(f"\n{'method':16} {'guarded':>8} {'alone':>8} {'seconds':>9}  guard")
     for name, row in sorted(found["ensemble"].items(), key=lambda item: -item[1]["unguarded"]):
         print(
@@ -450,7 +495,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("auto", *ENSEMBLES), default="auto", help="of the teacher")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument(
-        "--only", nargs="*", help="arms: centralised, all, family, taught (the last two always)"
+        "--only",
+        nargs="*",
+        help="beside family and taught: all, centralised; all-ends, centralised-ends: of two structures",
     )
     parser.add_argument("--members", type=Path, help="write the members' predictions to this .npz")
     parser.add_argument("--seed", type=int, default=0)
@@ -482,7 +529,13 @@ def main() -> int:
     wanted = {"centralised", "all"} if options.only is None else set(options.only)
     # The longest first: they decide when the last worker ends.
     keys = [("taught", -1), ("family", -1)][given.public.unlabeled is None :]
-    keys += [(name, place) for place in reversed(places) for name in ("all", "centralised") if name in wanted]
+    outer = (places[0], places[-1])
+    keys += [
+        (name, place)
+        for place in reversed(places)
+        for name in ("all", "centralised")
+        if name in wanted or (f"{name}-ends" in wanted and place in outer)
+    ]
     sizes = [structure_of(one.family, one.params, given.people.data).parameters for one in given.choices]
     private = sum(len(y) for _, y in given.people.devices)
     public = 0 if given.public.unlabeled is None else len(given.public.unlabeled)

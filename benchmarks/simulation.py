@@ -22,7 +22,8 @@ from liberatai_agent.trainer_child import Memory, work
 from liberatai_agent.trainer_messages import Failed, File, Work
 from liberatai_coordinator import aggregation
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Public, derive_seed
+from liberatai_coordinator.aggregation import Late, Public, derive_seed
+from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
@@ -220,30 +221,33 @@ class Simulation:
         )
         self._updates = {}
         for name in chosen:
-            invitation, way, job = invitations[name], ways[name], self.job
-            task = Task(
-                task_id=invitation.update_id,
-                epoch=self.ledger.epoch,
-                coordinator=COORDINATOR,
-                device=name,
-                job=self.job.name,
-                round=number,
-                spec=self._specs[invitation.structure],
-                density=warmed(job, self._candidates[invitation.structure], number).density,
-                held=way.held,
-                steps=way.steps,
-            )
-            self._down(self.devices[name], self._topics.down(name, "task"), task)
-            self._happen(self.devices[name], s.TaskArrived(task=task))
-            self._paths[name] = way.path
+            self._give(name, number, invitations[name], ways[name])
         if self._round.phase is not deciding.Phase.CLOSED:
             raise RuntimeError(f"round {number}: {len(self._updates)} of {wanted} updates arrived")
         return self._advance(number)
 
-    def _advance(self, number: int) -> RoundEnd:
+    def _give(self, name: str, number: int, invitation: deciding.Invitation, way: Way) -> None:
+        """Give a device its task; it trains and sends at once."""
+        task = Task(
+            task_id=invitation.update_id,
+            epoch=self.ledger.epoch,
+            coordinator=COORDINATOR,
+            device=name,
+            job=self.job.name,
+            round=number,
+            spec=self._specs[invitation.structure],
+            density=warmed(self.job, self._candidates[invitation.structure], number).density,
+            held=way.held,
+            steps=way.steps,
+        )
+        self._down(self.devices[name], self._topics.down(name, "task"), task)
+        self._happen(self.devices[name], s.TaskArrived(task=task))
+        self._paths[name] = way.path
+
+    def _advance(self, number: int, late: Late | None = None) -> RoundEnd:
         updates = sorted(self._tampered(number), key=lambda update: update.update_id)
         now = self.versions.now
-        advanced = aggregation.advance(self.job, now.number + 1, now.members, updates, self._public)
+        advanced = aggregation.advance(self.job, now.number + 1, now.members, updates, self._public, late)
         self.versions.commit(
             advanced, number, [update.update_id for update in updates], {}, self.plan.keyframe_bytes
         )

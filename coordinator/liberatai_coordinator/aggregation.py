@@ -10,7 +10,7 @@ devices' view lags behind the coordinator's state by what a delta left out; the 
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_core.aggregator import rules
+from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
 from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import LABELLED, chosen, method_of
+from liberatai_core.aggregator.packed import Packed, entries
+from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
 from liberatai_core.contract.messages import Update, part_seed, work_seed
 from liberatai_core.errors import NonFiniteError
@@ -107,6 +109,34 @@ class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Late:
+    """What the updates of a version in a buffered job do not say themselves; the ledger does.
+
+    Attributes:
+        staleness: by update id: versions made between the one it started from and this one.
+        devices: per structure, how many have a task, in this version or over several.
+    """
+
+    staleness: Mapping[bytes, int] = field(default_factory=dict)
+    devices: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Meaning:
+    """What the updates of a round mean for one structure.
+
+    Attributes:
+        difference: of its trained part; None if nothing was merged.
+        contributions: of its own updates, in their order.
+        frozen: what was not merged, and why.
+    """
+
+    difference: Vector | None
+    contributions: tuple[rules.Contribution, ...]
+    frozen: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Advanced:
     """The next version, before it is written down.
 
@@ -116,7 +146,7 @@ class Advanced:
         ensemble: of the devices' views.
         teach_seconds: wall time of the distillation (advisory; part of no digest).
         contributions: per device, what its update gave.
-        frozen: per structure that merged nothing although it had updates, why.
+        frozen: per structure of which nothing, or only a part, was merged although it had updates, why.
     """
 
     members: Mapping[str, Member]
@@ -167,7 +197,12 @@ def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
 
 
 def advance(
-    job: JobSpec, number: int, members: Mapping[str, Member], updates: Sequence[Update], public: Public
+    job: JobSpec,
+    number: int,
+    members: Mapping[str, Member],
+    updates: Sequence[Update],
+    public: Public,
+    late: Late | None = None,
 ) -> Advanced:
     """Return the version that follows from `members` and these updates of round `number`.
 
@@ -177,10 +212,14 @@ def advance(
         members: the version before, by structure id.
         updates: sorted by update id; all verified against their structure already.
         public: the coordinator's own data.
+        late: of a buffered job, what else its updates' weights follow from.
     """
+    late = late or Late()
     by_structure = {sid: _of(updates, sid) for sid in sorted(members)}
-    merges = {sid: _merge(job, number, members[sid], some) for sid, some in by_structure.items() if some}
-    merged = {sid: _moved(job, members[sid], by_structure[sid], merges.get(sid)) for sid in by_structure}
+    merges = _merges(job, number, members, by_structure, late)
+    merged = {
+        sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
+    }
     started = time.perf_counter()
     taught = _teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
@@ -232,41 +271,121 @@ def _server(job: JobSpec) -> optimizers.ServerOptimizer:
     return optimizers.SERVER_OPTIMIZERS[rules.server_optimizer](**given)
 
 
-def _merge(job: JobSpec, number: int, member: Member, updates: Sequence[Update]) -> rules.Merged:
-    """Return what the updates of one structure (sorted by id, at least one) mean."""
-    part = trained_part(job, member.structure).part
-    settings = rules.Settings(
+def groups(job: JobSpec, structures: Iterable[Structure]) -> list[nested.Group]:
+    """Return the groups of structures whose members share coordinates; none if the job does not nest."""
+    return [] if job.nested == "off" else nested.groups(list(structures), job.nested)
+
+
+def _merges(
+    job: JobSpec,
+    number: int,
+    members: Mapping[str, Member],
+    updates: Mapping[str, Sequence[Update]],
+    late: Late,
+) -> dict[str, _Meaning]:
+    """Return what the updates mean for every structure that they speak about."""
+    found: dict[str, _Meaning] = {}
+    for group in groups(job, (member.structure for member in members.values())):
+        found |= _merge_group(job, number, group, members, updates, late)
+    for sid, some in updates.items():
+        if some and sid not in found:
+            part = trained_part(job, members[sid].structure).part
+            one = rules.merge(_rule(job, number, sid), part.parameters, _senders(job, part, some, late))
+            found[sid] = _Meaning(
+                difference=None if one.frozen else one.difference,
+                contributions=one.contributions,
+                frozen=one.frozen,
+            )
+    return found
+
+
+def _merge_group(
+    job: JobSpec,
+    number: int,
+    group: nested.Group,
+    members: Mapping[str, Member],
+    updates: Mapping[str, Sequence[Update]],
+    late: Late,
+) -> dict[str, _Meaning]:
+    """Return what the updates of a group's members mean for each of them; nothing if there are none."""
+    covered = {}
+    for sid, places in group.places.items():
+        trained = trained_part(job, members[sid].structure)
+        covered[sid] = nested.Covered(
+            places=places if trained.gain is None else places[trained.positions],
+            senders=_senders(job, trained.part, updates[sid], late),
+        )
+    if not any(one.senders for one in covered.values()):
+        return {}
+    merged = nested.merge(_rule(job, number, group.largest), group.size, covered)
+    given = {one.id: one for one in merged.contributions}
+    return {
+        sid: _Meaning(
+            difference=merged.difference[one.places] if merged.moved[one.places].any() else None,
+            contributions=tuple(given[sender.id] for sender in one.senders),
+            frozen=merged.why(one.places),
+        )
+        for sid, one in covered.items()
+    }
+
+
+def _rule(job: JobSpec, number: int, sid: str) -> rules.Settings:
+    return rules.Settings(
         rule=job.aggregate.rule,
         hostile=job.aggregate.hostile,
         clip=job.aggregate.clip,
         cap=job.aggregate.sample_cap,
         over=methods.METHODS[job.sparsify.method].rule,
-        seed=derive_seed(job.seed, f"buckets|{member.structure.id}", number),
+        seed=derive_seed(job.seed, f"buckets|{sid}", number),
     )
-    senders = [
+
+
+def _senders(job: JobSpec, part: Structure, updates: Sequence[Update], late: Late) -> list[rules.Sender]:
+    return [
         rules.Sender(
             id=update.update_id.hex(),
             samples=update.samples,
-            read=partial(difference, job, update, part),
+            read=partial(_counted, job, update, part, late.staleness.get(update.update_id, 0)),
+            sent=partial(_sent, job, update, part, late.staleness.get(update.update_id, 0)),
         )
         for update in updates
     ]
-    return rules.merge(settings, part.parameters, senders)
 
 
-def _moved(job: JobSpec, member: Member, updates: Sequence[Update], merged: rules.Merged | None) -> Member:
-    """Return a member after the server's step; one without updates, or frozen, stays as it is."""
-    if merged is None or merged.frozen:
+def _counted(job: JobSpec, update: Update, part: Structure, staleness: int) -> Vector:
+    """Return what an update counts as: its difference, shortened if it comes late."""
+    return damped(difference(job, update, part), staleness)
+
+
+def _sent(job: JobSpec, update: Update, part: Structure, staleness: int) -> Packed:
+    """Return the same without its zeros: a sparse update is never made dense."""
+    methods.require_stream(job.sparsify.method, update.body)
+    seed = work_seed(job.seed, update.device, update.job, update.round)
+    positions, values = methods.entries(update.body, part, seed)
+    return entries(part.parameters, positions, damped(values, staleness))
+
+
+def _moved(
+    job: JobSpec, member: Member, updates: Sequence[Update], merged: _Meaning | None, late: Late
+) -> Member:
+    """Return a member after the server's step; one that no update speaks about, or frozen, stays as it is."""
+    if merged is None or merged.difference is None:
         return member
     part = trained_part(job, member.structure)
     optimizer, moved = _server(job).step(member.optimizer, part.gather(member.master), merged.difference)
     require_finite(moved, member.structure.id)
     master = part.replaced(member.master, moved)
-    return replace(member, master=master, optimizer=optimizer, class_counts=_counts(job, member, updates))
+    return replace(
+        member, master=master, optimizer=optimizer, class_counts=_counts(job, member, updates, late)
+    )
 
 
-def _counts(job: JobSpec, member: Member, updates: Sequence[Update]) -> NDArray[np.float64]:
-    """Return the samples of each class behind a structure; robust rules cap them as they cap samples."""
+def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late) -> NDArray[np.float64]:
+    """Return the samples of each class behind a structure; robust rules cap them as they cap samples.
+
+    A version of a buffered job hears of a few devices only: their counts take the place of as large a share
+    of the counts before, so that the sum follows all devices.
+    """
     counts = [update.class_counts for update in updates if update.class_counts is not None]
     usable = np.array([c for c in counts if len(c) == len(member.class_counts)], dtype=np.float64)
     if not usable.size:
@@ -274,7 +393,10 @@ def _counts(job: JobSpec, member: Member, updates: Sequence[Update]) -> NDArray[
     if job.aggregate.rule != "mean":
         totals = usable.sum(axis=1, keepdims=True)
         usable *= np.minimum(1.0, np.median(totals) / np.maximum(totals, 1.0))
-    return np.asarray(usable.sum(axis=0))
+    devices = late.devices.get(member.structure.id, 0)
+    older = max(0.0, 1.0 - len(usable) / devices) if devices else 0.0
+    # Whole numbers, as manifests keep them: what is read back after a crash is the same.
+    return np.asarray(np.floor(usable.sum(axis=0) + older * member.class_counts))
 
 
 def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Public) -> Mapping[str, Member]:

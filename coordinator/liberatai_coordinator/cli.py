@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
+import msgspec
 import typer
 
 from liberatai_coordinator import cli_models
+from liberatai_coordinator.cli_accuracy import explained, of_round, percent, show_accuracy
 from liberatai_coordinator.cli_kit import (
     FAILED,
     PARTLY,
@@ -44,6 +46,7 @@ from liberatai_coordinator.cli_kit import (
 from liberatai_coordinator.client import Client
 from liberatai_coordinator.views import (
     AssignmentView,
+    ContributionView,
     DeviceView,
     JobView,
     PlanView,
@@ -278,7 +281,19 @@ def devices_show(
 ) -> None:
     """Show everything that is known of one device."""
     with client_of(context) as client:
-        show_one(client.device(name), output)
+        view = client.device(name)
+    if output in (Output.JSON, Output.YAML):
+        show_one(view, output)
+        return
+    if not view.contributions:
+        show_one(view, output)
+        return
+    show_one(
+        {name: value for name, value in msgspec.to_builtins(view).items() if name != "contributions"}, output
+    )
+    print()
+    print("what its updates gave, the newest first:")
+    show(view.contributions, _CONTRIBUTION_COLUMNS, output)
 
 
 @devices_app.command("approve", epilog="Example: liberatai devices approve gateway-01 camera-07")
@@ -332,7 +347,7 @@ def jobs_list(context: typer.Context, output: OutputOption = Output.TABLE) -> No
 
 @jobs_app.command("show", epilog="Example: liberatai jobs show digits")
 def jobs_show(context: typer.Context, name: JobArgument, output: OutputOption = Output.TABLE) -> None:
-    """Show one job with its structures and rounds."""
+    """Show one job: what it decided, its structures, their accuracy, and its rounds."""
     with client_of(context) as client:
         _show_job(client.job(name), output)
 
@@ -377,9 +392,12 @@ def _show_job(job: JobView, output: Output) -> None:
         return
     print(_job_line(job))
     print(_bytes_line(job))
+    for line in explained(job):
+        print(line)
     if job.structures:
         print()
         show(job.structures, _STRUCTURE_COLUMNS, output)
+    show_accuracy(job, output)
     if job.rounds:
         print()
         show(job.rounds, _ROUND_COLUMNS, output)
@@ -403,6 +421,7 @@ def _round_line(view: RoundView) -> str:
     return (
         f"round {view.round}: {view.state}{reason}, {view.updates} of {view.invited} updates, "
         f"{view.seconds:.1f} s, {size_text(view.up_bytes)} up, {size_text(view.down_bytes)} down"
+        + (f", accuracy {percent(of_round(view))}" if of_round(view) is not None else "")
     )
 
 
@@ -569,6 +588,13 @@ _DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
     Column("REASON", lambda row: row.reason, wide=True),
 ]
+_CONTRIBUTION_COLUMNS: list[Column[ContributionView]] = [
+    Column("JOB", lambda row: row.job),
+    Column("ROUND", lambda row: str(row.round), right=True),
+    Column("VERDICT", lambda row: row.verdict),
+    Column("NORM", lambda row: f"{row.norm:.4g}", right=True),
+    Column("COSINE", lambda row: f"{row.cosine:.3f}", right=True),
+]
 _JOB_COLUMNS: list[Column[JobView]] = [
     Column("JOB", lambda row: row.name),
     Column("STATE", lambda row: row.state),
@@ -588,6 +614,7 @@ _ROUND_COLUMNS: list[Column[RoundView]] = [
     Column("SECONDS", lambda row: f"{row.seconds:.1f}", right=True),
     Column("UP", lambda row: size_text(row.up_bytes), right=True),
     Column("DOWN", lambda row: size_text(row.down_bytes), right=True),
+    Column("ACCURACY", lambda row: percent(of_round(row)), right=True),
     Column("REASON", lambda row: row.reason),
     Column("TRAIN MAX", lambda row: f"{row.train_seconds_max:.1f}", wide=True, right=True),
     Column("TEACH", lambda row: f"{row.teach_seconds:.1f}", wide=True, right=True),

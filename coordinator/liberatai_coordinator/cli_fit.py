@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
+from liberatai_coordinator import heat_map as heat_maps
 from liberatai_coordinator.cli_kit import (
     Column,
     Output,
@@ -33,7 +35,14 @@ from liberatai_coordinator.cli_kit import (
 from liberatai_coordinator.client import Client
 from liberatai_coordinator.fit_report import FitPoint, FitReport
 from liberatai_coordinator.repository import MAX_WHY, VariantManifest
-from liberatai_coordinator.views import SizesView, TensorView, VariantDetail, VariantView, VersionView
+from liberatai_coordinator.views import (
+    EnsembleView,
+    SizesView,
+    TensorView,
+    VariantDetail,
+    VariantView,
+    VersionView,
+)
 from liberatai_core.contract.limits import MAX_TEXT
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
 from liberatai_core.structure import DataContract, Structure
@@ -42,6 +51,9 @@ if TYPE_CHECKING:
     from liberatai_core.learning.dataset import Samples
     from liberatai_core.learning.fitting import OnProgress, Variant
     from liberatai_core.weights import Vector
+
+CLASSES_ACROSS, CLASSES_DOWN = 12, 40
+"""Classes that fit a line of 80 characters, and lines that fit a screen."""
 
 LOST = (
     "no --unlabeled: nothing was retrained, and neither divergence nor agreement was measured; importance "
@@ -439,8 +451,9 @@ def _variant_line(one: VariantView) -> str:
 
 
 class VersionDetail(VersionView, frozen=True, kw_only=True):
-    """A version with where the bytes of its files go, and its variants."""
+    """A version, how its structures answer together, where the bytes of its files go, and its variants."""
 
+    weights: EnsembleView
     sizes: tuple[SizesView, ...]
     variants: tuple[VariantView, ...]
 
@@ -455,22 +468,33 @@ def show_version(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Every tensor by itself, as with -o wide.")
     ] = False,
+    heat_map: Annotated[
+        Path | None,
+        typer.Option("--heat-map", help="Draw the ensemble's weights per class: a file .png or .html."),
+    ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show one version: its digests, where the bytes of its files go, and its variants."""
+    """Show one version: its digests, its ensemble, where the bytes of its files go, and its variants."""
     whole = tensors or output is Output.WIDE
+    if heat_map is not None:
+        if variant is not None:
+            raise ConfigError("--heat-map", ["a variant is one structure: it has no ensemble"])
+        heat_maps.require(heat_map)
     with client_of(context) as client:
         if variant is not None:
             _show_variant(client.variant(name, variant), output, whole=whole)
             return
         view = client.version(name, version)
+        ensemble = client.ensemble(name, str(view.version))
         sizes = tuple(client.sizes(name, str(view.version), one) for one in sorted(view.digests))
         variants = tuple(client.variants(name, str(view.version)))
     if output in (Output.JSON, Output.YAML):
         fields = {field: getattr(view, field) for field in view.__struct_fields__}
-        dump(VersionDetail(**fields, sizes=sizes, variants=variants), output)
+        dump(VersionDetail(**fields, weights=ensemble, sizes=sizes, variants=variants), output)
+        _draw(ensemble, view, heat_map)
         return
     show_one(view, output)
+    _show_weights(ensemble, output, whole=whole)
     for one in sizes:
         deltas = f" and {size_text(one.delta_bytes)} of deltas" if one.delta_bytes else ""
         print()
@@ -479,6 +503,48 @@ def show_version(
     if variants:
         print()
         show(variants, _VARIANT_COLUMNS, output)
+    _draw(ensemble, view, heat_map)
+
+
+def _draw(ensemble: EnsembleView, view: VersionView, path: Path | None) -> None:
+    if path is not None:
+        with progress("drawing"):
+            heat_maps.write(ensemble, f"{view.model} version {view.version}: ensemble", path)
+        print(f"{path}: written", file=sys.stderr)
+
+
+_Weights = tuple[str, Sequence[float]]
+"""A line of a table of weights: its name, its numbers."""
+
+
+def _show_weights(ensemble: EnsembleView, output: Output, *, whole: bool) -> None:
+    """Write the ensemble's weights: classes across if they fit, else down, else how they spread."""
+    if not ensemble.weights:
+        return
+    classes = len(ensemble.weights[0])
+    print()
+    print(f"ensemble: {clean(heat_maps.sentence(ensemble))}")
+    members = list(zip(ensemble.members, ensemble.weights, strict=True))
+    if classes <= CLASSES_ACROSS:
+        across: list[Column[_Weights]] = [
+            Column("STRUCTURE", lambda row: row[0]),
+            *(_weight_column(str(number), number) for number in range(classes)),
+        ]
+        show(members, across, output)
+    elif whole or classes <= CLASSES_DOWN:
+        down = [(str(number), [row[number] for _, row in members]) for number in range(classes)]
+        columns: list[Column[_Weights]] = [
+            Column("CLASS", lambda row: row[0], right=True),
+            *(_weight_column(sid, place) for place, (sid, _) in enumerate(members)),
+        ]
+        show(down, columns, output)
+    else:
+        show([(sid, (min(row), fmean(row), max(row))) for sid, row in members], _SPREAD_COLUMNS, output)
+        print(f"{classes} classes: --tensors or -o wide lists them")
+
+
+def _weight_column(title: str, place: int) -> Column[_Weights]:
+    return Column(title, lambda row: f"{row[1][place]:.2f}", right=True)
 
 
 def _show_variant(found: VariantDetail, output: Output, *, whole: bool) -> None:
@@ -554,6 +620,12 @@ _PART_COLUMNS: list[Column[_Part]] = [
     ),
     Column("DISTINCT", lambda row: _optional(row, lambda one: str(one.distinct)), right=True),
     Column("SHARE", lambda row: f"{row.share:.1%}", right=True),
+]
+_SPREAD_COLUMNS: list[Column[_Weights]] = [
+    Column("STRUCTURE", lambda row: row[0]),
+    _weight_column("LEAST", 0),
+    _weight_column("MEAN", 1),
+    _weight_column("MOST", 2),
 ]
 _VARIANT_COLUMNS: list[Column[VariantView]] = [
     Column("VARIANT", lambda row: row.id[:12]),

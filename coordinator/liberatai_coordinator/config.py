@@ -1,5 +1,6 @@
 """Settings of a coordinator and of a job: YAML in, checked Structs out. No I/O here."""
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Literal
@@ -16,7 +17,14 @@ from liberatai_core.structure import DataContract, Parameter
 
 Share = Annotated[float, Meta(gt=0, le=1)]
 Rule = Literal[
-    "mean", "norm_clip", "trimmed_mean", "median", "centred_clipping", "nnm_trimmed_mean", "neighbour_vote"
+    "mean",
+    "norm_clip",
+    "trimmed_mean",
+    "median",
+    "centred_clipping",
+    "nnm_trimmed_mean",
+    "neighbour_vote",
+    "screened_mean",
 ]
 """Names of `aggregator.rules.RULES`; a test holds the two together."""
 EnsembleMethod = Literal[
@@ -34,6 +42,8 @@ EnsembleMethod = Literal[
     "smac",
 ]
 """Names of `aggregator.methods.ENSEMBLES`, and "auto"; a test holds the two together."""
+Select = Literal["random", "fair", "utility"]
+"""How `selection.choose` picks devices."""
 NEED_LABELS = frozenset({"stacking", "grid", "random", "pso", "gp", "tpe", "smac"})
 """`aggregator.methods.LABELLED`, known without numpy; a test holds the two together."""
 
@@ -68,7 +78,13 @@ class Rounds(Settings, frozen=True, kw_only=True):
 
     Attributes:
         count: rounds of the job.
-        target: updates that are enough to close a round; None: every device that can take part.
+        mode: "synchronous": a round waits for its devices; "buffered": every `buffer` updates make a version,
+            and late ones count in a later version (FedBuff).
+        select: who is invited where fewer are wanted than are ready, see `selection`.
+        target: updates that are enough to close a round; None: every device that can take part. In a buffered
+            job: devices that have a task at a time.
+        buffer: updates per version of a buffered job; None: see `round.buffer_size`.
+        max_staleness: of a buffered job: versions that an update may be behind.
         overselect: invited devices per wanted update (Bonawitz 2019: 1.3, because 6-10 % drop out).
         quorum: share of `target` without which a round is abandoned at its deadline.
         deadline_s: seconds from the opening to the close.
@@ -76,8 +92,12 @@ class Rounds(Settings, frozen=True, kw_only=True):
     """
 
     count: Annotated[int, Meta(ge=1, le=MAX_ROUND)] = 10
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    select: Select = "random"
     target: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     overselect: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    buffer: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    max_staleness: Annotated[int, Meta(ge=0, le=MAX_ROUND)] = 100
     quorum: Share = 0.75
     deadline_s: Annotated[float, Meta(gt=0, le=MAX_SECONDS)] = 600.0
     min_devices: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
@@ -136,6 +156,8 @@ class Aggregate(Settings, frozen=True, kw_only=True):
         hostile: share of the devices of every structure that may be hostile; robust rules tolerate so
             many, and merge nothing where they could be the majority.
         clip: length to which robust rules shorten a longer difference, in medians of the round.
+        nested: which members of a family share what their devices learn, see `aggregator.nested`: those
+            of other widths, of other depths, or both; "auto": "width" if nothing teaches them, else "off".
         ensemble: how structures are combined, see `aggregator.methods`; "auto": "stacking" if
             `validation` has enough labels, else "label_free".
         trials: trials of a search.
@@ -149,7 +171,8 @@ class Aggregate(Settings, frozen=True, kw_only=True):
     sample_cap: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 100_000
     rule: Rule = "mean"
     hostile: Annotated[float, Meta(ge=0, le=0.49)] = 0.2
-    clip: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    clip: Annotated[float, Meta(gt=0, le=1000)] = 2.0
+    nested: Literal["auto", "off", "width", "depth", "both"] = "auto"
     ensemble: EnsembleMethod = "auto"
     trials: Annotated[int, Meta(ge=1, le=2000)] = 50
     validation: str | None = None
@@ -179,6 +202,16 @@ class Teach(Settings, frozen=True, kw_only=True):
     loss: Literal["kl", "outputs"] = "kl"
 
 
+class Evaluate(Settings, frozen=True, kw_only=True):
+    """What is measured and decides nothing.
+
+    Attributes:
+        test: labelled .npz of the coordinator: every version is scored on its test part, or all of it.
+    """
+
+    test: str | None = None
+
+
 class JobSpec(Settings, frozen=True, kw_only=True):
     """A federated training: one YAML file.
 
@@ -200,15 +233,25 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     compress: Compress = Compress()
     aggregate: Aggregate = Aggregate()
     teach: Teach = Teach()
+    evaluate: Evaluate = Evaluate()
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+    @property
+    def nested(self) -> Literal["off", "width", "depth", "both"]:
+        """By what members of a family may differ that share coordinates."""
+        if self.aggregate.nested != "auto":
+            return self.aggregate.nested
+        # Members that share are less unlike, and teach each other less (docs/decisions/0016).
+        return "width" if self.teach.unlabeled is None else "off"
 
     @property
     def down_density(self) -> float:
         """Share of what is trained that a delta to devices carries."""
         if self.sparsify.down_density is not None:
             return self.sparsify.down_density
-        return DOWN_TO_ALL if self.rounds.target is None else DOWN_TO_SOME
+        every = self.rounds.target is None and self.rounds.mode == "synchronous"
+        return DOWN_TO_ALL if every else DOWN_TO_SOME
 
     def choice(self, family: str, params: Mapping[str, Parameter]) -> StructureChoice | None:
         """Return what the job says about a structure, None if it does not list it."""
@@ -283,9 +326,36 @@ def _across(job: JobSpec) -> list[str]:
         )
     if job.aggregate.rule not in ("mean", "norm_clip") and job.sparsify.method == "quantile_over_senders":
         found.append("aggregate.rule: quantile_over_senders goes with mean and norm_clip only")
+    deciding = {"aggregate.validation": job.aggregate.validation, "teach.unlabeled": job.teach.unlabeled}
+    if job.evaluate.test is not None:
+        found += [
+            f"evaluate.test: the same file as {key}: what decides or teaches cannot test"
+            for key, path in deciding.items()
+            if path is not None and PurePath(path) == PurePath(job.evaluate.test)
+        ]
     if job.rounds.target is not None and job.rounds.min_devices > job.rounds.target * job.rounds.overselect:
         found.append("rounds.min_devices: more than rounds.target ever invites")
+    found += _buffer_faults(job)
     kinds = [(choice.family, tuple(sorted(choice.params.items()))) for choice in job.structures]
     if len(set(kinds)) != len(kinds):
         found.append("structures: the same structure stands twice")
+    return found
+
+
+def _buffer_faults(job: JobSpec) -> list[str]:
+    buffer = job.rounds.buffer
+    if buffer is None:
+        return []
+    if job.rounds.mode != "buffered":
+        return ["rounds.buffer: goes with rounds.mode: buffered only"]
+    found = []
+    if job.rounds.target is not None and buffer > job.rounds.target:
+        found.append("rounds.buffer: more updates than devices have a task (rounds.target)")
+    # As `aggregator.rules.feared`, which needs numpy.
+    hostile = 0 if job.aggregate.rule == "mean" else math.ceil(job.aggregate.hostile * buffer - 1e-9)
+    if buffer < 2 * hostile + 1:
+        found.append(
+            f"rounds.buffer: {job.aggregate.rule} needs {2 * hostile + 1} updates against {hostile} hostile"
+            " ones; give more, or aggregate.hostile: 0"
+        )
     return found

@@ -35,7 +35,7 @@ from liberatai_coordinator.client import Client
 from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.local import LocalDevice, LocalFleet, wait
 from liberatai_coordinator.report import DeviceRow, Report, RoundRow, StructureRow, percent, size
-from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, RoundView
+from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, RoundView, newest
 from liberatai_core.aggregator import ensemble as pooling
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, MissingExtraError, TrainingError
 from liberatai_core.structure import DataContract, Structure
@@ -271,6 +271,7 @@ class Outcome:
         protocol: what coordinator and broker spoke.
         evaluated: by version, 1 …
         version_ids: of the model, oldest first.
+        ensemble: of the newest version.
         largest: the structure that the baseline was trained with.
         baseline: its accuracy with all data in one place.
     """
@@ -280,6 +281,7 @@ class Outcome:
     protocol: str
     evaluated: Mapping[int, Evaluated]
     version_ids: tuple[str, ...]
+    ensemble: EnsembleView
     largest: Structure
     baseline: float
 
@@ -294,6 +296,7 @@ def _run(options: Options, folder: Path, console: Console, started_s: float, *, 
             examiner.connect(fleet.socket)
             job = _watch(console, fleet, world, examiner)
             plan = fleet.client.plan(world.job.name)
+            ensemble = fleet.client.ensemble(world.job.name)
             versions = sorted(fleet.client.log(world.job.name), key=lambda row: row.version)
             protocol = fleet.protocol
         # Stopped: the agents have written their last counters, and the processors are free.
@@ -306,6 +309,7 @@ def _run(options: Options, folder: Path, console: Console, started_s: float, *, 
             protocol=protocol,
             evaluated=evaluated,
             version_ids=tuple(row.id for row in versions),
+            ensemble=ensemble,
             largest=largest,
             baseline=examiner.centralised(largest, world.job, world.pooled),
         )
@@ -510,6 +514,9 @@ def _report(options: Options, world: World, fleet: LocalFleet, outcome: Outcome,
         orchestration_s_per_round=round(statistics.fmean(overhead), 4),
         orchestration_s_median=round(statistics.median(overhead), 4),
         versions=_software(),
+        local=newest(outcome.job.rounds)[0],
+        ensemble=outcome.ensemble,
+        merged=published[-1].merged,
         structures=tuple(
             StructureRow(
                 id=name,

@@ -232,6 +232,7 @@ class StoredUpdate:
     """One update as it arrived: the signed frame, and what is asked about it.
 
     Attributes:
+        round: that counts it; in a buffered job perhaps a later one than that of the frame.
         sha256: digest of `frame`, 32 bytes.
         path: what the device holds, now that it made this update (the runner's own record); written in the
             same transaction, empty: nothing to note.
@@ -487,6 +488,14 @@ class Ledger:
         """Return the sorted ids of the stored updates of a round (also after pruning)."""
         with self._read() as connection:
             return _ids(connection, job, number)
+
+    def has_update(self, job: str, device: str, update_id: bytes) -> bool:
+        """Return whether an update is stored, in whichever round (also after pruning)."""
+        query = sa.select(_UPDATES.c.round).where(
+            _UPDATES.c.update_id == update_id, _UPDATES.c.job == job, _UPDATES.c.device == device
+        )
+        with self._read() as connection:
+            return connection.execute(query).first() is not None
 
     def paths(self, job: str) -> dict[str, bytes]:
         """Return what each device of a job holds, by device (`StoredUpdate.path`)."""

@@ -1,14 +1,20 @@
 """What the ledger keeps for a job beside its own columns, and how the API shows it."""
 
+import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Final
 
 import msgspec
 
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.ledger import Ledger, RoundRow
-from liberatai_coordinator.views import ContributionView, RoundView
+from liberatai_coordinator.views import CentralView, ContributionView, LocalView, RoundView
 from liberatai_core.aggregator import rules
+
+MAX_CONTRIBUTIONS: Final = 20
+"""Shown of one device: enough to see a habit, and the rest of a long job stays in the ledger."""
 
 
 class Contribution(msgspec.Struct, frozen=True, array_like=True):
@@ -24,8 +30,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rule: by which updates were merged.
+        ensemble, use: method that found the weights, and what the guard chose.
         frozen: per structure that merged nothing, why.
         contributions: per device.
+        local, central, test: see `RoundView`; absent in rounds of a release that did not know them.
     """
 
     seconds: float = 0.0
@@ -34,11 +42,14 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     up_bytes: int = 0
     down_bytes: int = 0
     guard: str = ""
-    local_correct: int = 0
-    local_total: int = 0
     rule: str = ""
+    ensemble: str = ""
+    use: str = ""
     frozen: dict[str, str] = {}
     contributions: dict[str, Contribution] = {}
+    local: LocalView | None = None
+    central: CentralView | None = None
+    test: CentralView | None = None
 
     @property
     def merged(self) -> str:
@@ -60,21 +71,24 @@ def kept(contributions: Mapping[str, rules.Contribution]) -> dict[str, Contribut
     }
 
 
-def contribution_view(ledger: Ledger, device: str) -> ContributionView | None:
-    """Return what a device's newest merged update gave; None: none of its updates was merged yet."""
-    newest: tuple[float, ContributionView] | None = None
-    for job in ledger.jobs():
-        for row in reversed(ledger.rounds(job.name)):
-            given = _stats(row).contributions.get(device)
-            if given is None:
-                continue
-            view = ContributionView(
-                job=job.name, round=row.round, verdict=given.verdict, norm=given.norm, cosine=given.cosine
+def contribution_views(ledger: Ledger, device: str) -> tuple[ContributionView, ...]:
+    """Return what a device's newest merged updates gave, the newest first; (): none was merged yet."""
+    by_job = [_contributions(ledger, job.name, device) for job in ledger.jobs()]
+    newest = heapq.merge(*by_job, key=lambda found: found[0], reverse=True)
+    return tuple(view for _, view in islice(newest, MAX_CONTRIBUTIONS))
+
+
+def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, ContributionView]]:
+    """Yield (time of its round, what it gave) of one job, the newest first."""
+    for row in reversed(ledger.rounds(job)):
+        given = _stats(row).contributions.get(device)
+        if given is not None:
+            yield (
+                row.opened_s,
+                ContributionView(
+                    job=job, round=row.round, verdict=given.verdict, norm=given.norm, cosine=given.cosine
+                ),
             )
-            if newest is None or row.opened_s > newest[0]:
-                newest = row.opened_s, view
-            break
-    return None if newest is None else newest[1]
 
 
 def _stats(row: RoundRow) -> Stats:
@@ -104,5 +118,9 @@ def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> Ro
         reason=row.reason,
         guard=stats.guard,
         merged=stats.merged,
-        local_accuracy=stats.local_correct / stats.local_total if stats.local_total else None,
+        ensemble=stats.ensemble,
+        use=stats.use,
+        local=stats.local,
+        central=stats.central,
+        test=stats.test,
     )

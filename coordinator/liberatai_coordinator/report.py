@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from liberatai_coordinator import heat_map
+from liberatai_coordinator.views import EnsembleView, LocalView
 from liberatai_core.errors import MissingExtraError
 
 ENSEMBLE_COLOUR = "#1b1f24"
@@ -78,6 +80,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         orchestration_s_per_round: mean of seconds - train_seconds_max - teach_seconds; the first round
             includes the start of the devices' training processes, so the median stands beside it.
         versions: software.
+        local: the newest figures that devices told of their own hold-outs, as sums.
+        ensemble: how the newest version's structures answer together.
+        merged: by which rule the last round was merged.
         baseline_epochs: how often "centralised" saw its data; a device saw its own just as often.
     """
 
@@ -93,6 +98,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     orchestration_s_median: float = 0.0
     broker_lost: str = ""
+    local: LocalView | None = None
+    ensemble: EnsembleView | None = None
+    merged: str = ""
     structures: tuple[StructureRow, ...] = ()
     model: str = ""
     model_versions: tuple[str, ...] = ()
@@ -154,6 +162,8 @@ def html(report: Report) -> str:
         ensemble_colour=ENSEMBLE_COLOUR,
         accuracy_picture=accuracy_picture(report, colours),
         bytes_picture=bytes_picture(report),
+        heat_map=heat_map.table(report.ensemble) if report.ensemble else "",
+        how=heat_map.sentence(report.ensemble) if report.ensemble else "",
         families=sorted({row.family for row in report.structures}),
         profiles=len({device.profile for device in report.devices}),
     )

@@ -5,16 +5,24 @@
 
 An update that is being stored when the round closes still belongs to it: the round is frozen only when
 no store is under way, so a receipted update is always in the frozen set (promise P1).
+
+In a buffered job (FedBuff: Nguyen et al., AISTATS 2022, arXiv:2106.06639) a round closes as soon as a few
+updates are stored. Who is still busy then keeps its task: its invitation stands over into the next rounds,
+and its update counts in the one that is open when it comes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
+from liberatai_coordinator.catch_up import Way
 from liberatai_core.contract.messages import Update
 from liberatai_core.errors import (
     BaseModelError,
+    BusyError,
     DuplicateConflictError,
     DuplicateError,
     LiberataiError,
@@ -23,15 +31,28 @@ from liberatai_core.errors import (
     SchemaError,
 )
 
+BUFFER_SHARE = 0.15
+"""Of the devices that have a task: 10-20 % is what FedBuff was found to do best with."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Invitation:
-    """What one device was asked to do."""
+
+class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one device was asked to do; the ledger keeps it.
+
+    Attributes:
+        round: whose task it is; 0: of the round that it is listed in.
+        version: that the device was asked to train on. This and all below: of buffered jobs only.
+        opened_s: wall-clock time of the invitation.
+        way: what the device was told to fetch.
+    """
 
     device: str
     structure: str
     base: bytes
     update_id: bytes
+    round: int = 0
+    version: int = 0
+    opened_s: float = 0.0
+    way: Way | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +160,62 @@ def invited(ready: int, target: int | None, overselect: float) -> int:
     return ready if target is None else min(ready, math.ceil(target * overselect))
 
 
+def buffer_size(given: int | None, devices: int, hostile: float, structures: int) -> int:
+    """Return how many updates make a version of a buffered job.
+
+    Args:
+        given: what the job says, None: nothing.
+        devices: that have a task now; no more can be waited for.
+        hostile: share of the updates that may be hostile, 0 with a rule that does not care. Against f of them
+            a structure needs 2 f + 1 updates, fewer would be wasted.
+        structures: that the devices share.
+    """
+    if given is None:
+        least = next(size for size in range(1, 1000) if size > 2 * math.ceil(hostile * size - 1e-9))
+        given = max(least * structures, math.ceil(BUFFER_SHARE * devices))
+    return max(1, min(given, devices))
+
+
+def standing(
+    invitations: Iterable[Invitation],
+    counted: Collection[bytes],
+    *,
+    version: int,
+    max_staleness: int,
+    free: Collection[str],
+    opened_after_s: float,
+) -> list[Invitation]:
+    """Return the invitations that are still to be answered when the next round of a buffered job opens.
+
+    Args:
+        invitations: of the round before.
+        counted: ids of the updates that were stored in it.
+        version: the newest one.
+        max_staleness: versions that may lie between the one a device trained on and the newest.
+        free: devices that could get another task instead.
+        opened_after_s: invitations from before are overdue; whoever is not there to be asked again may still
+            answer.
+    """
+    return [
+        one
+        for one in invitations
+        if one.update_id not in counted
+        and version - one.version <= max_staleness
+        and (one.opened_s >= opened_after_s or one.device not in free)
+    ]
+
+
 @dataclass(slots=True)
 class Round:
     """A round of a job.
 
     Attributes:
+        invitations: by device; in a buffered job also those of earlier rounds that still stand.
         target: stored updates that are enough.
         quorum: fewest stored updates that make a version.
         closes_s: monotonic time of the deadline.
+        buffered: nothing is refused for being late: it goes into this round until the set is frozen, then
+            into the next.
         stored: update ids that the ledger has.
     """
 
@@ -156,11 +225,17 @@ class Round:
     target: int
     quorum: int
     closes_s: float
+    buffered: bool = False
     stored: dict[str, bytes] = field(default_factory=dict)
     storing: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     phase: Phase = Phase.OPEN
     reason: str = ""
+
+    def asked(self, device: str) -> int | None:
+        """Return the round whose task a device has, None if it has none."""
+        invitation = self.invitations.get(device)
+        return None if invitation is None else invitation.round or self.number
 
     def handle(self, event: Event) -> list[Action]:
         """Return what the service must do about `event`."""
@@ -197,7 +272,7 @@ class Round:
 
     def _fault(self, update: Update) -> LiberataiError | None:
         invitation = self.invitations.get(update.device)
-        if update.job != self.job or update.round != self.number or invitation is None:
+        if update.job != self.job or invitation is None or update.round != self.asked(update.device):
             return RoundUnknownError(
                 f"{update.device} was not invited to round {update.round} of {update.job}"
             )
@@ -211,7 +286,9 @@ class Round:
             return SchemaError("the update's id is not the one of its device, job, round and base")
         if self.stored.get(update.device) == update.update_id:
             return DuplicateError("stored already")
-        if self.phase is not Phase.OPEN:
+        if self.buffered and self.phase in (Phase.CLOSED, Phase.ABANDONED):
+            return BusyError(f"round {self.number} of {self.job} is over: it counts in the next one")
+        if not self.buffered and self.phase is not Phase.OPEN:
             return RoundClosedError(f"round {self.number} of {self.job} is over")
         return None
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
@@ -16,23 +16,33 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from liberatai_coordinator import aggregation, plan
+from liberatai_coordinator import aggregation, evaluation, plan, selection
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Public, derive_seed
+from liberatai_coordinator.aggregation import Late, Public, derive_seed
 from liberatai_coordinator.catch_up import Path, Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
-from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow
+from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow, StoredUpdate
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import Stats, kept, round_views
-from liberatai_coordinator.versions import Versions
-from liberatai_coordinator.views import RoundView
+from liberatai_coordinator.versions import Current, Versions
+from liberatai_coordinator.views import CentralView, LocalView, RoundView
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import messages
 from liberatai_core.contract.frame import HEADER_BYTES, encode_spec
 from liberatai_core.contract.limits import MAX_SAMPLES
-from liberatai_core.contract.messages import BlobRef, Cancel, Head, Step, Task, TaskSpec, Update
+from liberatai_core.contract.messages import (
+    BlobRef,
+    Cancel,
+    Head,
+    Step,
+    Task,
+    TaskSpec,
+    Update,
+    weights_name,
+)
 from liberatai_core.errors import (
     BusyError,
     CodecError,
@@ -40,6 +50,7 @@ from liberatai_core.errors import (
     DiskError,
     LiberataiError,
     NormError,
+    NotFoundError,
     SchemaError,
     StructureError,
 )
@@ -50,6 +61,8 @@ from liberatai_core.structure import Structure
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Labelled = tuple[aggregation.Floats, NDArray[np.int64]]
+"""Inputs, shape (n, …), and labels, shape (n,)."""
 
 MAX_FAILURES = 3
 """Rounds in a row that may fail in the aggregation; then the fault is not one of their updates."""
@@ -84,10 +97,12 @@ class Runner:
         open_round: the round that is open now.
         running: cleared while an operator pauses the job.
         resumed: set once it is known which round is open, also after a restart. Until then nothing can be
-            said about an update: a refusal would throw away what the round is waiting for.
+            said about an update: a refusal would throw away what the round is waiting for. In a buffered job
+            it is cleared between two rounds: the next one takes what comes late.
         fleet_changed: set when a device came, went or changed.
         counters: last known socket counters of every device, (sent, received).
         public: the coordinator's own data.
+        test: (inputs, labels) that decide nothing.
         candidates: what the plan knows of the job's structures, by id.
         paths: what devices surely hold: the files of the last update of theirs that was stored.
         ways: in the open round, or at the end: what every device was told to fetch.
@@ -110,6 +125,7 @@ class Runner:
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     public: Public = field(default_factory=Public)
+    test: Labelled | None = None
     candidates: dict[str, plan.Candidate] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     ways: dict[str, Way] = field(default_factory=dict)
@@ -125,6 +141,8 @@ class Runner:
     _at_broker: set[str] = field(default_factory=set)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
+    _told: set[bytes] = field(default_factory=set)
+    _history: selection.History = field(default_factory=selection.History)
 
     # --- the life of a job ---------------------------------------------------------------------
 
@@ -135,6 +153,7 @@ class Runner:
             LiberataiError: the job cannot go on; the ledger still has everything.
         """
         self.public = await self._long(load_public, self.job, Folder(self.row.base_dir))
+        self.test = await self._long(load_test, self.job, Folder(self.row.base_dir))
         candidates, self._structures = await self._long(candidates_of, self.job)
         self.candidates = {candidate.id: candidate for candidate in candidates}
         stored = self.ledger.paths(self.job.name)
@@ -144,7 +163,10 @@ class Runner:
         self._invited_s = {}
         for row in rows[-GAPS * GAPS :]:
             self._note_invited(row)
-        if not rows or rows[-1].state != "open":
+        history = self.ledger.job_value(self.job.name, "history")
+        if history is not None:
+            self._history = msgspec.msgpack.decode(history, type=selection.History)
+        if not self._buffered and (not rows or rows[-1].state != "open"):
             self.resumed.set()
         if rows and rows[-1].state in {"open", "closed", "aggregated"}:
             await self._round(rows[-1])
@@ -283,7 +305,10 @@ class Runner:
             row = self.ledger.round(self.job.name, row.round)
         if row.state == "closed" and self.versions.now.round == row.round:
             # The crash came between the version and its note in the round: it must not count twice.
-            self.ledger.set_aggregated(self.job.name, row.round, self.versions.now.id)
+            stored = await self._long(self.ledger.updates, self.job.name, row.round)
+            stats = await self._long(self._judged, [decode_update(update.frame) for update in stored])
+            now = self.versions.now.id
+            self.ledger.set_aggregated(self.job.name, row.round, now, msgspec.msgpack.encode(stats))
         elif row.state == "closed":
             try:
                 await self._aggregate(row.round, started)
@@ -305,6 +330,8 @@ class Runner:
         await self._long(self.ledger.prune, self.job.name, 2)
         self._round_over()
         wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
+        ways = [one.way for one in self._standing(set()) if one.way is not None]
+        wanted |= {step.blob.blob for way in ways for step in way.steps}
         await self.publisher.drop_blobs(self._at_broker - wanted)
         self._at_broker = wanted
 
@@ -312,10 +339,17 @@ class Runner:
         self.open_round = None
         self.ways = {}
 
+    @property
+    def _buffered(self) -> bool:
+        return self.job.rounds.mode == "buffered"
+
     async def _open(self) -> tuple[RoundRow, list[deciding.Invitation]]:
         await self._wait_for_devices(self.job.rounds.min_devices)
         number = max((row.round for row in self.ledger.rounds(self.job.name)), default=0) + 1
-        invitations = self._invite(number, await self._participants(number))
+        chosen, standing = await self._participants(number)
+        invitations = self._invite(number, chosen)
+        if self._buffered:
+            invitations = [*standing, *await self._with_ways(number, invitations)]
         row = RoundRow(
             job=self.job.name,
             round=number,
@@ -329,27 +363,90 @@ class Runner:
         return row, invitations
 
     def _note_invited(self, row: RoundRow) -> None:
-        for one in msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation]):
+        for one in invited_in(row):
             self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
 
-    async def _participants(self, number: int) -> list[Device]:
-        """Return the devices of this round: a seeded draw from those that are there and have a part."""
+    async def _participants(self, number: int) -> tuple[list[Device], list[deciding.Invitation]]:
+        """Return whom this round invites, and in a buffered job the invitations that still stand."""
         while True:
             self._assign_newcomers()
             ready = [d for d in self.fleet.ready() if self._takes_part(d.id, number)]
-            if ready:
+            standing = self._standing({device.id for device in ready})
+            busy = {one.device for one in standing}
+            ready = [device for device in ready if device.id not in busy]
+            if ready or standing:
                 break
             self._say_waiting()
             self.fleet_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
         self.waits = ""
-        wanted = deciding.invited(len(ready), self.job.rounds.target, self.job.rounds.overselect)
-        draw = np.random.default_rng(derive_seed(self.job.seed, "participants", number))
-        chosen = [ready[n] for n in sorted(draw.choice(len(ready), size=wanted, replace=False).tolist())]
+        names = await self._choose(number, [device.id for device in ready], len(standing))
+        chosen = [self.fleet.devices[name] for name in names]
         self._trying = {device.id for device in chosen if device.id in self._tried}
         self._tried |= dict.fromkeys(self._trying, (number, time.monotonic()))
-        return chosen
+        return chosen, standing
+
+    async def _choose(self, number: int, ready: list[str], busy: int) -> list[str]:
+        """Return whom a round invites of those that are ready, where so many others have a task."""
+        rounds = self.job.rounds
+        if self._buffered:
+            wanted = max(0, min(len(ready), (rounds.target or len(ready) + busy) - busy))
+        else:
+            wanted = deciding.invited(len(ready), rounds.target, rounds.overselect)
+        if rounds.select != "random":
+            await self._long(self._remember, number)
+        return selection.choose(
+            rounds.select,
+            ready,
+            wanted,
+            past=self._history.devices,
+            seed=derive_seed(self.job.seed, "participants", number),
+            number=number,
+            sample_cap=self.job.aggregate.sample_cap,
+            preferred_s=rounds.deadline_s * plan.DEADLINE_SHARE,
+        )
+
+    def _remember(self, number: int) -> None:
+        """Add the rounds before this one to the history, from what the ledger has of them."""
+        rows = [r for r in self.ledger.rounds(self.job.name) if self._history.round < r.round < number]
+        for row in rows:
+            try:
+                stored = self.ledger.updates(self.job.name, row.round)
+            except NotFoundError:  # pruned: only rounds from before a long pause of this record
+                stored = []
+            self._history = with_round(self._history, row, stored)
+        if rows:
+            kept = msgspec.msgpack.encode(self._history)
+            self.ledger.set_job_value(self.job.name, "history", kept)
+
+    def _standing(self, ready: set[str]) -> list[deciding.Invitation]:
+        """Return the invitations of the newest round of a buffered job that are still to be answered."""
+        rows = self.ledger.rounds(self.job.name) if self._buffered else []
+        if not rows:
+            return []
+        approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
+        invited = msgspec.msgpack.decode(rows[-1].invited, type=list[deciding.Invitation])
+        return deciding.standing(
+            [one for one in invited if one.device in approved],
+            set(self.ledger.update_ids(self.job.name, rows[-1].round)),
+            version=self.versions.now.number,
+            max_staleness=self.job.rounds.max_staleness,
+            free=ready,
+            opened_after_s=time.time() - self.job.rounds.deadline_s,
+        )
+
+    async def _with_ways(
+        self, number: int, invitations: list[deciding.Invitation]
+    ) -> list[deciding.Invitation]:
+        """Return invitations that can stand over: with the version, and what the device was told to fetch."""
+        ways = await self._long(self._ways, [(one.device, one.structure) for one in invitations])
+        return [self._lasting(number, one, ways[one.device]) for one in invitations]
+
+    def _lasting(self, number: int, invitation: deciding.Invitation, way: Way) -> deciding.Invitation:
+        return msgspec.structs.replace(
+            invitation, round=number, version=self.versions.now.number, opened_s=time.time(), way=way
+        )
 
     def _takes_part(self, device: str, number: int) -> bool:
         """Whether a device may be invited to a round. Warm-up does not matter: it only raises densities."""
@@ -418,9 +515,16 @@ class Runner:
             self._store_plan()
 
     def _target(self, invited: int) -> int:
+        if self._buffered:
+            hostile = 0.0 if self.job.aggregate.rule == "mean" else self.job.aggregate.hostile
+            return deciding.buffer_size(
+                self.job.rounds.buffer, invited, hostile, len(self.versions.now.members)
+            )
         return min(invited, self.job.rounds.target or invited)
 
     def _quorum(self, invited: int) -> int:
+        if self._buffered:
+            return 1  # the deadline ends the wait for more, never what has come
         return max(1, int(np.ceil(self._target(max(invited, 1)) * self.job.rounds.quorum)))
 
     def _invite(self, number: int, devices: list[Device]) -> list[deciding.Invitation]:
@@ -448,16 +552,22 @@ class Runner:
             # A link that is only tried again may fail: the round does not depend on it.
             quorum=self._quorum(len(invitations) - len(self._trying)),
             closes_s=time.monotonic() + self.job.rounds.deadline_s,
+            buffered=self._buffered,
         )
         self._ended.clear()
         for update in self.ledger.updates(self.job.name, row.round):
             stored = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome="stored")
             for action in self.open_round.handle(stored):
                 self._note_end(action)
-        self.ways = await self._long(self._ways, [(one.device, one.structure) for one in invitations])
+        if self._buffered:
+            self.ways = {one.device: one.way for one in invitations if one.way is not None}
+        else:
+            self.ways = await self._long(self._ways, [(one.device, one.structure) for one in invitations])
         self.resumed.set()
-        await self._publish_steps([step for way in self.ways.values() for step in way.steps])
-        await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in invitations))
+        await self._publish_steps(await self._long(self._steps, invitations))
+        new = [one for one in invitations if one.update_id not in self._told]
+        self._told = {one.update_id for one in invitations}
+        await asyncio.gather(*(self._publish_task(row.round, invitation) for invitation in new))
         while not self._ended.is_set():
             try:
                 await asyncio.wait_for(self._ended.wait(), TICK_S)
@@ -468,8 +578,27 @@ class Runner:
             raise DataError("a round ended without a decision")
         return self._end
 
+    def _steps(self, invitations: Sequence[deciding.Invitation]) -> list[Step]:
+        """Return the files that these devices fetch.
+
+        After a restart a way that was told before may name files that no longer lead to the newest version.
+        Where they cannot be made again, what stands at the broker must do; a device that lacks them will be
+        asked anew.
+        """
+        found: list[Step] = []
+        for one in invitations:
+            way = self.ways.get(one.device)
+            if way is None:
+                continue
+            older = [step for step in way.steps if step.blob.blob not in self.publisher.blobs]
+            if not self._buffered or not older or self.versions.recall(one.structure, way):
+                found += way.steps
+        return found
+
     def _note_end(self, action: deciding.Action) -> None:
         if isinstance(action, deciding.Close | deciding.Abandon):
+            if self._buffered:
+                self.resumed.clear()  # what comes now waits for the next round
             self._end = action
             self._ended.set()
 
@@ -518,11 +647,32 @@ class Runner:
             # Read again after a restart, it costs the device another question.
             self.ledger.forget_path(self.job.name, device)
         self.ways[device] = self.versions.way(self.assigned[device].structure, (), 0)
+        if self._buffered and self.open_round is not None:
+            self._ask_again(self.open_round, device)
         await self._publish_steps(self.ways[device].steps)
         if self.open_round is None:
             await self._publish_cancel(device, self.ways[device])
         elif device in self.open_round.invitations and device not in self.open_round.stored:
             await self._publish_task(self.open_round.number, self.open_round.invitations[device])
+
+    def _ask_again(self, now: deciding.Round, device: str) -> None:
+        """Invite a device that cannot do its task to the newest version instead, in the ledger first."""
+        known = self.fleet.devices.get(device)
+        if known is None or device not in now.invitations or device in now.stored or device in now.storing:
+            return
+        (one,) = self._invite(now.number, [known])
+        invitations = dict(now.invitations) | {
+            device: self._lasting(now.number, one, self.ways[device]),
+        }
+        row = self.ledger.round(self.job.name, now.number)
+        invited = msgspec.msgpack.encode(list(invitations.values()))
+        self.ledger.open_round(replace(row, epoch=self.ledger.epoch, invited=invited))
+        now.invitations = invitations
+
+    def may_upload(self, device: str, number: int) -> bool:
+        """Whether an update of this round would be looked at now."""
+        now = self.open_round
+        return now is not None and number in (now.number, now.asked(device))
 
     async def _publish_task(self, number: int, invitation: deciding.Invitation) -> None:
         way, assigned = self.ways[invitation.device], self.assigned[invitation.device]
@@ -533,7 +683,7 @@ class Runner:
             coordinator=self.coordinator,
             device=invitation.device,
             job=self.job.name,
-            round=number,
+            round=invitation.round or number,
             spec=self._specs[invitation.structure],
             # A download that is too much for now is no reason to let an invited device send nothing.
             density=self._density(invitation.device, way.size_bytes, warm=True)
@@ -571,27 +721,89 @@ class Runner:
         stored = await self._long(self.ledger.updates, self.job.name, number)
         updates = [decode_update(update.frame) for update in stored]
         advanced = await self._long(
-            aggregation.advance, self.job, now.number + 1, now.members, updates, self.public
+            aggregation.advance,
+            self.job,
+            now.number + 1,
+            now.members,
+            updates,
+            self.public,
+            self._late(number),
         )
         ids = [update.update_id for update in updates]
         made = await self._long(
             self.versions.commit, advanced, number, ids, self._storage_bytes(), self.keyframe_bytes
         )
         up, down = self._count_bytes(updates)
-        stats = Stats(
+        judged = await self._long(self._judged, updates)
+        stats = msgspec.structs.replace(
+            judged,
             seconds=time.monotonic() - started,
             train_seconds_max=max(update.train_seconds for update in updates),
             teach_seconds=advanced.teach_seconds,
             up_bytes=up,
             down_bytes=down,
-            guard=advanced.ensemble.guard,
-            local_correct=sum(update.evaluation[0] for update in updates if update.evaluation),
-            local_total=sum(update.evaluation[1] for update in updates if update.evaluation),
-            rule=self.job.aggregate.rule,
             frozen=dict(advanced.frozen),
             contributions=kept(advanced.contributions),
         )
         self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
+
+    def _judged(self, updates: Sequence[Update]) -> Stats:
+        """Return what is known of the newest version, and of the one that its updates were made from."""
+        number, ensemble = self.versions.now.number, self.versions.now.ensemble
+        central = None
+        if self.public.validation is not None:
+            x, y = self.public.validation
+            rows = evaluation.judging(y, ensemble.method, derive_seed(self.job.seed, "labels", 0))
+            central = self._scored(x[rows], y[rows])
+        return Stats(
+            guard=ensemble.guard,
+            ensemble=ensemble.method,
+            use=ensemble.use,
+            rule=self.job.aggregate.rule,
+            local=self._local(number - 1, updates),
+            central=central,
+            test=None if self.test is None else self._scored(*self.test),
+        )
+
+    def _scored(self, x: aggregation.Floats, y: NDArray[np.int64]) -> CentralView | None:
+        """Return what the newest version reaches on labels of the coordinator; see `scored`."""
+        try:
+            return scored(self.job, self.versions.now, x, y)
+        except LiberataiError as error:
+            # A figure that decides nothing must not cost the round its version.
+            log.warning("version %d of %s: %s %s", self.versions.now.number, self.job.name, error.code, error)
+            return None
+
+    def _local(self, version: int, updates: Sequence[Update]) -> LocalView | None:
+        """Return what the devices of a round told of the version that it began with, or of an older one."""
+        marks = self.versions.history.get(version, {})
+        told: dict[str, evaluation.Told] = {}
+        for update in updates:
+            mark, device = marks.get(update.structure), self.fleet.devices.get(update.device)
+            if update.evaluation is None:
+                continue
+            profile = device.capability.profile if device and device.capability else ""
+            correct, total = update.evaluation
+            told[update.device] = evaluation.Told(
+                device=update.device,
+                structure=update.structure,
+                profile=profile,
+                correct=correct,
+                total=total,
+                late=mark is None or update.base != weights_name(mark.digest),
+            )
+        return evaluation.local(version, list(told.values()))
+
+    def _late(self, number: int) -> Late | None:
+        """Return how late the updates of a buffered job are, by what the ledger says of invitations."""
+        if not self._buffered:
+            return None
+        row = self.ledger.round(self.job.name, number)
+        invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+        return Late(
+            staleness={one.update_id: self.versions.now.number - one.version for one in invited},
+            devices=Counter(one.structure for one in invited),
+        )
 
     def _storage_bytes(self) -> dict[str, int]:
         """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
@@ -616,6 +828,7 @@ class Runner:
 
     async def _finish(self) -> None:
         await self._publish_head("finished")
+        self.resumed.set()
         taking = [(device, one.structure) for device, one in self.assigned.items() if one.structure]
         self.ways = await self._long(self._ways, taking)
         await self._publish_steps([step for way in self.ways.values() for step in way.steps])
@@ -647,6 +860,23 @@ class Runner:
         return round_views(self.ledger, self.job.name, self.open_round)
 
 
+def scored(job: JobSpec, version: Current, x: aggregation.Floats, y: NDArray[np.int64]) -> CentralView | None:
+    """Return what a version reaches on labels of the coordinator; None if there are none.
+
+    Args:
+        job: settings.
+        version: that answers, with what devices hold of it.
+        x: inputs, shape (n, …).
+        y: labels, shape (n,).
+    """
+    if not len(y):
+        return None
+    views = {sid: member.view for sid, member in version.members.items()}
+    log_probs = aggregation.outputs(version.members, views, job.data, x)
+    together = version.ensemble.combine(log_probs)
+    return evaluation.central(version.number, sorted(views), log_probs, together, y)
+
+
 def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     """Refuse an update that means nothing in its structure.
 
@@ -665,6 +895,40 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
         raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
     if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
         raise SchemaError("more correct answers than questions")
+
+
+def invited_in(row: RoundRow) -> list[deciding.Invitation]:
+    """Return the invitations that a round made itself."""
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    return [one for one in listed if one.round in (0, row.round)]
+
+
+def with_round(
+    history: selection.History, row: RoundRow, stored: Sequence[StoredUpdate]
+) -> selection.History:
+    """Return a history with one round more.
+
+    Args:
+        history: up to the round before.
+        row: the round.
+        stored: its updates, with their frames.
+    """
+    devices = dict(history.devices)
+    for one in invited_in(row):
+        past = devices.get(one.device, selection.Past())
+        devices[one.device] = msgspec.structs.replace(past, invited=past.invited + 1)
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    opened = {one.device: one.opened_s or row.opened_s for one in listed}
+    for found in stored:
+        update = decode_update(found.frame)
+        devices[found.device] = msgspec.structs.replace(
+            devices.get(found.device, selection.Past()),
+            round=row.round,
+            loss=update.loss,
+            samples=update.samples,
+            seconds=max(0.0, found.received_s - opened.get(found.device, row.opened_s)),
+        )
+    return selection.History(round=row.round, devices=devices)
 
 
 def spec_of(job: JobSpec, structure: Structure) -> TaskSpec:
@@ -741,3 +1005,19 @@ def load_public(job: JobSpec, base_dir: Folder) -> Public:
             raise DataError(f"{job.aggregate.validation}: validation data needs labels `y`")
         validation = (samples.x, samples.y)
     return Public(unlabeled=unlabeled, validation=validation)
+
+
+def load_test(job: JobSpec, base_dir: Folder) -> Labelled | None:
+    """Return what versions are tested on: the part that the file marks as test samples, or all of it.
+
+    Raises:
+        DataError: the file is missing, not of the job's form, or has no labels.
+    """
+    if job.evaluate.test is None:
+        return None
+    samples = load_npz(base_dir / job.evaluate.test, job.data)
+    if samples.y is None:
+        raise DataError(f"{job.evaluate.test}: test data needs labels `y`")
+    if samples.test is None or not samples.test.any():
+        return samples.x, samples.y
+    return samples.x[samples.test], samples.y[samples.test]

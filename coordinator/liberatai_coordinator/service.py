@@ -31,7 +31,7 @@ from liberatai_coordinator.ledger import (
 )
 from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import contribution_view, round_views
+from liberatai_coordinator.records import contribution_views, round_views
 from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
@@ -312,8 +312,8 @@ class Service:
         job = self.runners.get(offer.job)
         if job is not None and not job.resumed.is_set():
             return  # too early to say anything: the device repeats its offer
-        known = job is not None and job.open_round is not None and job.open_round.number == offer.round
-        stored = self._stored(offer.job, offer.round, offer.update_id)
+        known = job is not None and job.may_upload(offer.device, offer.round)
+        stored = self.ledger.has_update(offer.job, offer.device, offer.update_id)
         if stored or not known:
             # Say it before bytes move: a receipt for the whole upload.
             code = "E_DUP" if stored else RoundUnknownError.code
@@ -371,10 +371,10 @@ class Service:
     def _receipted(self, update: Update) -> bool:
         """Whether a device that is shut out now sends again what was counted before."""
         shut_out = self.fleet.devices[update.device].status == "quarantined"
-        return shut_out and self._stored(update.job, update.round, update.update_id)
+        return shut_out and self.ledger.has_update(update.job, update.device, update.update_id)
 
     async def _resumed(self, job_name: str) -> None:
-        """Wait until a job that was interrupted knows its round again.
+        """Wait until a job that was interrupted, or is buffered and between two rounds, knows its round.
 
         Raises:
             BusyError: it takes longer; the device keeps its update and tries again.
@@ -382,10 +382,10 @@ class Service:
         job = self.runners.get(job_name)
         if job is None or job.resumed.is_set():
             return
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(job.resumed.wait(), RESUME_S)
-        except TimeoutError:
-            raise BusyError(f"job {job_name} is being resumed") from None
+        if not job.resumed.is_set():  # or not any more
+            raise BusyError(f"job {job_name} is between two rounds")
 
     def _require_meaning(self, update: Update) -> None:
         """Refuse an update whose bytes mean nothing in its structure, before it is stored."""
@@ -400,18 +400,12 @@ class Service:
         job = self.runners.get(update.job)
         actions = job.decide(deciding.UpdateArrived(update=update)) if job else []
         refused = not actions or any(isinstance(action, deciding.Refuse) for action in actions)
-        if refused and self._stored(update.job, update.round, update.update_id):
+        if refused and self.ledger.has_update(update.job, update.device, update.update_id):
             return [deciding.Accept(device=update.device, update_id=update.update_id, code="E_DUP")]
         if job is not None and job.open_round is not None:
             return actions
         error = RoundUnknownError(f"no open round {update.round} of {update.job}")
         return [deciding.Refuse(device=update.device, update_id=update.update_id, error=error)]
-
-    def _stored(self, job: str, number: int, update_id: bytes) -> bool:
-        try:
-            return update_id in self.ledger.update_ids(job, number)
-        except NotFoundError:
-            return False
 
     async def _act(self, action: deciding.Action, frame: bytes) -> None:
         match action:
@@ -429,7 +423,8 @@ class Service:
         stored = StoredUpdate(
             update_id=update.update_id,
             job=update.job,
-            round=update.round,
+            # Not the update's own: a late one of a buffered job counts in the round that is open now.
+            round=job.open_round.number if job.open_round else update.round,
             device=update.device,
             structure=update.structure,
             samples=update.samples,
@@ -557,8 +552,8 @@ class Service:
     async def device(self, device: str) -> DeviceView:
         """Return one device."""
         view = self._device_view(self.fleet.require(device))
-        given = await asyncio.to_thread(contribution_view, self.ledger, device)
-        return msgspec.structs.replace(view, contribution=given)
+        given = await asyncio.to_thread(contribution_views, self.ledger, device)
+        return msgspec.structs.replace(view, contributions=given)
 
     async def approve(self, device: str) -> DeviceView:
         """Let a pending device in."""
@@ -584,6 +579,7 @@ class Service:
         job = parse_job(yaml_text, "job")
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(runner.load_public, job, Path(base_dir))
+        await asyncio.to_thread(runner.load_test, job, Path(base_dir))
         await asyncio.to_thread(runner.candidates_of, job)
         self.ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
         self._start_job(self.ledger.job(job.name))

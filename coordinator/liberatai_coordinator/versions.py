@@ -28,7 +28,7 @@ from liberatai_coordinator.repository import Member as MemberRecord
 from liberatai_core.aggregator.server_optimizer import ServerState
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
-from liberatai_core.compressor.drawn import draw
+from liberatai_core.compressor.drawn import REACH_BITS, cut, draw
 from liberatai_core.contract.messages import BlobRef, Step, weights_name
 from liberatai_core.contract.topics import blob_id, blob_id_of
 from liberatai_core.errors import DataError
@@ -44,6 +44,10 @@ MAX_STEPS = 512
 MAX_CHAIN_FILES = 32
 """Files of one chain: half of what a device's path may have (`catch_up.MAX_FILES`), so that going on from its
 keyframe is always possible. Only chains whose deltas have no exact sum grow so long."""
+
+GROUP_REACH_BITS = (REACH_BITS, 3, 2, 1)
+"""How finely the weights of nested members are drawn, the first that fits counts: slices of a draw travel as
+levels, 11, 5, 4 or 3 bits each at most."""
 
 RENEWED_SHARE = 0.6
 """Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
@@ -125,17 +129,42 @@ class Versions:
         members: dict[str, Member] = {}
         chains: dict[str, Path] = {}
         blobs: list[bytes] = []
-        for sid, structure in sorted(structures.items()):
-            seed = derive_seed(self.job.seed, f"initial|{sid}", 0)
-            artifact = _first_keyframe(
-                initial_weights(structure, self.job.data, seed), structure, seed, keyframe_bytes[sid]
-            )
+        for sid, artifact in self._first_keyframes(structures, keyframe_bytes).items():
+            structure = structures[sid]
             view = restore(artifact, structure)
             members[sid] = aggregation.first(self.job, structure, view)
             chains[sid] = (self._step(0, artifact, view),)
             blobs.append(artifact)
         ensemble = aggregation.combine(self.job, members, public)
         self._write(Current(number=0, id="", members=members, chains=chains, ensemble=ensemble), (), blobs)
+
+    def _first_keyframes(
+        self, structures: Mapping[str, Structure], keyframe_bytes: Mapping[str, int]
+    ) -> dict[str, bytes]:
+        """Return the files of version 0, sorted by structure; members of a group start with shared values."""
+        seeds = {sid: derive_seed(self.job.seed, f"initial|{sid}", 0) for sid in sorted(structures)}
+        starts = {sid: initial_weights(structures[sid], self.job.data, seed) for sid, seed in seeds.items()}
+        files = {
+            sid: _first_keyframe(starts[sid], structures[sid], seed, keyframe_bytes[sid])
+            for sid, seed in seeds.items()
+        }
+        for group in aggregation.groups(self.job, structures.values()):
+            large = group.largest
+            for bits in GROUP_REACH_BITS:
+                recipe = draw(starts[large], structures[large], seeds[large], reach_bits=bits)
+                shared = {large: recipe}
+                for sid, places in list(group.places.items())[1:]:
+                    own = draw(starts[sid], structures[sid], seeds[sid])
+                    shared[sid] = cut(recipe, structures[large], own, structures[sid], places)
+                if all(len(content) <= keyframe_bytes[sid] for sid, content in shared.items()):
+                    break
+            files |= {
+                sid: content
+                if len(content) <= keyframe_bytes[sid]
+                else compress(restore(content, structures[sid]), structures[sid], keyframe_bytes[sid])
+                for sid, content in shared.items()
+            }
+        return files
 
     def commit(
         self,
@@ -284,6 +313,22 @@ class Versions:
     def content(self, blob: str) -> bytes:
         """Return a file that devices may need, by its blob id."""
         return self._loose[blob] if blob in self._loose else self.repository.get(self.shas[blob])
+
+    def recall(self, sid: str, way: Way) -> bool:
+        """Make the merged files of a way that a device was told before a restart again, if that is possible.
+
+        Returns:
+            Whether `content` has all of its files now.
+        """
+        missing = {step.blob.blob for step in way.steps} - self.shas.keys() - self._loose.keys()
+        before = next((step for step in way.path if step.digest == way.held), None)
+        if missing and before is not None:
+            number = way.steps[-1].version
+            if self._knows(sid, before) and sid in self.history.get(number, {}):
+                member = replace(self.now.members[sid], view=self._view(sid, number))
+                found = self._files(sid, before.version, number, member)
+                self._loose |= {step.blob.blob: content for step, content in found}
+        return missing <= self._loose.keys()
 
     def way(self, sid: str, path: Path, storage_bytes: int) -> Way:
         """Return how a device that holds `path` gets to the newest version of a structure.

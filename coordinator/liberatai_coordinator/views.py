@@ -1,5 +1,6 @@
 """What the API shows: plain records, the same for the command line, the demo and any other client."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -14,7 +15,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContributionView(View, frozen=True, kw_only=True):
-    """What a device's newest update gave, see `aggregator.rules.Contribution`.
+    """What one update of a device gave, see `aggregator.rules.Contribution`.
 
     Attributes:
         norm: length of its difference.
@@ -40,7 +41,8 @@ class DeviceView(View, frozen=True, kw_only=True):
         updates: stored updates, in all jobs: the rounds it took part in.
         round_sent_bytes, round_received_bytes: the totals per update; everything that the socket carried
             is in them, telemetry and pings too.
-        contribution: of its newest update that was merged; only where one device is asked for.
+        contributions: of its newest updates that were merged, the newest first; only where one device is
+            asked for.
     """
 
     id: str
@@ -75,7 +77,7 @@ class DeviceView(View, frozen=True, kw_only=True):
     round_sent_bytes: int = 0
     round_received_bytes: int = 0
     refusals: dict[str, int] = {}
-    contribution: ContributionView | None = None
+    contributions: tuple[ContributionView, ...] = ()
 
 
 class AssignmentView(View, frozen=True, kw_only=True):
@@ -117,6 +119,72 @@ class PlanView(View, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
+class ScoreView(View, frozen=True, kw_only=True):
+    """How a group of devices does on what they hold out of their own data.
+
+    Attributes:
+        accuracy: right answers per question; a device counts for at most the lower median of its group's
+            questions (`evaluation.score`). None: nobody held anything out.
+        correct, total: the sums as devices told them, not capped.
+        devices: that held something out.
+    """
+
+    accuracy: float | None = None
+    correct: int = 0
+    total: int = 0
+    devices: int = 0
+
+
+class WorstView(View, frozen=True, kw_only=True):
+    """The devices that a model serves worst.
+
+    Attributes:
+        accuracy: mean of the worst tenth, every device alike; at least one device.
+        devices: number of devices in that tenth.
+        of: devices that held out enough to be compared (`evaluation.MIN_TOTAL`).
+    """
+
+    accuracy: float
+    devices: int
+    of: int
+
+
+class LocalView(View, frozen=True, kw_only=True):
+    """What the devices of one round scored on their own hold-outs, as sums.
+
+    Attributes:
+        version: that they scored: the one that the round began with.
+        late: devices that scored an older one (buffered jobs). They count all the same: without them the
+            slow devices would be in no figure.
+        structures: by structure id.
+        profiles: by the profile that the device names, else by the form of file that suits it.
+        worst: None if no device held out enough.
+    """
+
+    version: int
+    all: ScoreView = ScoreView()
+    structures: dict[str, ScoreView] = {}
+    profiles: dict[str, ScoreView] = {}
+    worst: WorstView | None = None
+    late: int = 0
+
+
+class CentralView(View, frozen=True, kw_only=True):
+    """What one version reaches on labelled data of the coordinator.
+
+    Attributes:
+        version: that was scored: the one that the round made.
+        samples: labels that it was scored on.
+        structures: accuracy by structure id.
+        ensemble: of what the version answers, as the guard decided.
+    """
+
+    version: int
+    samples: int
+    structures: dict[str, float] = {}
+    ensemble: float = 0.0
+
+
 class RoundView(View, frozen=True, kw_only=True):
     """One round.
 
@@ -124,7 +192,12 @@ class RoundView(View, frozen=True, kw_only=True):
         train_seconds_max: longest time that a device spent on its task, trainer start included.
         up_bytes, down_bytes: what the sockets of the devices that answered carried since their last answer.
         merged: by which rule, whose updates counted, and which structures were frozen.
-        local_accuracy: of the version before, on what devices hold out of their own data (sums of counts).
+        ensemble: method that found the weights of the version.
+        use: "ensemble", or the structure that the guard fell back to; "" while there is no version.
+        local: of the version before, on what devices hold out of their own data.
+        central: of the new version on those labels of `aggregate.validation` that found no weights. The
+            guard has decided by them.
+        test: of the new version on `evaluate.test`, by which nothing was decided.
     """
 
     round: int
@@ -139,7 +212,21 @@ class RoundView(View, frozen=True, kw_only=True):
     reason: str = ""
     guard: str = ""
     merged: str = ""
-    local_accuracy: float | None = None
+    ensemble: str = ""
+    use: str = ""
+    local: LocalView | None = None
+    central: CentralView | None = None
+    test: CentralView | None = None
+
+
+def newest(rounds: Sequence[RoundView]) -> tuple[LocalView | None, CentralView | None, CentralView | None]:
+    """Return the newest figures there are: of the devices, on validation labels, on the test file."""
+    back = rounds[::-1]
+    return (
+        next((one.local for one in back if one.local), None),
+        next((one.central for one in back if one.central), None),
+        next((one.test for one in back if one.test), None),
+    )
 
 
 class JobView(View, frozen=True, kw_only=True):

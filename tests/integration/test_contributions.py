@@ -27,22 +27,20 @@ def test_a_device_shows_what_its_newest_update_gave(tmp_path: Path) -> None:
         async with devices(broker, "a", "b", "c"):
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: "a" in service.fleet.devices)
-                assert (await service.device("a")).contribution is None
+                assert (await service.device("a")).contributions == ()
                 await service.create_job(yaml, str(tmp_path))
                 await until(lambda: finished(service))
                 rounds = (await service.job("tiny")).rounds
-                shown = [(await service.device(name)).contribution for name in "abc"]
+                shown = [(await service.device(name)).contributions for name in "abc"]
             assert [one.merged.partition(":")[0] for one in rounds] == ["norm_clip"] * 2
-            for given in shown:
-                assert given is not None
-                assert (given.job, given.round) == ("tiny", 2)
-                assert given.norm > 0
-                assert 0 < given.cosine <= 1
+            for one in shown:
+                assert [(given.job, given.round) for given in one] == [("tiny", 2), ("tiny", 1)]
+                assert all(given.norm > 0 and 0 < given.cosine <= 1 for given in one)
             # Lengths of three are never all at most their median, unless they are equal.
-            assert {given.verdict for given in shown if given} == {"accepted", "clipped"}
+            assert {given.verdict for given, _ in shown} == {"accepted", "clipped"}
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: "a" in service.fleet.devices)
-                assert (await service.device("a")).contribution == shown[0]
+                assert (await service.device("a")).contributions == shown[0]
 
     run(scenario())
 
@@ -57,8 +55,7 @@ def test_a_frozen_structure_stays_as_it_is_and_its_round_says_why(tmp_path: Path
             (only,) = (await service.job("tiny")).rounds
             assert only.merged.startswith("neighbour_vote: 2 refused; mlp")
             assert only.merged.endswith("frozen: 2 updates, 3 are needed against 1 hostile ones")
-            view = (await service.device("a")).contribution
-            assert view is not None
+            (view,) = (await service.device("a")).contributions
             assert (view.verdict, view.cosine) == ("refused", 0.0)
             before, after = [await service.version("tiny", version) for version in ("0", "1")]
             assert before.digests == after.digests

@@ -8,18 +8,22 @@ Two rules for a coordinate that only some devices sent, in `RULES`: `mean` count
 `mean_over_senders` divides by the weight of those that sent it (both are readings of Thonglek et al.,
 ICFEC 2022, which leaves it open).
 
-Sums are exact: every summand is cut at fixed powers of two, and the pieces of one power add up in float64
-without rounding (Demmel & Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013). So the same
-updates give the same bytes in any order, and partial sums of shards can be merged.
+Sums are exact. The values of an update are multiples of one power of two, and an array of float64 adds such
+multiples without rounding up to 2^53: one addition per value that was sent. What spans more than 46 bits is
+cut first (Demmel & Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013), and each part has an
+array of its own; an array that fills up hands its upper bits on. The result is the exact sum, rounded once.
+So the same updates give the same bytes in any order, and partial sums of shards can be merged.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_core.aggregator.packed import Packed
 from liberatai_core.errors import DuplicateError, SchemaError, StructureError, TooLargeError
 from liberatai_core.weights import Vector, require_finite
 
@@ -29,18 +33,25 @@ MAX_SAMPLES = 10_000
 _LARGEST_CAP = 1 << 29
 """29 bits times the 24 of a float32 are 53: the product is exact in float64."""
 MAX_UPDATES = 1 << 20
-"""Most updates in one sum: 2^20 pieces below 2^32 stay below 2^53, where float64 counts without rounding."""
-_PIECE = 32
-"""Bits of a piece; with at most 10 000 samples a summand has 38 significant bits, so 2 or 3 pieces."""
+"""Most updates in one sum: 2^20 weights below 2^29 stay below 2^53, where float64 counts without rounding."""
+_GRID = 32
+"""Units of the arrays of one sum are so many powers of two apart: float32 allows at most a dozen arrays."""
+_REACH = 46
+"""Bits of what is added to an array at once: most updates need no cut, 2^7 of the widest fill an array."""
+_FULL = 1 << 53
+"""Units up to which float64 counts without rounding."""
 _BLOCK = 1 << 14
-"""Values cut at a time: the buffers stay in the processor's cache."""
+"""Values looked at together: the buffers stay in the processor's cache."""
 _DENSE = 8
 """With more than one value in 8, passing over the zeros is faster than gathering and scattering."""
+_MAGNITUDE, _INFINITE, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
+"""Bits of a float32."""
 
 Cover = NDArray[np.bool_]
 """Which coordinates an update speaks about, shape (parameters,)."""
 
 Doubles = NDArray[np.float64]
+Place = slice | NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,39 +60,48 @@ class Sum:
 
     Attributes:
         parameters: length of the vectors.
-        pieces: by exponent e: sum of the pieces that are multiples of 2^e, shape (parameters,), float64; the
-            sum of weight * difference is their sum. About three arrays occur; float32 allows at most ten.
+        pieces: by exponent e: multiples of 2^e, shape (parameters,), float64; the sum of weight * difference
+            is their sum. Usually one or two arrays.
         weights: sum of weights, shape (parameters,), or (1,) while every update covered everything.
         updates: number of updates in it.
+        loads: by exponent: what no multiple in that piece exceeds.
     """
 
     parameters: int
     pieces: Mapping[int, Doubles]
     weights: Doubles
     updates: int = 0
+    loads: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def values(self) -> Doubles:
-        """The sum as float64, shape (parameters,), rounded the same way whatever the order was."""
+        """The sum as float64, shape (parameters,), rounded once: whatever the order was, the same bits."""
         total = np.zeros(self.parameters)
-        for exponent in sorted(self.pieces, reverse=True):
-            total += self.pieces[exponent]
+        for place in _runs(self.parameters if self.pieces else 0):
+            total[place] = _rounded(self.pieces, place)
         return total
 
 
-@dataclass(frozen=True, slots=True)
+Addend = tuple[Vector | Packed, int, Cover | None]
+"""Difference, samples, and what it speaks about; None for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregator:
-    """Four pure functions.
+    """Five pure functions.
 
     Attributes:
         init: number of parameters -> empty state.
         add: (state, difference, samples, cover or None for all) -> state.
+        add_all: (state, addends) -> state of all of them; one copy of the state for the whole stream, and one
+            addend in memory at a time.
         merge: (state, state) -> state of the updates of both, which must not share one.
         finish: state -> mean difference, float32; zero where nothing was covered.
     """
 
     init: Callable[[int], Sum]
-    add: Callable[[Sum, Vector, int, Cover | None], Sum]
+    add: Callable[[Sum, Vector | Packed, int, Cover | None], Sum]
+    add_all: Callable[[Sum, Iterable[Addend]], Sum]
     merge: Callable[[Sum, Sum], Sum]
     finish: Callable[[Sum], Vector]
 
@@ -105,29 +125,7 @@ class Update:
 
 def mean(cap: int = MAX_SAMPLES) -> Aggregator:
     """Return the mean with weight min(samples, cap); what an update did not send counts as zero."""
-    if not 1 <= cap <= _LARGEST_CAP:
-        raise ValueError(f"cap must be 1 … {_LARGEST_CAP}, not {cap}")
-
-    def init(parameters: int) -> Sum:
-        return Sum(parameters, {}, np.zeros(1))
-
-    def add(state: Sum, difference: Vector, samples: int, cover: Cover | None = None) -> Sum:
-        if difference.shape != (state.parameters,):
-            raise StructureError(f"update of shape {difference.shape}, wanted ({state.parameters},)")
-        if samples < 1:
-            raise SchemaError(f"update counts {samples} samples, at least 1 is needed")
-        require_finite(difference, "update")
-        updates = _more(state.updates, 1)
-        weight = float(min(samples, cap))
-        if cover is None:
-            pieces = _added(state.pieces, weight, difference)
-            return Sum(state.parameters, pieces, state.weights + weight, updates)
-        if cover.shape != difference.shape or cover.dtype != np.bool_:
-            raise StructureError(f"cover is {cover.dtype} {cover.shape}, wanted bool {difference.shape}")
-        pieces = _added(state.pieces, weight, np.where(cover, difference, np.float32(0)))
-        return Sum(state.parameters, pieces, state.weights + weight * cover, updates)
-
-    return Aggregator(init, add, merge, _finish)
+    return _aggregator(cap, senders_only=False)
 
 
 def mean_over_senders(cap: int = MAX_SAMPLES) -> Aggregator:
@@ -135,15 +133,28 @@ def mean_over_senders(cap: int = MAX_SAMPLES) -> Aggregator:
 
     An update speaks about its non-zero coordinates: no sparse method sends a zero.
     """
-    every = mean(cap)
+    return _aggregator(cap, senders_only=True)
 
-    def add(state: Sum, difference: Vector, samples: int, cover: Cover | None = None) -> Sum:
-        if cover is not None and cover.shape != difference.shape:
-            raise StructureError(f"cover of shape {cover.shape}, wanted {difference.shape}")
-        sent = difference != 0
-        return every.add(state, difference, samples, sent if cover is None else sent & cover)
 
-    return Aggregator(every.init, add, every.merge, every.finish)
+def _aggregator(cap: int, *, senders_only: bool) -> Aggregator:
+    if not 1 <= cap <= _LARGEST_CAP:
+        raise ValueError(f"cap must be 1 … {_LARGEST_CAP}, not {cap}")
+
+    def init(parameters: int) -> Sum:
+        return Sum(parameters, {}, np.zeros(1))
+
+    def add_all(state: Sum, addends: Iterable[Addend]) -> Sum:
+        growing = _Growing(state)
+        for difference, samples, cover in addends:
+            if samples < 1:
+                raise SchemaError(f"update counts {samples} samples, at least 1 is needed")
+            growing.add(difference, min(samples, cap), cover, senders_only=senders_only)
+        return growing.sum()
+
+    def add(state: Sum, difference: Vector | Packed, samples: int, cover: Cover | None = None) -> Sum:
+        return add_all(state, [(difference, samples, cover)])
+
+    return Aggregator(init=init, add=add, add_all=add_all, merge=merge, finish=_finish)
 
 
 RULES: dict[str, Callable[[int], Aggregator]] = {"mean": mean, "mean_over_senders": mean_over_senders}
@@ -159,58 +170,241 @@ def merge(one: Sum, other: Sum) -> Sum:
     """
     if one.parameters != other.parameters:
         raise StructureError(f"sums over {one.parameters} and {other.parameters} parameters")
-    pieces = dict(one.pieces)
-    for exponent, piece in other.pieces.items():
-        pieces[exponent] = pieces[exponent] + piece if exponent in pieces else piece
-    updates = _more(one.updates, other.updates)
-    return Sum(one.parameters, pieces, one.weights + other.weights, updates)
+    growing = _Growing(one)
+    growing.add_sum(other)
+    return growing.sum()
+
+
+class _Growing:
+    """A sum that grows in place; arrays of the state that it starts from are copied before they change."""
+
+    def __init__(self, state: Sum) -> None:
+        self.parameters, self.updates = state.parameters, state.updates
+        self.pieces, self.loads = dict(state.pieces), dict(state.loads)
+        self.borrowed = set(state.pieces)
+        # Fresh arrays for every update would be fresh pages for the system.
+        self.bits, self.product = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK)
+        # Weights of updates that cover everything are one number, those of others an array.
+        self.whole = float(state.weights[0]) if state.weights.size == 1 else 0.0
+        self.partly = None if state.weights.size == 1 else state.weights.copy()
+
+    def sum(self) -> Sum:
+        """Return the sum; the arrays are its own from now on."""
+        weights = np.array([self.whole]) if self.partly is None else self.partly + self.whole
+        return Sum(self.parameters, self.pieces, weights, self.updates, self.loads)
+
+    def add(
+        self, difference: Vector | Packed, weight: int, cover: Cover | None, *, senders_only: bool
+    ) -> None:
+        """Add weight * difference, and the weight where the update speaks; 1 <= weight < 2^29."""
+        positions, values = self._sent(difference)
+        if cover is not None:
+            if cover.shape != (self.parameters,) or cover.dtype != np.bool_:
+                raise StructureError(
+                    f"cover is {cover.dtype} {cover.shape}, wanted bool ({self.parameters},)"
+                )
+            values = np.where(cover if positions is None else cover[positions], values, np.float32(0))
+        self.updates = _more(self.updates, 1)
+        self._add_values(positions, values, weight)
+        if cover is None and not senders_only:
+            self.whole += weight
+            return
+        if self.partly is None:
+            self.partly = np.zeros(self.parameters)
+        if not senders_only:
+            self.partly += float(weight) * np.asarray(cover)
+        else:
+            place = slice(None) if positions is None else positions
+            _add_at(self.partly, place, float(weight) * (values != 0))
+
+    def add_sum(self, other: Sum) -> None:
+        """Add another sum of the same length."""
+        self.updates = _more(self.updates, other.updates)
+        for unit, piece in other.pieces.items():
+            blocks = ((place, piece[place].copy()) for place in _runs(self.parameters))
+            self._scatter(blocks, unit, unit + other.loads[unit].bit_length())
+        if other.weights.size == 1:
+            self.whole += float(other.weights[0])
+        else:
+            self.partly = other.weights + (0.0 if self.partly is None else self.partly)
+
+    def _sent(self, difference: Vector | Packed) -> tuple[NDArray[np.intp] | None, Vector]:
+        """Return positions, or None for all, and values of a difference of the right length."""
+        if isinstance(difference, Packed):
+            if difference.parameters != self.parameters:
+                raise StructureError(f"update over {difference.parameters} values, wanted {self.parameters}")
+            positions = difference.positions
+            return None if positions is None else positions.astype(np.intp, copy=False), difference.values
+        if difference.shape != (self.parameters,):
+            raise StructureError(f"update of shape {difference.shape}, wanted ({self.parameters},)")
+        sent = np.flatnonzero(difference)
+        return (None, difference) if sent.size * _DENSE > difference.size else (sent, difference[sent])
+
+    def _add_values(self, positions: NDArray[np.intp] | None, values: Vector, weight: int) -> None:
+        span = _span(values, weight, self.bits)
+        if span is None:
+            return
+        blocks = (
+            (
+                place if positions is None else positions[place],
+                # Without the type numpy multiplies in float32, and rounds.
+                np.multiply(
+                    values[place],
+                    float(weight),
+                    out=self.product[: place.stop - place.start],
+                    dtype=np.float64,
+                ),
+            )
+            for place in _runs(values.size)
+        )
+        self._scatter(blocks, *span)
+
+    def _scatter(self, blocks: Iterable[tuple[Place, Doubles]], low: int, high: int) -> None:
+        """Add values at their places, all of them multiples of 2^low below 2^high; the values are consumed.
+
+        Every step is exact: scalings by powers of two, and subtractions that leave what lies below the cut.
+        """
+        *cuts, last = self._units(low, high)
+        for place, rest in blocks:
+            for unit in cuts:
+                piece = np.rint(rest * math.ldexp(1.0, -unit))
+                piece *= math.ldexp(1.0, unit)
+                _add_at(self.pieces[unit], place, piece)
+                np.subtract(rest, piece, out=rest)
+            _add_at(self.pieces[last], place, rest)
+
+    def _units(self, low: int, high: int) -> list[int]:
+        """Return the units of the arrays that such values go into, largest first, and make room there."""
+        fits = [unit for unit in self.pieces if unit <= low and high <= unit + _REACH]
+        if fits:
+            first = max(fits)
+        elif self.pieces:
+            first = high - _REACH + (next(iter(self.pieces)) - high + _REACH) % _GRID
+        else:
+            # In the middle, where it exists: coarser and finer updates of about this size then fit, too.
+            spare = low + _REACH - high
+            first = low - spare // 2 if spare >= 0 else high - _REACH
+        units = [first]
+        self._reserve(first, high)
+        while units[-1] > low:
+            # What a cut leaves is at most half of its unit.
+            self._reserve(units[-1] - _GRID, units[-1])
+            units.append(units[-1] - _GRID)
+        return units
+
+    def _reserve(self, unit: int, reach: int) -> None:
+        """Make room for one addition of values up to 2^reach to the array of a unit."""
+        more = 1 << reach - unit
+        if unit not in self.pieces:
+            self.pieces[unit], self.loads[unit] = np.zeros(self.parameters), 0
+        elif unit in self.borrowed:
+            self.pieces[unit] = self.pieces[unit].copy()
+            self.borrowed.remove(unit)
+        if self.loads[unit] + more > _FULL:
+            self._hand_on(unit)
+        self.loads[unit] += more
+
+    def _hand_on(self, unit: int) -> None:
+        """Move what lies above the lowest 32 bits of an array to the next one."""
+        above = unit + _GRID
+        self._reserve(above, unit + _FULL.bit_length())
+        piece = self.pieces[unit]
+        for place in _runs(piece.size):
+            high = np.rint(piece[place] * math.ldexp(1.0, -above))
+            high *= math.ldexp(1.0, above)
+            self.pieces[above][place] += high
+            piece[place] -= high
+        self.loads[unit] = 1 << _GRID - 1
+
+
+def _add_at(array: Doubles, place: Place, values: Doubles) -> None:
+    if isinstance(place, slice):
+        array[place] += values
+    else:
+        # Three times as fast as reading, adding and writing with an index.
+        np.add.at(array, place, values)
+
+
+def _span(values: Vector, weight: int, buffer: NDArray[np.uint32]) -> tuple[int, int] | None:
+    """Return low and high such that weight * values are multiples of 2^low below 2^high; None if all are 0.
+
+    Raises:
+        StructureError: the values are no float32.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    if values.dtype != np.float32:
+        raise StructureError(f"update of {values.dtype}, wanted float32")
+    words, largest, smallest, mantissas = values.view(np.uint32), 0, _INFINITE, _MANTISSA + 1
+    for place in _runs(words.size):
+        bits = np.bitwise_and(words[place], _MAGNITUDE, out=buffer[: place.stop - place.start])
+        largest = max(largest, int(bits.max()))
+        mantissas |= int(np.bitwise_or.reduce(bits)) & _MANTISSA
+        least = int(bits.min())
+        if least == 0:
+            # Less 1, zeros become the largest numbers.
+            bits -= np.uint32(1)
+            least = int(bits.min()) + 1
+        smallest = min(smallest, least)
+    if largest >= _INFINITE:
+        require_finite(values, "update")
+    if largest == 0:
+        return None
+    # A float32 with exponent bits E >= 1 is a multiple of 2^(E - 150) below 2^(E - 126); E = 0 counts as 1.
+    low = max(smallest >> 23, 1) - 150 + _zeros(mantissas) + _zeros(weight)
+    high = max(largest >> 23, 1) - 126 + weight.bit_length()
+    return low, high
+
+
+def _zeros(number: int) -> int:
+    """Return how many zero bits a positive number ends with."""
+    return (number & -number).bit_length() - 1
+
+
+def _runs(size: int) -> Iterator[slice]:
+    for start in range(0, size, _BLOCK):
+        yield slice(start, min(start + _BLOCK, size))
+
+
+def _rounded(pieces: Mapping[int, Doubles], place: slice) -> Doubles:
+    """Return the exact sum of the pieces in one run of coordinates, rounded once."""
+    parts = [pieces[unit][place] for unit in sorted(pieces, reverse=True)]
+    if len(parts) < 3:
+        # The sum of two is rounded once anyway.
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0].copy()
+    total, rest, lost = np.zeros(parts[0].size), np.zeros(parts[0].size), np.zeros(parts[0].size, np.bool_)
+    for part in parts:
+        total, error = _two_sum(total, part)
+        rest, error = _two_sum(rest, error)
+        lost |= error != 0
+    total += rest
+    for at in np.flatnonzero(lost).tolist():
+        total[at] = math.fsum(part[at] for part in parts)
+    return total
+
+
+def _two_sum(one: Doubles, other: Doubles) -> tuple[Doubles, Doubles]:
+    """Return the rounded sum and what rounding took away, exactly (Knuth, TAOCP 2, 4.2.2)."""
+    total = one + other
+    added = total - one
+    return total, (one - (total - added)) + (other - added)
 
 
 def _finish(state: Sum) -> Vector:
-    result = state.values
-    weights = np.broadcast_to(state.weights, result.shape)
-    np.divide(result, weights, out=result, where=weights > 0)
-    return result.astype(np.float32)
+    result = np.zeros(state.parameters, dtype=np.float32)
+    for place in _runs(state.parameters if state.pieces else 0):
+        total = _rounded(state.pieces, place)
+        if state.weights.size == 1:
+            total /= state.weights
+        else:
+            np.divide(total, state.weights[place], out=total, where=state.weights[place] > 0)
+        result[place] = total
+    return result
 
 
 def _more(updates: int, added: int) -> int:
     if updates + added > MAX_UPDATES:
         raise TooLargeError(f"{updates + added} updates in one sum, at most {MAX_UPDATES}")
     return updates + added
-
-
-def _added(pieces: Mapping[int, Doubles], weight: float, difference: Vector) -> dict[int, Doubles]:
-    """Return copies of the pieces with weight * difference added to them.
-
-    Every step is exact: a product of at most 29 + 24 bits, scalings by powers of two, and subtractions that
-    leave what lies below the cut.
-    """
-    result = {exponent: piece.copy() for exponent, piece in pieces.items()}
-    for places in _blocks(difference):
-        rest = difference[places] * np.float64(weight)
-        exponent = math.frexp(float(np.abs(rest).max()))[1] // _PIECE * _PIECE
-        while rest.any():
-            unit = math.ldexp(1.0, exponent)
-            piece = rest / unit
-            np.rint(piece, out=piece)
-            piece *= unit
-            if exponent not in result:
-                result[exponent] = np.zeros(difference.size)
-            result[exponent][places] += piece
-            rest -= piece
-            exponent -= _PIECE
-    return result
-
-
-def _blocks(difference: Vector) -> Iterator[slice | NDArray[np.int64]]:
-    """Yield the places of all values that are not zero, some thousands at a time."""
-    sent = np.flatnonzero(difference)
-    if sent.size * _DENSE > difference.size:
-        for start in range(0, difference.size, _BLOCK):
-            yield slice(start, start + _BLOCK)
-        return
-    for start in range(0, sent.size, _BLOCK):
-        yield sent[start : start + _BLOCK]
 
 
 def aggregate(aggregator: Aggregator, parameters: int, updates: Iterable[Update]) -> Vector:
@@ -222,9 +416,9 @@ def aggregate(aggregator: Aggregator, parameters: int, updates: Iterable[Update]
         NonFiniteError: an update contains NaN or infinity.
         SchemaError: an update counts no sample.
     """
-    state, last = aggregator.init(parameters), None
-    for update in sorted(updates, key=lambda update: update.id):
-        if update.id == last:
-            raise DuplicateError(f"update {update.id} is there twice")
-        state, last = aggregator.add(state, update.difference, update.samples, update.cover), update.id
-    return aggregator.finish(state)
+    some = sorted(updates, key=lambda update: update.id)
+    for one, other in itertools.pairwise(some):
+        if one.id == other.id:
+            raise DuplicateError(f"update {one.id} is there twice")
+    addends = ((update.difference, update.samples, update.cover) for update in some)
+    return aggregator.finish(aggregator.add_all(aggregator.init(parameters), addends))

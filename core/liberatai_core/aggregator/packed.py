@@ -1,7 +1,8 @@
-"""Many differences side by side: 8 bytes per value that was sent, and their scalar products without rounding.
+"""Differences without their zeros; many side by side, and their scalar products without rounding.
 
-Rules that compare devices need all differences at once. Sparse ones stay sparse; a rule passes over blocks of
-coordinates, so that beside the packed differences only devices x 2048 values are in memory.
+A sparse update is merged as what it is, positions and values (`mean`). Rules that compare devices need all
+differences at once, at 8 bytes per value that was sent. They pass over blocks of coordinates, so that beside
+the packed differences only devices x 2048 values are in memory.
 
 Scalar products come from matrix products, whose order of summation belongs to the library. Here it cannot
 matter: within a block every difference is rounded to 21 bits below its largest magnitude, so that products of
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_core.errors import IndexOrderError, IndexRangeError, StructureError
 from liberatai_core.weights import Vector
 
 BLOCK = 1 << 11
@@ -25,6 +27,7 @@ _SPARSE = 2
 """A difference with fewer than one value in 2 takes less memory with positions."""
 
 Doubles = NDArray[np.float64]
+Positions = NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,13 +36,42 @@ class Packed:
 
     Attributes:
         parameters: its length.
-        positions: sorted places of `values`, int32; None: all of them, in order.
-        values: float32.
+        positions: places of `values`, strictly increasing, int32 or int64; None: all of them, in order.
+        values: float32; none of them zero if there are positions.
     """
 
     parameters: int
-    positions: NDArray[np.int32] | None
+    positions: Positions | None
     values: Vector
+
+
+def entries(parameters: int, positions: NDArray[np.int64], values: Vector) -> Packed:
+    """Return the difference with these values at these places, as a decoder gives them.
+
+    Args:
+        parameters: length of the difference.
+        positions: strictly increasing, shape (k,), int64.
+        values: shape (k,), float32.
+
+    Raises:
+        StructureError: shapes or types are others.
+        IndexOrderError: positions are unsorted or doubled.
+        IndexRangeError: a position lies outside the difference.
+    """
+    if positions.ndim != 1 or positions.dtype != np.int64 or values.dtype != np.float32:
+        raise StructureError(f"positions are {positions.dtype} {positions.shape}, values {values.dtype}")
+    if positions.shape != values.shape:
+        raise StructureError(f"{positions.size} positions for {values.shape} values")
+    if not (positions[1:] > positions[:-1]).all():
+        raise IndexOrderError("positions are unsorted or doubled")
+    if positions.size and (positions[0] < 0 or positions[-1] >= parameters):
+        raise IndexRangeError(f"a position lies outside 0 … {parameters - 1}")
+    if positions.size == parameters:
+        return Packed(parameters, None, values)
+    if (values == 0).any():
+        sent = np.flatnonzero(values)
+        positions, values = positions[sent], values[sent]
+    return Packed(parameters, positions, values)
 
 
 def pack(difference: Vector) -> Packed:
@@ -48,6 +80,18 @@ def pack(difference: Vector) -> Packed:
     if sent.size * _SPARSE >= difference.size:
         return Packed(difference.size, None, difference)
     return Packed(difference.size, sent.astype(np.int32), difference[sent])
+
+
+def compact(packed: Packed) -> Packed:
+    """Return the same in as little memory as `pack` takes: what is kept longer than it is looked at."""
+    if packed.positions is None or packed.values.size * _SPARSE >= packed.parameters:
+        return pack(unpack(packed))
+    return Packed(packed.parameters, packed.positions.astype(np.int32, copy=False), packed.values)
+
+
+def scaled(packed: Packed, factor: float) -> Packed:
+    """Return the difference times a factor, rounded to float32; what underflows stays in it as a zero."""
+    return Packed(packed.parameters, packed.positions, packed.values * np.float32(factor))
 
 
 def unpack(packed: Packed) -> Vector:
@@ -92,11 +136,22 @@ def gram(differences: Sequence[Packed]) -> Doubles:
     return total
 
 
-def norm(difference: Vector) -> float:
-    """Return the Euclidean norm."""
-    return float(np.sqrt(np.square(difference, dtype=np.float64).sum()))
+def norm(difference: Packed | Vector) -> float:
+    """Return the Euclidean norm: the same bits however the difference was packed."""
+    return float(np.sqrt(np.square(_sent(difference)[1], dtype=np.float64).sum()))
 
 
-def dot(one: Vector, other: Vector) -> float:
-    """Return the scalar product, summed in an order that does not depend on a library's threads."""
-    return float(np.multiply(one, other, dtype=np.float64).sum())
+def dot(one: Packed | Vector, other: Vector) -> float:
+    """Return the scalar product over what `one` sent, in an order that no library's threads change."""
+    places, values = _sent(one)
+    return float(np.multiply(values, other[places], dtype=np.float64).sum())
+
+
+def _sent(difference: Packed | Vector) -> tuple[Positions | slice, Vector]:
+    """Return places and values of what is not zero."""
+    if isinstance(difference, Packed):
+        if difference.positions is not None:
+            return difference.positions, difference.values
+        difference = difference.values
+    places = np.flatnonzero(difference)
+    return (slice(None), difference) if places.size == difference.size else (places, difference[places])

@@ -11,9 +11,14 @@ Every rule but `mean` first clips lengths (`norm_clip`), then merges:
 | `centred_clipping` | centred clipping of buckets | all sent values + devices^2 |
 | `nnm_trimmed_mean` | trimmed mean of nearest-neighbour mixtures | all sent values + devices^2 |
 | `neighbour_vote` | mean of all but the f that are fewest devices' neighbours | all sent values + devices^2 |
+| `screened_mean` | sample-weighted mean of all but at most f that stand out | all sent values + devices^2 |
 
-Sample counts are a device's own word. `mean` caps them by the job; `norm_clip` also by the median of the
-round, which a minority cannot raise beyond honest counts; the others give every device one voice.
+Sample counts are a device's own word. `mean` caps them by the job; `norm_clip` and `screened_mean` also by
+the median of the round, which a minority cannot raise beyond honest counts; the others give every device one
+voice.
+
+Updates come sparse and are merged sparse. A rule that holds them reads each once; `mean` and `norm_clip` read
+again what exceeds a quarter of the model's values.
 
 Updates are sorted by id, sums are exact or ranked, and selections rest on exact scalar products: the same
 updates give the same bytes in whichever order they came.
@@ -21,8 +26,8 @@ updates give the same bytes in whichever order they came.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,21 +39,32 @@ from liberatai_core.aggregator.median import median_of_senders
 from liberatai_core.aggregator.neighbour_vote import elected
 from liberatai_core.aggregator.nnm import mixed, neighbours
 from liberatai_core.aggregator.norm_clip import clip_factors
-from liberatai_core.aggregator.packed import Packed, blocks, dot, gram, norm, pack, unpack
+from liberatai_core.aggregator.packed import Packed, blocks, compact, dot, gram, norm, pack, scaled
+from liberatai_core.aggregator.screen import passed
 from liberatai_core.aggregator.trimmed_mean import trimmed_mean, trimmed_mean_of_senders
 from liberatai_core.errors import DuplicateError, SchemaError, StructureError, TooLargeError
 from liberatai_core.weights import Vector, require_finite
 
 Name = Literal[
-    "mean", "norm_clip", "trimmed_mean", "median", "centred_clipping", "nnm_trimmed_mean", "neighbour_vote"
+    "mean",
+    "norm_clip",
+    "trimmed_mean",
+    "median",
+    "centred_clipping",
+    "nnm_trimmed_mean",
+    "neighbour_vote",
+    "screened_mean",
 ]
 Verdict = Literal["accepted", "clipped", "refused"]
 Doubles = NDArray[np.float64]
 
-ROBUST: Name = "neighbour_vote"
+ROBUST: Name = "screened_mean"
 """What a job that fears hostile devices should name; measured by `benchmarks/robustness.py`."""
 MAX_COMPARED = 4096
 """Most devices that rules compare pair by pair: 4096^2 scalar products take 128 MiB."""
+_KEPT = 4
+"""`mean` and `norm_clip` keep updates with a quarter of the model's values together, as long as these are the
+first ones: most rounds of sparse updates are then decoded once, and memory stays that of a few models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +75,13 @@ class Sender:
         id: unique name; fixes the order of summation.
         samples: number of samples it was trained on, at least 1.
         read: -> its difference, shape (parameters,), float32; the same one at every call.
+        sent: -> the same without its zeros, if it comes like that; None: `read` is asked.
     """
 
     id: str
     samples: int
     read: Callable[[], Vector]
+    sent: Callable[[], Packed] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +99,7 @@ class Settings:
 
     rule: Name = "mean"
     hostile: float = 0.0
-    clip: float = 1.0
+    clip: float = 2.0
     cap: int = mean.MAX_SAMPLES
     over: str = "mean"
     seed: int = 0
@@ -119,16 +137,72 @@ class Merged:
     frozen: str = ""
 
 
+class _Reads:
+    """Differences of a set, checked when they are read, and kept as long as there is room.
+
+    Args:
+        senders: whose they are.
+        parameters: length of every difference.
+        room: how many values are kept, together.
+    """
+
+    def __init__(self, senders: Sequence[Sender], parameters: int, room: float) -> None:
+        self.senders, self.parameters, self.room = senders, parameters, room
+        self.kept: dict[int, Packed] = {}
+        self.norms: dict[int, float] = {}
+
+    def difference(self, place: int) -> Packed:
+        """Return the difference of one sender.
+
+        Raises:
+            StructureError: it has another length.
+            NonFiniteError: it contains NaN or infinity.
+        """
+        if place in self.kept:
+            return self.kept[place]
+        sender = self.senders[place]
+        difference = self._checked(sender.sent() if sender.sent else sender.read())
+        if place not in self.norms:
+            self.norms[place] = norm(difference)
+            # Squares of float32 cannot overflow here.
+            if not math.isfinite(self.norms[place]):
+                require_finite(difference.values, "update")
+        if difference.values.size <= self.room:
+            self.room -= difference.values.size
+            self.kept[place] = difference = compact(difference)
+        return difference
+
+    def norm(self, place: int) -> float:
+        """Return the length of the difference of one sender."""
+        if place not in self.norms:
+            self.difference(place)
+        return self.norms[place]
+
+    def __iter__(self) -> Iterator[Packed]:
+        return map(self.difference, range(len(self.senders)))
+
+    def _checked(self, difference: Packed | Vector) -> Packed:
+        shape = (difference.parameters,) if isinstance(difference, Packed) else difference.shape
+        if shape != (self.parameters,):
+            raise StructureError(f"update of shape {shape}, wanted ({self.parameters},)")
+        return difference if isinstance(difference, Packed) else pack(difference)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Set:
-    """A checked set of updates: lengths, what each is multiplied by, and how many are feared."""
+    """A checked set of updates: what they are, what each is multiplied by, and how many are feared."""
 
     parameters: int
     senders: tuple[Sender, ...]
-    norms: tuple[float, ...]
+    reads: _Reads
     factors: Doubles
     f: int
     settings: Settings
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Lengths of the differences."""
+        return tuple(map(self.reads.norm, range(len(self.senders))))
 
 
 def feared(hostile: float, devices: int) -> int:
@@ -157,34 +231,40 @@ def merge(settings: Settings, parameters: int, senders: Sequence[Sender]) -> Mer
     """
     _require(settings, senders)
     ordered = tuple(sorted(senders, key=lambda sender: sender.id))
-    norms = tuple(norm(_read(sender, parameters)) for sender in ordered)
+    rule = RULES[settings.rule]
+    reads = _Reads(ordered, parameters, parameters // _KEPT if rule is _weighted else math.inf)
     robust = settings.rule != "mean"
     f = feared(settings.hostile, len(ordered)) if robust else 0
-    factors = clip_factors(norms, settings.clip) if robust else np.ones(len(ordered))
+    group = _Set(
+        parameters=parameters,
+        senders=ordered,
+        reads=reads,
+        factors=np.ones(len(ordered)),
+        f=f,
+        settings=settings,
+    )
+    if robust:
+        group = replace(group, factors=clip_factors(group.norms, settings.clip))
     if len(ordered) < 2 * f + 1:
         frozen = f"{len(ordered)} updates, {2 * f + 1} are needed against {f} hostile ones"
         refused = tuple(
             Contribution(id=sender.id, norm=length, cosine=0.0, verdict="refused")
-            for sender, length in zip(ordered, norms, strict=True)
+            for sender, length in zip(ordered, group.norms, strict=True)
         )
         return Merged(difference=np.zeros(parameters, np.float32), contributions=refused, frozen=frozen)
-    group = _Set(parameters=parameters, senders=ordered, norms=norms, factors=factors, f=f, settings=settings)
-    result, counted = RULES[settings.rule](group)
+    result, counted = rule(group)
     return Merged(difference=result, contributions=_contributions(group, result, counted))
 
 
 def _weighted(group: _Set) -> tuple[Vector, NDArray[np.bool_]]:
     """Return the mean with capped weights, one difference in memory at a time."""
-    cap = group.settings.cap
-    if group.settings.rule != "mean":
-        cap = min(cap, statistics.median_low([sender.samples for sender in group.senders]))
+    cap = group.settings.cap if group.settings.rule == "mean" else _usual_samples(group)
     rule = mean.RULES[group.settings.over](cap)
-    state = rule.init(group.parameters)
-    for sender, factor in zip(group.senders, group.factors, strict=True):
-        difference = _read(sender, group.parameters)
-        if factor < 1:
-            difference = difference * np.float32(factor)
-        state = rule.add(state, difference, sender.samples, None)
+    addends = (
+        (scaled(difference, factor) if factor < 1 else difference, sender.samples, None)
+        for sender, difference, factor in zip(group.senders, group.reads, group.factors, strict=True)
+    )
+    state = rule.add_all(rule.init(group.parameters), addends)
     return rule.finish(state), np.ones(len(group.senders), dtype=np.bool_)
 
 
@@ -204,9 +284,9 @@ def _centred(group: _Set) -> tuple[Vector, NDArray[np.bool_]]:
     packed = _packed(group)
     weights = centred_weights(_products(packed, group.factors), group.settings.clip, group.settings.seed)
     rule, devices = mean.mean(1), len(packed)
-    state = rule.init(group.parameters)
-    for one, weight in zip(packed, weights * group.factors, strict=True):
-        state = rule.add(state, unpack(one) * np.float32(devices * weight), 1, None)
+    shares = devices * (weights * group.factors)
+    addends = ((scaled(one, share), 1, None) for one, share in zip(packed, shares, strict=True))
+    state = rule.add_all(rule.init(group.parameters), addends)
     return rule.finish(state), np.ones(devices, dtype=np.bool_)
 
 
@@ -223,12 +303,31 @@ def _mixed(group: _Set) -> tuple[Vector, NDArray[np.bool_]]:
 def _voted(group: _Set) -> tuple[Vector, NDArray[np.bool_]]:
     packed = _packed(group)
     counted = elected(_products(packed, group.factors), group.f)
-    rule = mean.mean(1)
-    state = rule.init(group.parameters)
-    for one, factor, counts in zip(packed, group.factors, counted, strict=True):
-        if counts:
-            state = rule.add(state, unpack(one) * np.float32(factor), 1, None)
-    return rule.finish(state), counted
+    return _mean_of(group, packed, counted, cap=1)
+
+
+def _screened(group: _Set) -> tuple[Vector, NDArray[np.bool_]]:
+    packed = _packed(group)
+    # Lengths are a mark of their own: products of what was sent, before clipping.
+    counted = passed(_products(packed, np.ones(len(packed))), group.f)
+    return _mean_of(group, packed, counted, cap=_usual_samples(group))
+
+
+def _mean_of(
+    group: _Set, packed: Sequence[Packed], counted: NDArray[np.bool_], cap: int
+) -> tuple[Vector, NDArray[np.bool_]]:
+    rule = mean.mean(cap)
+    addends = (
+        (scaled(one, factor), sender.samples, None)
+        for one, sender, factor, counts in zip(packed, group.senders, group.factors, counted, strict=True)
+        if counts
+    )
+    return rule.finish(rule.add_all(rule.init(group.parameters), addends)), counted
+
+
+def _usual_samples(group: _Set) -> int:
+    """Return the median of the sample counts, within the cap."""
+    return min(group.settings.cap, statistics.median_low([sender.samples for sender in group.senders]))
 
 
 RULES: dict[Name, Callable[[_Set], tuple[Vector, NDArray[np.bool_]]]] = {
@@ -239,12 +338,13 @@ RULES: dict[Name, Callable[[_Set], tuple[Vector, NDArray[np.bool_]]]] = {
     "centred_clipping": _centred,
     "nnm_trimmed_mean": _mixed,
     "neighbour_vote": _voted,
+    "screened_mean": _screened,
 }
 """By name, as a job chooses them: result, and whose updates count in it."""
 
 
 def _packed(group: _Set) -> list[Packed]:
-    return [pack(sender.read()) for sender in group.senders]
+    return list(group.reads)
 
 
 def _products(packed: Sequence[Packed], factors: Doubles) -> Doubles:
@@ -253,19 +353,11 @@ def _products(packed: Sequence[Packed], factors: Doubles) -> Doubles:
     return gram(packed) * factors[:, None] * factors[None, :]
 
 
-def _read(sender: Sender, parameters: int) -> Vector:
-    difference = sender.read()
-    if difference.shape != (parameters,):
-        raise StructureError(f"update of shape {difference.shape}, wanted ({parameters},)")
-    require_finite(difference, "update")
-    return difference
-
-
 def _contributions(group: _Set, result: Vector, counted: NDArray[np.bool_]) -> tuple[Contribution, ...]:
     length, found = norm(result), []
     for place, (sender, own) in enumerate(zip(group.senders, group.norms, strict=True)):
         both = own * length
-        cosine = dot(sender.read(), result) / both if both else 0.0
+        cosine = dot(group.reads.difference(place), result) / both if both else 0.0
         shortened: Verdict = "clipped" if group.factors[place] < 1 else "accepted"
         verdict: Verdict = shortened if counted[place] else "refused"
         found.append(Contribution(id=sender.id, norm=own, cosine=cosine, verdict=verdict))

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from liberatai_core.errors import CodecError
 from liberatai_core.sparsifier import codec, dense, quantile, random_k, small, ternary, top_k
 from liberatai_core.sparsifier.top_k import State
@@ -106,8 +109,25 @@ def densify(data: bytes, structure: Structure, seed: int = 0) -> Vector:
     Raises:
         LiberataiError: the update is broken or of another structure.
     """
+    positions, values = entries(data, structure, seed)
+    difference = np.zeros(structure.parameters, np.float32)
+    difference[positions] = values
+    return difference
+
+
+def entries(data: bytes, structure: Structure, seed: int = 0) -> tuple[NDArray[np.int64], Vector]:
+    """Return what any method's update says: positions (int64, strictly increasing) and values (float32).
+
+    Args:
+        data: the update.
+        structure: the named tensors of the flat vector.
+        seed: the one given to `sparsify`; only updates without positions need it.
+
+    Raises:
+        LiberataiError: the update is broken or of another structure.
+    """
     if data[:1] == bytes([random_k.RANDOM]):
-        return random_k.densify(data, structure, seed)
+        return random_k.entries(data, structure, seed)
     if data[:1] == bytes([small.SMALL]):
-        return small.densify(data, structure)
-    return top_k.densify(data, structure)
+        return small.entries(data, structure)
+    return codec.decode(data, structure.parameters)

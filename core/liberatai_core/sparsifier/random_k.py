@@ -93,6 +93,18 @@ def densify(data: bytes, structure: Structure, seed: int) -> Vector:
     """Return the difference that an update means: float32, shape (parameters,), zero where not sent.
 
     Raises:
+        As `entries`.
+    """
+    positions, values = entries(data, structure, seed)
+    dense = np.zeros(structure.parameters, np.float32)
+    dense[positions] = values
+    return dense
+
+
+def entries(data: bytes, structure: Structure, seed: int) -> tuple[support.Positions, Vector]:
+    """Return the positions (int64, strictly increasing) and values (float32) of an update.
+
+    Raises:
         CodecError: not this stream, a broken one, no value, or made with another seed.
         BombError: more values than parameters.
         NonFiniteError: a value is NaN or infinite.
@@ -109,9 +121,7 @@ def densify(data: bytes, structure: Structure, seed: int) -> Vector:
         raise CodecError("random update: made with another seed")
     values = np.frombuffer(data, "<f4", offset=_HEAD).astype(np.float32)
     require_finite(values, "random update")
-    dense = np.zeros(structure.parameters, np.float32)
-    dense[support.draw(structure.parameters, count, seed)] = values
-    return dense
+    return support.draw(structure.parameters, count, seed), values
 
 
 def _write(values: Vector, seed: int) -> bytes:

@@ -78,6 +78,18 @@ def densify(data: bytes, structure: Structure) -> Vector:
     """Return the difference that an update means: float32, shape (parameters,), zero where not sent.
 
     Raises:
+        As `entries`.
+    """
+    positions, values = entries(data, structure)
+    dense = np.zeros(structure.parameters, np.float32)
+    dense[positions] = values
+    return dense
+
+
+def entries(data: bytes, structure: Structure) -> tuple[support.Positions, Vector]:
+    """Return the positions (int64, strictly increasing) and values (float32) of an update.
+
+    Raises:
         CodecError: not this stream, a structure without small tensors, or parts that overlap.
         LiberataiError: whatever `codec.decode` refuses in a part.
     """
@@ -87,8 +99,10 @@ def densify(data: bytes, structure: Structure) -> Vector:
         raise CodecError("update with small tensors: wrong first byte, length or structure")
     if {data[_HEAD : _HEAD + 1], data[_HEAD + size : _HEAD + size + 1]} != {bytes([codec.SPARSE])}:
         raise CodecError("update with small tensors: a part that is no sparse stream")
-    dense = top_k.densify(data[_HEAD + size :], structure)
-    if dense[places].any():
+    positions, values = codec.decode(data[_HEAD + size :], structure.parameters)
+    if np.isin(positions, places, assume_unique=True).any():
         raise CodecError("update with small tensors: a value stands in both parts")
-    dense[places] = top_k.densify(data[_HEAD : _HEAD + size], support.part_of(structure, places))
-    return dense
+    inner, others = codec.decode(data[_HEAD : _HEAD + size], places.size)
+    positions, values = np.concatenate([positions, places[inner]]), np.concatenate([values, others])
+    order = np.argsort(positions, kind="stable")
+    return positions[order], values[order]

@@ -225,6 +225,7 @@ def test_the_description_names_every_route_and_resolves(unchanged: httpx.Client)
     assert "/v1/devices/{name}/approve" in described["paths"]
     schemas = described["components"]["schemas"]
     assert {"DeviceView", "JobView", "Problem", "JobRequest"} <= set(schemas)
+    assert {"LocalView", "CentralView", "ScoreView", "WorstView", "ContributionView"} <= set(schemas)
     text = json.dumps(described)
     used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert used <= set(schemas)

@@ -29,7 +29,17 @@ from tests.unit.coordinator.api_kit import (
 
 from liberatai_coordinator import cli
 from liberatai_coordinator.cli import main
-from liberatai_coordinator.views import VersionView
+from liberatai_coordinator.views import (
+    CentralView,
+    ContributionView,
+    EnsembleView,
+    JobView,
+    LocalView,
+    RoundView,
+    ScoreView,
+    VersionView,
+    WorstView,
+)
 from liberatai_core.weights import digest, to_bytes
 
 SOURCE = [str(path) for path in map(Path, sys.path) if path.is_dir()]
@@ -270,7 +280,108 @@ def test_a_plan_explains_the_link_in_words(
     assert "the largest that fits; link of 64 kbit/s measured: 0.40 % instead of 1.00 %" in out
 
 
+def test_a_device_shows_what_its_updates_gave_the_newest_first(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tuple(
+        ContributionView(job="digits", round=number, verdict=verdict, norm=2.5, cosine=-0.25)
+        for number, verdict in ((2, "clipped"), (1, "refused"))
+    )
+    fleet.fleet["gateway"] = msgspec.structs.replace(fleet.fleet["gateway"], contributions=given)
+    assert main(["devices", "show", "gateway"]) == 0
+    lines = words(capsys.readouterr().out)
+    assert lines[-3:] == [
+        ["JOB", "ROUND", "VERDICT", "NORM", "COSINE"],
+        ["digits", "2", "clipped", "2.5", "-0.250"],
+        ["digits", "1", "refused", "2.5", "-0.250"],
+    ]
+    assert "contributions" not in [line[0] for line in lines]
+    assert main(["devices", "show", "gateway", "-o", "json"]) == 0
+    assert [one["round"] for one in json.loads(capsys.readouterr().out)["contributions"]] == [2, 1]
+
+
 # --- jobs ----------------------------------------------------------------------------------------
+
+
+def scored_round(job: JobView) -> JobView:
+    """One published round with every figure that there is."""
+    told = ScoreView(accuracy=0.75, correct=30, total=40, devices=3)
+    local = LocalView(
+        version=0,
+        all=told,
+        structures={"mlp-hidden4": told},
+        profiles={"pi\x1b[31m": told},
+        worst=WorstView(accuracy=0.5, devices=1, of=2),
+        late=1,
+    )
+    central = CentralView(version=1, samples=33, structures={"mlp-hidden4": 0.8, "cnn": 0.7}, ensemble=0.9)
+    view = RoundView(
+        round=1,
+        state="published",
+        invited=3,
+        updates=3,
+        merged="median: 2 accepted, 1 clipped",
+        ensemble="stacking",
+        use="cnn",
+        guard="cnn is better",
+        local=local,
+        central=central,
+        test=msgspec.structs.replace(central, samples=500, ensemble=0.85),
+    )
+    return msgspec.structs.replace(job, rounds=(view,))
+
+
+def test_a_job_shows_who_decided_and_how_well_it_answers(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    assert "ACCURACY OF" not in capsys.readouterr().out
+    fleet.look = scored_round
+    assert main(["jobs", "show", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "round 1 merged by median: 2 accepted, 1 clipped\n"
+        "ensemble: stacking; answers: cnn alone\n"
+        "guard: cnn is better\n"
+    ) in out
+    table = out[out.index("local: version") : out.index("ROUND")]
+    assert words(table) == [
+        [
+            (
+                "local: version 0 (1 of 3 devices: an older one) on what devices hold out; "
+                "central: version 1 on the guard's 33 labels; test: version 1 on 500 labels that decide nothing"
+            )
+        ],
+        ["ACCURACY OF", "NAME", "DEVICES", "HELD OUT", "LOCAL", "CENTRAL", "TEST"],
+        ["structure", "cnn", "-", "-", "-", "70.0%", "70.0%"],
+        ["structure", "mlp-hidden4", "3", "40", "75.0%", "80.0%", "80.0%"],
+        ["ensemble", "-", "-", "-", "-", "90.0%", "85.0%"],
+        ["all devices", "-", "3", "40", "75.0%", "-", "-"],
+        ["profile", "pi\N{REPLACEMENT CHARACTER}[31m", "3", "40", "75.0%", "-", "-"],
+        ["worst 10 %", "-", "1 of 2", "-", "50.0%", "-", "-"],
+    ]
+    head, row = words(out[out.index("ROUND") :])
+    assert row[head.index("ACCURACY")] == "85.0%"
+    assert main(["jobs", "show", "digits", "-o", "json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["rounds"]
+    assert shown["local"]["worst"] == {"accuracy": 0.5, "devices": 1, "of": 2}
+    assert (shown["central"]["ensemble"], shown["test"]["samples"], shown["use"]) == (0.9, 500, "cnn")
+
+
+def test_columns_that_nothing_was_measured_for_are_left_out(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    def without_devices(job: JobView) -> JobView:
+        (view,) = scored_round(job).rounds
+        return msgspec.structs.replace(job, rounds=(msgspec.structs.replace(view, local=None, test=None),))
+
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    fleet.look = without_devices
+    assert main(["jobs", "show", "digits"]) == 0
+    lines = words(capsys.readouterr().out)
+    head = next(place for place, line in enumerate(lines) if line[0] == "ACCURACY OF")
+    assert lines[head] == ["ACCURACY OF", "NAME", "CENTRAL"]
+    assert lines[head + 3] == ["ensemble", "-", "90.0%"]
 
 
 def test_a_job_is_created_from_a_file_whose_folder_is_the_base(
@@ -346,6 +457,73 @@ def test_watching_a_job_that_fails_exits_with_1(
 
 
 # --- models and plans ----------------------------------------------------------------------------
+
+
+def test_a_version_shows_its_weights_per_class_and_draws_them(
+    fleet: MemoryOperations,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    weights = [[0.75, 0.25, 1.0, 0.0], [0.25, 0.75, 0.0, 1.0]]
+
+    async def ensemble(model: str, ref: str) -> EnsembleView:
+        return EnsembleView(
+            method="label_free", members=("cnn", "mlp"), weights=tuple(map(tuple, weights)), use="mlp"
+        )
+
+    monkeypatch.setattr(fleet, "ensemble", ensemble)
+    page, picture = tmp_path / "map.html", tmp_path / "map.png"
+    assert main(["models", "show", "digits", "--heat-map", str(page)]) == 0
+    shown = capsys.readouterr()
+    assert "ensemble: label_free, weights of log-probabilities per structure and class; not used" in shown.out
+    lines = words(shown.out)
+    place = lines.index(["STRUCTURE", "0", "1", "2", "3"])
+    assert lines[place + 1 : place + 3] == [
+        ["cnn", "0.75", "0.25", "1.00", "0.00"],
+        ["mlp", "0.25", "0.75", "0.00", "1.00"],
+    ]
+    assert shown.err == f"{page}: written\n"
+    assert "digits version 2: ensemble" in page.read_text()
+    assert main(["models", "show", "digits", "--heat-map", str(picture), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["weights"] == weights
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("classes", "head"), [(30, ["CLASS", "cnn"]), (300, ["STRUCTURE", "LEAST", "MEAN", "MOST"])]
+)
+def test_weights_of_many_classes_run_down_or_are_summed_up(
+    fleet: MemoryOperations,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    classes: int,
+    head: list[str],
+) -> None:
+    weights = tuple(place / classes for place in range(classes))
+
+    async def ensemble(model: str, ref: str) -> EnsembleView:
+        return EnsembleView(method="label_free", members=("cnn",), weights=(weights,))
+
+    monkeypatch.setattr(fleet, "ensemble", ensemble)
+    assert main(["models", "show", "digits"]) == 0
+    assert head in words(capsys.readouterr().out)
+    assert main(["models", "show", "digits", "-o", "wide"]) == 0
+    lines = words(capsys.readouterr().out)
+    place = lines.index(["CLASS", "cnn"])
+    assert lines[place + classes] == [str(classes - 1), f"{weights[-1]:.2f}"]
+
+
+def test_a_heat_map_needs_a_version_and_a_name_that_says_what_it_is(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["models", "show", "digits", "--heat-map", str(tmp_path / "map.gif")]) == 2
+    assert "the name must end in .png or .html" in capsys.readouterr().err
+    given = ["models", "show", "digits", "--variant", "3f9a", "--heat-map", str(tmp_path / "map.png")]
+    assert main(given) == 2
+    assert "it has no ensemble" in capsys.readouterr().err
+    assert list(tmp_path.glob("map.*")) == []
 
 
 def test_a_model_is_exported_with_its_digest(

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from liberatai_coordinator import report as reports
+from liberatai_coordinator.views import EnsembleView, LocalView, ScoreView, WorstView
 
 STRUCTURES = {"cnn-width16": 9978, "ds_cnn-width32": 6922, "mlp-hidden64": 4874}
 
@@ -91,6 +92,31 @@ def test_page_carries_its_pictures_and_asks_nobody_for_anything(report):
         assert len(text) > 30
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page
+
+
+def test_page_shows_what_devices_hold_out_and_who_is_believed(report):
+    assert "On the devices themselves" not in reports.html(report)
+    assert "Who is believed" not in reports.html(report)
+    told = ScoreView(accuracy=0.75, correct=30, total=40, devices=3)
+    local = LocalView(
+        version=11,
+        all=told,
+        structures={"cnn-width16": told},
+        profiles={"<b>pi</b>": ScoreView(accuracy=0.5, correct=1, total=2, devices=1)},
+        worst=WorstView(accuracy=0.25, devices=1, of=2),
+    )
+    ensemble = EnsembleView(method="label_free", members=("<i>",), weights=((0.125,) * 10,), guard="it stays")
+    page = reports.html(msgspec.structs.replace(report, local=local, ensemble=ensemble, merged="mean: 8"))
+    section = page.split("On the devices themselves")[1].split("</section>")[0]
+    assert re.findall(r'"num">([\d.]+ %)', section) == ["75.0 %", "50.0 %", "75.0 %", "25.0 %"]
+    assert "version 11" in section
+    assert "&lt;b&gt;pi&lt;/b&gt;" in section
+    section = page.split("Who is believed")[1].split("</section>")[0]
+    assert section.count(">0.12</td>") == 10
+    assert "Guard: it stays." in section
+    assert "mean: 8" in section
+    assert "<b>pi" not in page
+    assert "<i>" not in section
 
 
 def test_page_escapes_what_devices_say(report):

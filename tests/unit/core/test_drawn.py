@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from liberatai_core.compressor.artifact import MAX_REACH, levels_of, restore
-from liberatai_core.compressor.drawn import draw
+from liberatai_core.compressor.codebook import compress
+from liberatai_core.compressor.drawn import cut, draw
 from liberatai_core.errors import CodecError, LiberataiError, NonFiniteError, StructureError
 from liberatai_core.structure import Structure, Tensor
 
@@ -90,3 +91,47 @@ def test_bad_references_and_seeds_are_refused() -> None:
         draw(bad, SHAPES, 0)
     with pytest.raises(ValueError, match="seed"):
         draw(reference(), SHAPES, 2**32)
+
+
+def sliced_member() -> tuple[Structure, np.ndarray]:
+    """Return a smaller structure with an own last tensor, and where its values lie in `SHAPES`."""
+    small = Structure(
+        family="mlp",
+        params={},
+        tensors=(Tensor("w", (100, 40)), Tensor("gain", (100,)), Tensor("few", (20,)), Tensor("own", (9, 9))),
+    )
+    whole = np.arange(SHAPES.parameters)
+    places = [
+        whole[:10_000].reshape(200, 50)[:100, :40].ravel(),
+        whole[10_000:10_100],
+        whole[10_200:10_220],
+        SHAPES.parameters + np.arange(81),
+    ]
+    return small, np.concatenate(places)
+
+
+def test_a_slice_of_a_drawn_model_travels_bit_for_bit() -> None:
+    small, places = sliced_member()
+    large, own = draw(reference(), SHAPES, 7), draw(reference(1)[: small.parameters], small, 8)
+    file = cut(large, SHAPES, own, small, places)
+    space = np.concatenate([restore(large, SHAPES), restore(own, small)[-81:]])
+    assert np.array_equal(restore(file, small), space[places])
+
+
+def test_a_slice_of_a_compressed_model_is_no_recipe() -> None:
+    small, places = sliced_member()
+    large, own = draw(reference(), SHAPES, 7), draw(reference(1)[: small.parameters], small, 8)
+    squeezed = compress(restore(large, SHAPES), SHAPES, 4000)
+    with pytest.raises(CodecError, match="no recipe"):
+        cut(squeezed, SHAPES, own, small, places)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 10])
+def test_fewer_levels_are_spread_alike_and_make_slices_shorter(bits: int) -> None:
+    small, places = sliced_member()
+    large, own = (
+        draw(reference(), SHAPES, 7, reach_bits=bits),
+        draw(reference(1)[: small.parameters], small, 8),
+    )
+    assert restore(large, SHAPES)[:10_000].std() == pytest.approx(0.05, rel=0.15)
+    assert len(cut(large, SHAPES, own, small, places)) < 4000 * (bits + 2) / 8 + 300
