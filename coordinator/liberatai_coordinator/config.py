@@ -192,13 +192,13 @@ class Teach(Settings, frozen=True, kw_only=True):
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 150
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
-    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
     optimizer: Literal["adam", "sgd"] = "sgd"
     clip_norm: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    temperature: Annotated[float, Meta(ge=0.1, le=100)] = 2.0
-    copies: Annotated[int, Meta(ge=0, le=100)] = 4
+    temperature: Annotated[float, Meta(ge=0.1, le=100)] = 1.0
+    copies: Annotated[int, Meta(ge=0, le=100)] = 2
     augment: Annotated[float, Meta(ge=0, le=4)] = 0.8
-    mixup: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    mixup: Annotated[float, Meta(ge=0, le=10)] = 0.5
     loss: Literal["kl", "outputs"] = "kl"
 
 
