@@ -20,15 +20,20 @@ class Row:
 
 
 def explained(job: JobView) -> list[str]:
-    """Return how the newest version came about: by which rule, which ensemble, and what the guard decided."""
+    """Return how the newest version came about: by which rule, which ensemble, what the guard decided.
+
+    And what the job goes without.
+    """
+    lacks = [f"without {one}" for one in job.lacks]
     made = next((one for one in reversed(job.rounds) if one.ensemble), None)
     if made is None:
-        return []
+        return lacks
     answers = "all structures together" if made.use == "ensemble" else f"{made.use} alone"
     return [
         f"round {made.round} merged by {clean(made.merged)}",
         f"ensemble: {made.ensemble}; answers: {clean(answers)}",
         f"guard: {clean(made.guard)}",
+        *lacks,
     ]
 
 

@@ -246,6 +246,16 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         return "width" if self.teach.unlabeled is None else "off"
 
     @property
+    def lacks(self) -> tuple[str, ...]:
+        """What the job goes without for want of the coordinator's own data, and what that costs."""
+        found = []
+        if self.teach.unlabeled is None and len(self.structures) > 1:
+            found.append("teach.unlabeled: no structure learns from the others, small ones gain nothing")
+        if self.aggregate.validation is None:
+            found.append("aggregate.validation: nobody checks that the ensemble is not worse than a member")
+        return tuple(found)
+
+    @property
     def down_density(self) -> float:
         """Share of what is trained that a delta to devices carries."""
         if self.sparsify.down_density is not None:

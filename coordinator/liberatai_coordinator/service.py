@@ -829,6 +829,7 @@ class Service:
             updates=sum(view.updates for view in rounds),
             up_bytes=sum(view.up_bytes for view in rounds),
             down_bytes=sum(view.down_bytes for view in rounds),
+            lacks=job.lacks,
         )
 
     def _device_view(self, device: Device) -> DeviceView:

@@ -234,6 +234,7 @@ class JobView(View, frozen=True, kw_only=True):
 
     Attributes:
         updates, up_bytes, down_bytes: of all rounds together.
+        lacks: what the job goes without for want of the coordinator's own data, and what that costs.
     """
 
     name: str
@@ -249,6 +250,7 @@ class JobView(View, frozen=True, kw_only=True):
     updates: int = 0
     up_bytes: int = 0
     down_bytes: int = 0
+    lacks: tuple[str, ...] = ()
 
 
 class VersionView(View, frozen=True, kw_only=True):

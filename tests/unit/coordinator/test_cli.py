@@ -384,6 +384,15 @@ def test_columns_that_nothing_was_measured_for_are_left_out(
     assert lines[head + 3] == ["ensemble", "-", "90.0%"]
 
 
+def test_what_a_job_goes_without_is_shown_before_its_first_round(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    fleet.look = lambda job: msgspec.structs.replace(job, lacks=("teach.unlabeled: nothing is learned",))
+    assert main(["jobs", "show", "digits"]) == 0
+    assert "without teach.unlabeled: nothing is learned\n" in capsys.readouterr().out
+
+
 def test_a_job_is_created_from_a_file_whose_folder_is_the_base(
     fleet: MemoryOperations,
     capsys: pytest.CaptureFixture[str],

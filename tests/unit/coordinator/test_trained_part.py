@@ -3,7 +3,16 @@
 import pytest
 
 from liberatai_coordinator.aggregation import trained_part, trained_share
-from liberatai_coordinator.config import DOWN_TO_ALL, DOWN_TO_SOME, JobSpec, Rounds, Sparsify, StructureChoice
+from liberatai_coordinator.config import (
+    DOWN_TO_ALL,
+    DOWN_TO_SOME,
+    Aggregate,
+    JobSpec,
+    Rounds,
+    Sparsify,
+    StructureChoice,
+    Teach,
+)
 from liberatai_core.learning.families import structure_of
 from liberatai_core.structure import DataContract
 
@@ -57,3 +66,12 @@ def test_two_structures_of_a_job_draw_their_parts_apart_and_again_the_same() -> 
 )
 def test_deltas_are_denser_where_everybody_fetches_each(changes: dict[str, object], wanted: float) -> None:
     assert job(**changes).down_density == wanted
+
+
+def test_a_job_says_what_it_goes_without() -> None:
+    no_teaching, no_check = job().lacks
+    assert no_teaching.startswith("teach.unlabeled: ")
+    assert no_check.startswith("aggregate.validation: ")
+    fed = job(teach=Teach(unlabeled="u.npz"), aggregate=Aggregate(validation="v.npz"))
+    assert fed.lacks == ()
+    assert job(structures=job().structures[:1], aggregate=Aggregate(validation="v.npz")).lacks == ()
