@@ -23,7 +23,9 @@ def finished(service: Service) -> bool:
 def test_a_device_shows_what_its_newest_update_gave(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()
-        yaml = job_yaml(rounds=2) + "aggregate: {rule: norm_clip, hostile: 0.3, clip: 1.0, ensemble: uniform}\n"
+        yaml = (
+            job_yaml(rounds=2) + "aggregate: {rule: norm_clip, hostile: 0.3, clip: 1.0, ensemble: uniform}\n"
+        )
         async with devices(broker, "a", "b", "c"):
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: "a" in service.fleet.devices)
