@@ -28,7 +28,7 @@ from liberatai_core.aggregator.guard import guard
 from liberatai_core.aggregator.label_free import label_free
 from liberatai_core.aggregator.mean import Update, aggregate, mean
 from liberatai_core.compressor import artifact, codebook
-from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
+from liberatai_core.learning.distillation import DistillSettings, distill
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
 from liberatai_core.sparsifier import top_k
@@ -231,12 +231,11 @@ def _train_round(
 def _teach(settings: DistillSettings, balance: float, data: Split, groups: list[Group], seed: int) -> None:
     """Let the ensemble of the masters teach each of them on the public samples."""
     public = data.x[data.public]
-    asked = pool(public, settings, seed)
-    members = np.stack([log_probabilities(g.structure, DATA, g.master, asked) for g in groups])
+    members = np.stack([log_probabilities(g.structure, DATA, g.master, public) for g in groups])
     weights = label_free(Evidence(class_counts=np.stack([g.samples for g in groups]), balance=balance))
-    target = consensus(pooled(weights, members), len(public))
+    target = pooled(weights, members)
     for group in groups:
-        group.master = distill(group.structure, DATA, group.master, asked, target, settings, seed)
+        group.master = distill(group.structure, DATA, group.master, public, target, settings, seed)
 
 
 def _compressed(difference: Vector, structure: Structure, recipe: Recipe, number: int) -> tuple[Vector, int]:

@@ -29,7 +29,7 @@ from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
 from liberatai_core.contract.messages import Update, part_seed, work_seed
 from liberatai_core.errors import NonFiniteError
-from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
+from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
@@ -403,14 +403,13 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
     """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242)."""
     if public.unlabeled is None or number % job.teach.every:
         return members
-    settings = DistillSettings(
-        **{name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
-    )
+    given = {name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
+    if given["copies"] is None:
+        given["copies"] = usual_copies(len(public.unlabeled))
+    settings = DistillSettings(**given)
     masters = {sid: member.master for sid, member in members.items()}
     teacher = _ensemble(job, members, masters, public)
-    x = pool(public.unlabeled, settings, derive_seed(job.seed, "pool", number))
-    answers = teacher.combine(outputs(members, masters, job.data, x))
-    targets = consensus(answers, len(public.unlabeled))
+    answers = teacher.combine(outputs(members, masters, job.data, public.unlabeled))
     return {
         sid: replace(
             member,
@@ -418,8 +417,8 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
                 member.structure,
                 job.data,
                 member.master,
-                x,
-                targets,
+                public.unlabeled,
+                answers,
                 settings,
                 derive_seed(job.seed, f"teach|{sid}", number),
                 gain=trained_part(job, member.structure).gain,

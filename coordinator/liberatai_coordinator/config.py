@@ -184,20 +184,21 @@ class Teach(Settings, frozen=True, kw_only=True):
     Attributes:
         unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
         every: rounds between two teachings.
-        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, copies, augment, mixup, loss: of
-            the distillation, see `learning.distillation.DistillSettings`.
+        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, augment, mixup, loss: of the
+            distillation, see `learning.distillation.DistillSettings`.
+        copies: the same; None: as many as suit the number of samples, see `usual_copies` there.
     """
 
     unlabeled: str | None = None
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 150
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 300
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
     optimizer: Literal["adam", "sgd"] = "sgd"
     clip_norm: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     temperature: Annotated[float, Meta(ge=0.1, le=100)] = 1.0
-    copies: Annotated[int, Meta(ge=0, le=100)] = 2
-    augment: Annotated[float, Meta(ge=0, le=4)] = 0.8
+    copies: Annotated[int, Meta(ge=0, le=100)] | None = None
+    augment: Annotated[float, Meta(ge=0, le=4)] = 0.6
     mixup: Annotated[float, Meta(ge=0, le=10)] = 0.5
     loss: Literal["kl", "outputs"] = "kl"
 

@@ -5,10 +5,11 @@ T^2 KL(teacher_T || student_T). For federated ensembles: Lin et al., "Ensemble D
 Model Fusion in Federated Learning" (FedDF), NeurIPS 2020, arXiv:2006.07242. One engine for the
 aggregator (the ensemble teaches every structure) and the compressor (the original teaches the small model).
 
-Few unlabeled samples go further with augmented copies. The teacher is asked about every copy, and its mean
-answer about a sample and its copies is the target of them all: a better teacher (test-time augmentation) and
-a student that answers alike for what is alike (Xie et al., "Unsupervised Data Augmentation for Consistency
-Training", NeurIPS 2020, arXiv:1904.12848). Optional mixup: Zhang et al., ICLR 2018, arXiv:1710.09412.
+Few unlabeled samples go further with changed copies, made anew for every batch. The teacher is asked about
+the samples as they are, and what it says is the target of their copies too: a change that keeps the meaning
+keeps the answer (Xie et al., "Unsupervised Data Augmentation for Consistency Training", NeurIPS 2020,
+arXiv:1904.12848). A teacher that has never seen such changes is not asked about them: its mean answer about a
+sample and its copies was wrong more often. Optional mixup: Zhang et al., ICLR 2018, arXiv:1710.09412.
 """
 
 import math
@@ -35,6 +36,9 @@ Teacher = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 MOMENTUM = 0.9
+COPIED, COPIES = 1_500, 4
+"""Copies are a remedy for few samples: with them the student sees about so many different ones, but at most
+so many of each. From a few thousand samples on they cost a small student more than they give."""
 
 
 class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,8 +52,7 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             values carry most of the change, which suits a sparse difference.
         temperature: softens both distributions, 0.1 … 100.
         clip_norm: largest gradient norm, 0 for no limit.
-        copies: augmented copies of every unlabeled sample beside the original, 0 … 100; needs a teacher
-            that can be asked.
+        copies: changed ones that the student sees for every unlabeled sample that it sees as it is, 0 … 100.
         augment: strength of their changes, 0 … 4.
         mixup: parameter of the Beta distribution by which samples of a batch are mixed, 0 none, at most 10.
         loss: "kl", T^2 KL(teacher_T || student_T), or "outputs", the mean squared difference of the two
@@ -90,42 +93,9 @@ DISTILL_RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def pool(x: NDArray[np.float32], settings: DistillSettings, seed: int) -> NDArray[np.float32]:
-    """Return the samples a teacher is asked about: the originals, then the augmented copies.
-
-    Returns:
-        Inputs, shape (n * (1 + copies), *input_shape).
-    """
-    require_torch()
-    import torch
-
-    if settings.copies == 0:
-        return x
-    with reproducible(seed):
-        generator = torch.Generator().manual_seed(seed)
-        originals = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-        parts = [originals]
-        parts += [augment(originals, settings.augment, generator) for _ in range(settings.copies)]
-        extended: NDArray[np.float32] = torch.cat(parts).numpy()
-    return extended
-
-
-def consensus(log_probs: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
-    """Return one answer for a sample and all its copies: the normalised mean of the log-probabilities.
-
-    Args:
-        log_probs: the teacher's answers about a `pool`, shape (samples * (1 + copies), classes).
-        samples: number of samples before copies were added.
-
-    Raises:
-        DataError: the length is no multiple of `samples`.
-    """
-    if samples < 1 or len(log_probs) % samples:
-        raise DataError(f"{len(log_probs)} answers are not those about {samples} samples and their copies")
-    copies = len(log_probs) // samples
-    mean = log_probs.reshape(copies, samples, -1).astype(np.float64).mean(axis=0)
-    mean -= np.log(np.exp(mean).sum(axis=1, keepdims=True))
-    return np.tile(mean.astype(np.float32), (copies, 1))
+def usual_copies(samples: int) -> int:
+    """Return how many changed copies of each of so many unlabeled samples serve a student best."""
+    return min(COPIES, COPIED // max(samples, 1))
 
 
 def distill(
@@ -146,9 +116,7 @@ def distill(
         data: the job's data contract.
         weights: of the student before, shape (parameters,).
         x_unlabeled: inputs, shape (n, *input_shape).
-        teacher: log-probabilities for `x_unlabeled`, shape (n, classes): then no copies are made (call
-            `pool` and `consensus` before, to share one evaluation between students). Or a function, asked
-            once about `pool(x_unlabeled, settings, seed)`; the targets are the `consensus` of its answers.
+        teacher: log-probabilities for `x_unlabeled`, shape (n, classes), or a function that returns them.
         settings: see there.
         seed: fixes copies, order and dropout.
         gain: as of `training.train`.
@@ -166,17 +134,17 @@ def distill(
         raise DataError("no unlabeled samples to distil on")
     if gain is not None:
         require_length(gain, structure)
-    x = pool(x_unlabeled, settings, seed) if callable(teacher) else x_unlabeled
-    log_probs = consensus(teacher(x), len(x_unlabeled)) if callable(teacher) else teacher
-    if log_probs.shape != (len(x), data.classes) or not np.isfinite(log_probs).all():
+    log_probs = teacher(x_unlabeled) if callable(teacher) else teacher
+    samples = len(x_unlabeled)
+    if log_probs.shape != (samples, data.classes) or not np.isfinite(log_probs).all():
         raise DataError(
-            f"teacher's outputs must be finite, shape {(len(x), data.classes)}, not {log_probs.shape}"
+            f"teacher's outputs must be finite, shape {(samples, data.classes)}, not {log_probs.shape}"
         )
     with reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
         factor = None if gain is None else torch.from_numpy(gain.copy())
-        inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+        inputs = torch.from_numpy(np.ascontiguousarray(x_unlabeled, dtype=np.float32))
         softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
         target = torch.softmax(softened, dim=1)
         mix = np.random.default_rng(seed)
@@ -184,10 +152,13 @@ def distill(
 
         def batch_of(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal order
-            if len(order) < min(settings.batch_size, len(x)):
-                order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+            shown = samples * (1 + settings.copies)
+            if len(order) < min(settings.batch_size, shown):
+                order = torch.cat([order, torch.randperm(shown, generator=generator)])
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            batch, wanted = inputs[chosen], target[chosen]
+            batch, wanted, changed = inputs[chosen % samples], target[chosen % samples], chosen >= samples
+            if changed.any():
+                batch[changed] = augment(batch[changed], settings.augment, generator)
             if not settings.mixup:
                 return batch, wanted
             share = float(mix.beta(settings.mixup, settings.mixup))

@@ -19,7 +19,7 @@ from liberatai_core.errors import (
     TrainingError,
 )
 from liberatai_core.learning import families
-from liberatai_core.learning.distillation import DistillSettings, consensus, distill, pool
+from liberatai_core.learning.distillation import DistillSettings, distill
 from liberatai_core.learning.families import cost, initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, log_shares, train
 from liberatai_core.structure import DataContract, Structure, Tensor, to_tensors
@@ -435,34 +435,34 @@ def test_distillation_is_reproducible(mixup: Any) -> None:
     assert to_bytes(distill(MLP, DIGITS, start, x, teacher, settings, 2)) != to_bytes(first)
 
 
-def test_a_shared_pool_is_the_same_as_asking_the_teacher() -> None:
-    """So one pool and one evaluation serve all students."""
+def test_the_teacher_is_asked_once_and_about_the_samples_as_they_are() -> None:
     x, _ = blobs(40, 7)
     start, teacher = initial_weights(MLP, DIGITS, 5), _teacher(_trained().weights)
-    settings = DistillSettings(steps=10, copies=2)
-    shared = pool(x, settings, 1)
-    asked = distill(MLP, DIGITS, start, x, teacher, settings, 1)
-    targets = consensus(teacher(shared), len(x))
-    assert to_bytes(distill(MLP, DIGITS, start, shared, targets, settings, 1)) == to_bytes(asked)
+    settings, asked = DistillSettings(steps=10, copies=2), []
+
+    def telling(inputs: Any) -> Any:
+        asked.append(inputs.copy())
+        return teacher(inputs)
+
+    taught = distill(MLP, DIGITS, start, x, telling, settings, 1)
+    assert len(asked) == 1
+    assert np.array_equal(asked[0], x)
+    assert to_bytes(distill(MLP, DIGITS, start, x, teacher(x), settings, 1)) == to_bytes(taught)
 
 
-def test_a_sample_and_its_copies_get_the_mean_answer() -> None:
-    """One sample, two answers: sqrt(0.8 * 0.5) : sqrt(0.2 * 0.5) = 2 : 1."""
-    answers = np.log(np.array([[0.8, 0.2], [0.3, 0.7], [0.5, 0.5], [0.3, 0.7]], dtype=np.float32))
-    merged = np.exp(consensus(answers, 2))
-    assert merged == pytest.approx(np.array([[2 / 3, 1 / 3], [0.3, 0.7]] * 2), rel=1e-5)
-    with pytest.raises(DataError):
-        consensus(answers, 3)
-
-
-def test_the_pool_begins_with_the_originals() -> None:
+def test_copies_are_changed_and_the_samples_stay_what_they_are() -> None:
+    """Strength 0 changes nothing: the same batches as one copy that is no different; others are."""
     x, _ = blobs(7, 0)
-    extended = pool(x, DistillSettings(copies=3), 0)
-    assert extended.shape == (28, 1, 8, 8)
-    assert np.array_equal(extended[:7], x)
-    assert np.isfinite(extended).all()
-    assert not np.array_equal(extended[7:14], extended[14:21])
-    assert np.array_equal(pool(x, DistillSettings(copies=0), 0), x)
+    before, start = x.copy(), initial_weights(MLP, DIGITS, 5)
+    answers = _teacher(_trained().weights)(x)
+
+    def taught(**given: Any) -> bytes:
+        settings = DistillSettings(steps=8, batch_size=4, **given)
+        return to_bytes(distill(MLP, DIGITS, start, x, answers, settings, 1))
+
+    assert taught(copies=0, augment=0) == taught(copies=0, augment=2)
+    assert taught(copies=3, augment=0) != taught(copies=3, augment=1)
+    assert np.array_equal(x, before)
 
 
 def test_a_student_that_equals_its_teacher_stays() -> None:
