@@ -490,7 +490,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--balance", type=float, default=1.0, help="of all federated arms, see docs/jobs.md")
     parser.add_argument("--augment", type=float, default=0.0, help="of the devices' training")
     parser.add_argument("--teach-every", type=int, default=1, help="rounds")
-    parser.add_argument("--teach-steps", type=int, default=Teach().steps)
+    parser.add_argument("--teach-steps", type=int, help="batches of a round's teaching")
     parser.add_argument("--copies", type=int, help="changed ones beside each unlabeled sample")
     parser.add_argument("--method", choices=("auto", *ENSEMBLES), default="auto", help="of the teacher")
     parser.add_argument("--trials", type=int, default=50)

@@ -29,7 +29,7 @@ from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
 from liberatai_core.contract.messages import Update, part_seed, work_seed
 from liberatai_core.errors import NonFiniteError
-from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies
+from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies, usual_steps
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
@@ -403,10 +403,7 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
     """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242)."""
     if public.unlabeled is None or number % job.teach.every:
         return members
-    given = {name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
-    if given["copies"] is None:
-        given["copies"] = usual_copies(len(public.unlabeled))
-    settings = DistillSettings(**given)
+    settings = _teaching(job, len(public.unlabeled))
     masters = {sid: member.master for sid, member in members.items()}
     teacher = _ensemble(job, members, masters, public)
     answers = teacher.combine(outputs(members, masters, job.data, public.unlabeled))
@@ -426,6 +423,15 @@ def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Pub
         )
         for sid, member in members.items()
     }
+
+
+def _teaching(job: JobSpec, samples: int) -> DistillSettings:
+    given = {name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
+    if given["copies"] is None:
+        given["copies"] = usual_copies(samples)
+    if given["steps"] is None:
+        given["steps"] = usual_steps(samples * (1 + given["copies"]), given["batch_size"])
+    return DistillSettings(**given)
 
 
 def _density(job: JobSpec, number: int, structure: Structure) -> float:

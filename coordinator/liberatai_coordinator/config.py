@@ -184,14 +184,15 @@ class Teach(Settings, frozen=True, kw_only=True):
     Attributes:
         unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
         every: rounds between two teachings.
-        steps, batch_size, learning_rate, optimizer, temperature, clip_norm, augment, mixup, loss: of the
+        batch_size, learning_rate, optimizer, temperature, clip_norm, augment, mixup, loss: of the
             distillation, see `learning.distillation.DistillSettings`.
-        copies: the same; None: as many as suit the number of samples, see `usual_copies` there.
+        steps, copies: the same; None: as many as suit the number of samples, see `usual_steps` and
+            `usual_copies` there.
     """
 
     unlabeled: str | None = None
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 300
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
     optimizer: Literal["adam", "sgd"] = "sgd"

@@ -39,6 +39,8 @@ MOMENTUM = 0.9
 COPIED, COPIES = 1_500, 4
 """Copies are a remedy for few samples: with them the student sees about so many different ones, but at most
 so many of each. From a few thousand samples on they cost a small student more than they give."""
+PASSES, STEPS = 6, (300, 1_000)
+"""How often a student sees everything in one round, and the bounds of the batches that this takes."""
 
 
 class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +98,11 @@ DISTILL_RANGES: dict[str, tuple[float, float]] = {
 def usual_copies(samples: int) -> int:
     """Return how many changed copies of each of so many unlabeled samples serve a student best."""
     return min(COPIES, COPIED // max(samples, 1))
+
+
+def usual_steps(samples: int, batch_size: int) -> int:
+    """Return the batches of so many samples, copies among them, that teach a student in one round."""
+    return min(max(math.ceil(PASSES * samples / batch_size), STEPS[0]), STEPS[1])
 
 
 def distill(

@@ -19,7 +19,7 @@ from liberatai_core.errors import (
     TrainingError,
 )
 from liberatai_core.learning import families
-from liberatai_core.learning.distillation import DistillSettings, distill
+from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies, usual_steps
 from liberatai_core.learning.families import cost, initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, log_shares, train
 from liberatai_core.structure import DataContract, Structure, Tensor, to_tensors
@@ -463,6 +463,11 @@ def test_copies_are_changed_and_the_samples_stay_what_they_are() -> None:
     assert taught(copies=0, augment=0) == taught(copies=0, augment=2)
     assert taught(copies=3, augment=0) != taught(copies=3, augment=1)
     assert np.array_equal(x, before)
+
+
+def test_few_samples_get_copies_and_all_are_seen_six_times() -> None:
+    assert [usual_copies(samples) for samples in (1, 375, 376, 750, 1500, 1501)] == [4, 4, 3, 2, 1, 0]
+    assert [usual_steps(samples, 32) for samples in (1, 1600, 3201, 10**9)] == [300, 300, 601, 1000]
 
 
 def test_a_student_that_equals_its_teacher_stays() -> None:
