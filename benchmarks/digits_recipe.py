@@ -81,7 +81,7 @@ RECIPE = Recipe(
     density_down=(0.04, 0.1, 0.03),
     train=TrainSettings(epochs=6, batch_size=32, learning_rate=0.05, momentum=0.9, balance=1.0, augment=0.5),
     distill=DistillSettings(
-        steps=150, batch_size=32, optimizer="sgd", learning_rate=0.05, temperature=2.0, copies=4, augment=0.8
+        steps=300, batch_size=32, optimizer="sgd", learning_rate=0.03, temperature=2.0, copies=4, augment=0.8
     ),
 )
 
