@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.simulation import Floats, Labels, Population, Simulation
+from benchmarks.simulation import Floats, Labels, Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.aggregation import Public, derive_seed
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
@@ -240,16 +239,7 @@ def federated(
     """Run a job to its end."""
     data, test = given.people.data, given.people.test[0]
     job = job_of(options, data, choices)
-    with tempfile.TemporaryDirectory(prefix="liberatai-simulation-") as folder:
-        simulation = Simulation(
-            job, given.people, Path(folder), evaluate_every=job.rounds.count, public=public, structures=owners
-        )
-        try:
-            for _ in simulation.run():
-                pass
-            now = simulation.versions.now
-        finally:
-            simulation.close()
+    now = newest(job, given.people, public=public, structures=owners)
     asked = {sid: log_probabilities(one.structure, data, one.view, test) for sid, one in now.members.items()}
     labelled = {
         sid: log_probabilities(one.structure, data, one.view, given.labelled[0])

@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.simulation import Population, Simulation
+from benchmarks.simulation import Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.aggregation import Public
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
@@ -114,16 +113,7 @@ def run_arm(
     )
     owners = [number % len(choices) for number in range(len(people.devices))]
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="liberatai-simulation-") as folder:
-        simulation = Simulation(
-            job, people, Path(folder), evaluate_every=job.rounds.count, public=public, structures=owners
-        )
-        try:
-            for _ in simulation.run():
-                pass
-            now = simulation.versions.now
-        finally:
-            simulation.close()
+    now = newest(job, people, public=public, structures=owners)
     x, y = people.test
     answers = {
         sid: log_probabilities(one.structure, people.data, one.view, x) for sid, one in now.members.items()

@@ -12,18 +12,16 @@ import multiprocessing
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from benchmarks import aggregator, robustness
-from benchmarks.simulation import Simulation, Tamper
+from benchmarks.simulation import Tamper, newest
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.aggregator.rules import ROBUST, RULES, feared
@@ -90,22 +88,7 @@ def run_arm(work: Work) -> Row:
     if attack != "absent":
         tamper = tampering(options, job, structure_of(choice.family, choice.params, data), attack, places)
     people = robustness.poisoned(given.people, attack, places)
-    with tempfile.TemporaryDirectory(prefix="liberatai-robustness-") as folder:
-        simulation = Simulation(
-            job,
-            people,
-            Path(folder),
-            evaluate_every=job.rounds.count,
-            tamper=tamper,
-            public=given.public,
-            structures=owners,
-        )
-        try:
-            for _ in simulation.run():
-                pass
-            now = simulation.versions.now
-        finally:
-            simulation.close()
+    now = newest(job, people, public=given.public, structures=owners, tamper=tamper)
     x, y = given.people.test
     asked = {sid: log_probabilities(one.structure, data, one.view, x) for sid, one in now.members.items()}
     together = now.ensemble.combine(np.stack([asked[sid] for sid in now.ensemble.members]))

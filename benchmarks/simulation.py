@@ -9,6 +9,7 @@ subscriptions and acknowledgements, both ways, for every device. Nothing sleeps 
 import contextlib
 import hashlib
 import math
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
 from liberatai_coordinator.repository import Repository
 from liberatai_coordinator.runner import candidates_of, check_update, spec_of
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.versions import Current, Versions
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, decode_spec, encode_spec, seal
 from liberatai_core.contract.limits import CHUNK_BYTES, MAX_SINGLE_BYTES, WINDOW_CHUNKS
@@ -115,6 +116,31 @@ class _Device:
     residual: bytes | None = None
     residual_round: int = 0
     results: dict[bytes, tuple[Task, s.TrainingResult]] = field(default_factory=dict)
+
+
+def newest(
+    job: JobSpec,
+    population: Population,
+    *,
+    public: Public,
+    structures: Sequence[int],
+    tamper: Tamper | None = None,
+) -> Current:
+    """Run a job to its end in a folder of its own and return its last version."""
+    with tempfile.TemporaryDirectory(prefix="liberatai-simulation-") as folder:
+        simulation = Simulation(
+            job,
+            population,
+            Path(folder),
+            evaluate_every=job.rounds.count,
+            public=public,
+            structures=structures,
+            tamper=tamper,
+        )
+        with contextlib.closing(simulation):
+            for _ in simulation.run():
+                pass
+            return simulation.versions.now
 
 
 class Simulation:
