@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
-from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, pooled
+from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, accuracy, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import LABELLED, chosen, method_of
 from liberatai_core.aggregator.packed import Packed, entries
@@ -147,6 +147,7 @@ class Advanced:
         teach_seconds: wall time of the distillation (advisory; part of no digest).
         contributions: per device, what its update gave.
         frozen: per structure of which nothing, or only a part, was merged although it had updates, why.
+        untaught: per structure that the teaching made worse, and that stays as it was merged, by how much.
     """
 
     members: Mapping[str, Member]
@@ -156,6 +157,7 @@ class Advanced:
     teach_seconds: float
     contributions: Mapping[str, rules.Contribution] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
+    untaught: Mapping[str, str] = field(default_factory=dict)
 
 
 def trained_share(job: JobSpec, structure: Structure) -> float:
@@ -221,7 +223,7 @@ def advance(
         sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
     }
     started = time.perf_counter()
-    taught = _teach(job, number, merged, public)
+    taught, untaught = _teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
     members_after, deltas, keyframes = {}, {}, {}
     for sid, member in taught.items():
@@ -242,6 +244,7 @@ def advance(
             for update, given in zip(by_structure[sid], merge.contributions, strict=True)
         },
         frozen={sid: merge.frozen for sid, merge in merges.items() if merge.frozen},
+        untaught=untaught,
     )
 
 
@@ -399,30 +402,48 @@ def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late)
     return np.asarray(np.floor(usable.sum(axis=0) + older * member.class_counts))
 
 
-def _teach(job: JobSpec, number: int, members: Mapping[str, Member], public: Public) -> Mapping[str, Member]:
-    """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242)."""
+def _teach(
+    job: JobSpec, number: int, members: Mapping[str, Member], public: Public
+) -> tuple[Mapping[str, Member], Mapping[str, str]]:
+    """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242).
+
+    A student that knows fewer of the coordinator's labels than before, beyond chance, stays as it was:
+    unlabeled samples of another kind can teach nonsense.
+
+    Returns:
+        The members after it, and why some were not taught.
+    """
     if public.unlabeled is None or number % job.teach.every:
-        return members
+        return members, {}
     settings = _teaching(job, len(public.unlabeled))
     masters = {sid: member.master for sid, member in members.items()}
     teacher = _ensemble(job, members, masters, public)
     answers = teacher.combine(outputs(members, masters, job.data, public.unlabeled))
-    return {
-        sid: replace(
-            member,
-            master=distill(
-                member.structure,
-                job.data,
-                member.master,
-                public.unlabeled,
-                answers,
-                settings,
-                derive_seed(job.seed, f"teach|{sid}", number),
-                gain=trained_part(job, member.structure).gain,
-            ),
+    taught, untaught = {}, {}
+    for sid, member in members.items():
+        gain = trained_part(job, member.structure).gain
+        seed = derive_seed(job.seed, f"teach|{sid}", number)
+        master = distill(
+            member.structure, job.data, member.master, public.unlabeled, answers, settings, seed, gain=gain
         )
-        for sid, member in members.items()
-    }
+        worse = _worse(job, member, master, public)
+        taught[sid] = member if worse else replace(member, master=master)
+        if worse:
+            untaught[sid] = worse
+    return taught, untaught
+
+
+def _worse(job: JobSpec, member: Member, taught: Vector, public: Public) -> str:
+    """Return how a taught state compares with the merged one if the labels show that it is worse, or ""."""
+    if public.validation is None:
+        return ""
+    x, y = public.validation
+    after, before = (
+        log_probabilities(member.structure, job.data, weights, x) for weights in (taught, member.master)
+    )
+    if guard(after, before[None], y).use == "ensemble":
+        return ""
+    return f"{accuracy(after, y):.1%} after it, {accuracy(before, y):.1%} before on {len(y)} labels"
 
 
 def _teaching(job: JobSpec, samples: int) -> DistillSettings:

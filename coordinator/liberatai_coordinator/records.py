@@ -32,6 +32,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         rule: by which updates were merged.
         ensemble, use: method that found the weights, and what the guard chose.
         frozen: per structure that merged nothing, why.
+        untaught: per structure that teaching made worse, by how much.
         contributions: per device.
         local, central, test: see `RoundView`; absent in rounds of a release that did not know them.
     """
@@ -46,6 +47,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     ensemble: str = ""
     use: str = ""
     frozen: dict[str, str] = {}
+    untaught: dict[str, str] = {}
     contributions: dict[str, Contribution] = {}
     local: LocalView | None = None
     central: CentralView | None = None
@@ -59,7 +61,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         counts = Counter(one.verdict for one in self.contributions.values())
         told = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
         return "; ".join(
-            [f"{self.rule}: {told}", *(f"{sid} frozen: {why}" for sid, why in self.frozen.items())]
+            [
+                f"{self.rule}: {told}",
+                *(f"{sid} frozen: {why}" for sid, why in self.frozen.items()),
+                *(f"{sid} not taught: {why}" for sid, why in self.untaught.items()),
+            ]
         )
 
 

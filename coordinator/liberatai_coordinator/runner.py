@@ -743,6 +743,7 @@ class Runner:
             up_bytes=up,
             down_bytes=down,
             frozen=dict(advanced.frozen),
+            untaught=dict(advanced.untaught),
             contributions=kept(advanced.contributions),
         )
         self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))

@@ -15,6 +15,7 @@ from liberatai_coordinator.config import (
     EnsembleMethod,
     JobSpec,
     StructureChoice,
+    Teach,
     parse_job,
 )
 from liberatai_coordinator.repository import EnsembleRecord
@@ -153,3 +154,25 @@ def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> Non
     assert made.use == first
     assert "falling back" in made.guard
     assert made.combine(outputs).tolist() == outputs[0].tolist()
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_student_that_teaching_makes_worse_stays_and_the_version_says_so(validated: bool) -> None:
+    """The ensemble is one member's answers; the other has all labels right and would forget them."""
+    x, _ = labelled(400)
+    given = members()
+    good = max(given)
+    answers = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    y = answers[sorted(given).index(good)].argmax(axis=1).astype(np.int64)
+    spec = msgspec.structs.replace(
+        job(ensemble="majority_vote"), teach=Teach(steps=200, learning_rate=0.5, unlabeled="u.npz")
+    )
+    public = Public(unlabeled=-x[:100], validation=(x, y) if validated else None)
+    made = aggregation.advance(spec, 1, given, [], public)
+    if not validated:
+        assert not made.untaught
+        assert not np.array_equal(made.members[good].master, given[good].master)
+        return
+    assert good in made.untaught
+    assert "100.0% before on 400 labels" in made.untaught[good]
+    assert np.array_equal(made.members[good].master, given[good].master)
