@@ -250,11 +250,13 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     @property
     def lacks(self) -> tuple[str, ...]:
         """What the job goes without for want of the coordinator's own data, and what that costs."""
+        if len(self.structures) == 1:
+            return ()
         found = []
-        if self.teach.unlabeled is None and len(self.structures) > 1:
+        if self.teach.unlabeled is None:
             found.append("teach.unlabeled: no structure learns from the others, small ones gain nothing")
         if self.aggregate.validation is None:
-            found.append("aggregate.validation: nobody checks that the ensemble is not worse than a member")
+            found.append("aggregate.validation: nobody checks that ensemble and teaching make nothing worse")
         return tuple(found)
 
     @property

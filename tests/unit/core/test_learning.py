@@ -451,7 +451,7 @@ def test_the_teacher_is_asked_once_and_about_the_samples_as_they_are() -> None:
 
 
 def test_copies_are_changed_and_the_samples_stay_what_they_are() -> None:
-    """Strength 0 changes nothing: the same batches as one copy that is no different; others are."""
+    """Copies of strength 0 are the samples; without copies no strength matters; the inputs are not touched."""
     x, _ = blobs(7, 0)
     before, start = x.copy(), initial_weights(MLP, DIGITS, 5)
     answers = _teacher(_trained().weights)(x)
