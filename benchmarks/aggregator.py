@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 
 from benchmarks.simulation import Floats, Labels, Population, newest
 from benchmarks.sparsifier import population
-from liberatai_coordinator.aggregation import Public, derive_seed
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
+from liberatai_coordinator.members import Public, derive_seed
 from liberatai_core.aggregator.ensemble import Evidence, Pool, accuracy, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, chosen, method_of
@@ -188,7 +188,13 @@ def job_of(options: argparse.Namespace, data: DataContract, choices: tuple[Struc
         aggregate=Aggregate(
             nested="off", ensemble=options.method, trials=options.trials, validation="validation.npz"
         ),
-        teach=Teach(every=options.teach_every, steps=options.teach_steps, copies=options.copies),
+        teach=Teach(
+            method=options.teach_method,
+            validation=options.teach_validation,
+            every=options.teach_every,
+            steps=options.teach_steps,
+            copies=options.copies,
+        ),
         seed=options.seed,
     )
 
@@ -482,6 +488,18 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teach-every", type=int, default=1, help="rounds")
     parser.add_argument("--teach-steps", type=int, help="batches of a round's teaching")
     parser.add_argument("--copies", type=int, help="changed ones beside each unlabeled sample")
+    parser.add_argument(
+        "--teach-method",
+        choices=("ensemble", "task_vectors"),
+        default=Teach().method,
+        help="see docs/jobs.md",
+    )
+    parser.add_argument(
+        "--teach-validation",
+        choices=("none", "inputs", "labels"),
+        default=Teach().validation,
+        help="what of the labelled samples teaches, of those that find the ensemble's weights",
+    )
     parser.add_argument("--method", choices=("auto", *ENSEMBLES), default="auto", help="of the teacher")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument(

@@ -23,10 +23,11 @@ from liberatai_agent.trainer_child import Memory, work
 from liberatai_agent.trainer_messages import Failed, File, Work
 from liberatai_coordinator import aggregation
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Late, Public, derive_seed
+from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.members import Public, derive_seed
 from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
 from liberatai_coordinator.repository import Repository
 from liberatai_coordinator.runner import candidates_of, check_update, spec_of

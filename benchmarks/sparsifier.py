@@ -25,7 +25,6 @@ import msgspec
 import numpy as np
 
 from benchmarks.simulation import Floats, Labels, Population, Simulation
-from liberatai_coordinator.aggregation import trained_part
 from liberatai_coordinator.config import (
     DOWN_TO_ALL,
     DOWN_TO_SOME,
@@ -35,6 +34,7 @@ from liberatai_coordinator.config import (
     Sparsify,
     StructureChoice,
 )
+from liberatai_coordinator.members import trained_part
 from liberatai_core.contract.messages import Step, Training, weights_name
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.dataset import load_npz

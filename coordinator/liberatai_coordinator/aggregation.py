@@ -8,104 +8,30 @@ devices' view lags behind the coordinator's state by what a delta left out; the 
 (EF21-P, DESIGN §5).
 """
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.ensembles import Ensemble, combine
+from liberatai_coordinator.members import Member, Public, derive_seed, trained_part
+from liberatai_coordinator.teaching import teach
 from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
-from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, accuracy, pooled
-from liberatai_core.aggregator.guard import divided, guard
-from liberatai_core.aggregator.methods import LABELLED, chosen, method_of
 from liberatai_core.aggregator.packed import Packed, entries
 from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
-from liberatai_core.contract.messages import Update, part_seed, work_seed
+from liberatai_core.contract.messages import Update, work_seed
 from liberatai_core.errors import NonFiniteError
-from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies, usual_steps
-from liberatai_core.learning.training import log_probabilities
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
-from liberatai_core.sparsifier.subspace import Subspace, recommended_share, subspace
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
-from liberatai_core.structure import DataContract, Structure
+from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector, require_finite
-
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Member:
-    """One structure of a version.
-
-    Attributes:
-        master: the coordinator's float32 weights, shape (parameters,).
-        view: the exact weights that devices hold, shape (parameters,).
-        class_counts: samples of each class behind the structure, shape (classes,), sums over devices.
-        optimizer: state of the server optimiser.
-    """
-
-    structure: Structure
-    master: Vector
-    view: Vector
-    class_counts: NDArray[np.float64]
-    optimizer: optimizers.ServerState
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Public:
-    """What the coordinator itself has: unlabeled inputs, and perhaps a labelled sample for the guard."""
-
-    unlabeled: Floats | None = None
-    validation: tuple[Floats, NDArray[np.int64]] | None = None
-
-
-class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
-    """How a version's structures are combined: `aggregator.ensemble.Pool` in plain numbers, and the guard.
-
-    Attributes:
-        method: name of the method in `aggregator.methods.ENSEMBLES` that found the weights.
-        members: structure ids, in the order of the rows below.
-        weights: (members, classes).
-        log_priors: (members, classes), or () for none.
-        bias: (classes,), or () for none.
-        kind: "log", "linear" or "vote".
-        use: "ensemble", or the id of the structure that the guard fell back to.
-        guard: what the guard saw, in words.
-    """
-
-    method: str
-    members: tuple[str, ...]
-    weights: tuple[tuple[float, ...], ...]
-    log_priors: tuple[tuple[float, ...], ...] = ()
-    bias: tuple[float, ...] = ()
-    kind: Kind = "log"
-    use: str = "ensemble"
-    guard: str = ""
-
-    def combine(self, log_probs: Floats) -> Floats:
-        """Return log-probabilities (n, classes) from those of the members (members, n, classes)."""
-        if self.use != "ensemble":
-            alone: Floats = log_probs[self.members.index(self.use)]
-            return alone
-        return pooled(self.pool, log_probs)
-
-    @property
-    def pool(self) -> Pool:
-        """The numbers as arrays."""
-        return Pool(
-            weights=np.array(self.weights),
-            log_priors=np.array(self.log_priors) if self.log_priors else None,
-            bias=np.array(self.bias) if self.bias else None,
-            kind=self.kind,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,22 +86,6 @@ class Advanced:
     untaught: Mapping[str, str] = field(default_factory=dict)
 
 
-def trained_share(job: JobSpec, structure: Structure) -> float:
-    """Return the share of a structure's large tensors that the job trains."""
-    choice = job.choice(structure.family, structure.params)
-    named = (choice.trained_share if choice else None) or job.sparsify.trained_share
-    if named is not None:
-        return named
-    # Baselines without feedback are what their papers say: they train everything.
-    feedback = methods.METHODS[job.sparsify.method].feedback
-    return recommended_share(structure.parameters) if feedback else 1.0
-
-
-def trained_part(job: JobSpec, structure: Structure) -> Subspace:
-    """Return the coordinates of a structure that the job trains."""
-    return subspace(structure, trained_share(job, structure), part_seed(job.seed, job.name, structure.id))
-
-
 def difference(job: JobSpec, update: Update, part: Structure) -> Vector:
     """Return what an update means in the trained part of its structure, shape (part.parameters,).
 
@@ -223,7 +133,7 @@ def advance(
         sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
     }
     started = time.perf_counter()
-    taught, untaught = _teach(job, number, merged, public)
+    taught, untaught = teach(job, number, merged, public)
     teach_seconds = time.perf_counter() - started
     members_after, deltas, keyframes = {}, {}, {}
     for sid, member in taught.items():
@@ -246,19 +156,6 @@ def advance(
         frozen={sid: merge.frozen for sid, merge in merges.items() if merge.frozen},
         untaught=untaught,
     )
-
-
-def combine(job: JobSpec, members: Mapping[str, Member], public: Public) -> Ensemble:
-    """Return the guarded ensemble of the devices' views."""
-    views = {sid: member.view for sid, member in members.items()}
-    return _ensemble(job, members, views, public)
-
-
-def outputs(
-    members: Mapping[str, Member], weights: Mapping[str, Vector], data: DataContract, x: Floats
-) -> Floats:
-    """Return the members' log-probabilities, shape (members, n, classes), in the order of their ids."""
-    return np.stack([log_probabilities(members[s].structure, data, weights[s], x) for s in sorted(members)])
 
 
 def _of(updates: Sequence[Update], sid: str) -> list[Update]:
@@ -402,59 +299,6 @@ def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late)
     return np.asarray(np.floor(usable.sum(axis=0) + older * member.class_counts))
 
 
-def _teach(
-    job: JobSpec, number: int, members: Mapping[str, Member], public: Public
-) -> tuple[Mapping[str, Member], Mapping[str, str]]:
-    """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242).
-
-    A student that knows fewer of the coordinator's labels than before, beyond chance, stays as it was:
-    unlabeled samples of another kind can teach nonsense.
-
-    Returns:
-        The members after it, and why some were not taught.
-    """
-    if public.unlabeled is None or number % job.teach.every:
-        return members, {}
-    settings = _teaching(job, len(public.unlabeled))
-    masters = {sid: member.master for sid, member in members.items()}
-    teacher = _ensemble(job, members, masters, public)
-    answers = teacher.combine(outputs(members, masters, job.data, public.unlabeled))
-    taught, untaught = {}, {}
-    for sid, member in members.items():
-        gain = trained_part(job, member.structure).gain
-        seed = derive_seed(job.seed, f"teach|{sid}", number)
-        master = distill(
-            member.structure, job.data, member.master, public.unlabeled, answers, settings, seed, gain=gain
-        )
-        worse = _worse(job, member, master, public)
-        taught[sid] = member if worse else replace(member, master=master)
-        if worse:
-            untaught[sid] = worse
-    return taught, untaught
-
-
-def _worse(job: JobSpec, member: Member, taught: Vector, public: Public) -> str:
-    """Return how a taught state compares with the merged one if the labels show that it is worse, or ""."""
-    if public.validation is None:
-        return ""
-    x, y = public.validation
-    after, before = (
-        log_probabilities(member.structure, job.data, weights, x) for weights in (taught, member.master)
-    )
-    if guard(after, before[None], y).use == "ensemble":
-        return ""
-    return f"{accuracy(after, y):.1%} after it, {accuracy(before, y):.1%} before on {len(y)} labels"
-
-
-def _teaching(job: JobSpec, samples: int) -> DistillSettings:
-    given = {name: getattr(job.teach, name) for name in DistillSettings.__struct_fields__}
-    if given["copies"] is None:
-        given["copies"] = usual_copies(samples)
-    if given["steps"] is None:
-        given["steps"] = usual_steps(samples * (1 + given["copies"]), given["batch_size"])
-    return DistillSettings(**given)
-
-
 def _density(job: JobSpec, number: int, structure: Structure) -> float:
     """Return the share of the trained part that goes down; nothing follows the last version."""
     choice, rounds = job.choice(structure.family, structure.params), job.rounds.count
@@ -480,50 +324,3 @@ def plain(member: Member) -> bytes:
     """Return the whole state of a structure as a file of float32 values: the downlink of plain averaging."""
     structure, state = member.structure, member.master
     return write([Coding(FULL, values=state[place]) for _, place in structure.slices()], structure)
-
-
-def _ensemble(
-    job: JobSpec, members: Mapping[str, Member], weights: Mapping[str, Vector], public: Public
-) -> Ensemble:
-    ids = tuple(sorted(members))
-    counts = np.stack([members[sid].class_counts for sid in ids])
-    held_out = outputs(members, weights, job.data, public.validation[0]) if public.validation else None
-    labels = public.validation[1] if public.validation else np.zeros(0, dtype=np.int64)
-    fitted, judging = divided(labels, derive_seed(job.seed, "labels", 0))
-    name = chosen(job.aggregate.ensemble, labels=len(fitted), counted=bool(counts.sum() > 0))
-    if name not in LABELLED:
-        judging = np.arange(len(labels))
-    found = method_of(name, job.aggregate.trials)(
-        Evidence(
-            class_counts=counts,
-            balance=job.training.balance,
-            log_probs=None if held_out is None else held_out[:, fitted],
-            y=labels[fitted],
-            seed=job.seed,
-        )
-    )
-    made = Ensemble(
-        method=name,
-        members=ids,
-        weights=_rows(found.weights),
-        log_priors=() if found.log_priors is None else _rows(found.log_priors),
-        bias=() if found.bias is None else tuple(map(float, found.bias)),
-        kind=found.kind,
-        guard="not checked: the job has no labelled validation data",
-    )
-    if held_out is None:
-        return made
-    judged = held_out[:, judging]
-    decision = guard(made.combine(judged), judged, labels[judging])
-    use = "ensemble" if decision.use == "ensemble" else ids[decision.use]
-    told = f"; {len(fitted)} other labels found its weights" if name in LABELLED else ""
-    return msgspec.structs.replace(made, use=use, guard=decision.reason + told)
-
-
-def _rows(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(v) for v in row) for row in values)
-
-
-def derive_seed(seed: int, purpose: str, number: int) -> int:
-    """Return a seed for one purpose and round: 31 bits of a hash, so no two purposes share a stream."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{purpose}|{number}".encode()).digest()[:4], "big") >> 1

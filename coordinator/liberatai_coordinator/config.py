@@ -162,7 +162,7 @@ class Aggregate(Settings, frozen=True, kw_only=True):
             `validation` has enough labels, else "label_free".
         trials: trials of a search.
         validation: labelled .npz, for the guard and for finding weights, each with its own part of the
-            labels; never trains anything.
+            labels. The guard's part never trains anything; the other one teaches as `teach.validation` says.
     """
 
     server_optimizer: Literal["mean", "fedavgm", "fedadam"] = "mean"
@@ -183,6 +183,11 @@ class Teach(Settings, frozen=True, kw_only=True):
 
     Attributes:
         unlabeled: .npz with `x`; labels in it are never read. None: no teaching (says what is lost).
+        method: "ensemble": the guarded ensemble teaches every structure; "task_vectors": every structure
+            teaches apart, and what each changed is added up, see `learning.task_vectors`.
+        validation: what of `aggregate.validation` teaches beside it, of that part of the labels which finds
+            the ensemble's weights: nothing, the inputs, or the labels as well, which then count as much as
+            what the ensemble says. Samples of the devices' own kind keep foreign ones from teaching nonsense.
         every: rounds between two teachings.
         batch_size, learning_rate, optimizer, temperature, clip_norm, augment, mixup, loss: of the
             distillation, see `learning.distillation.DistillSettings`.
@@ -191,6 +196,8 @@ class Teach(Settings, frozen=True, kw_only=True):
     """
 
     unlabeled: str | None = None
+    method: Literal["ensemble", "task_vectors"] = "ensemble"
+    validation: Literal["none", "inputs", "labels"] = "inputs"
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32

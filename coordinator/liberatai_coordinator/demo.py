@@ -30,9 +30,9 @@ from rich.table import Table
 from rich.text import Text
 
 from liberatai_coordinator import digits, report
-from liberatai_coordinator.aggregation import Ensemble
 from liberatai_coordinator.client import Client
 from liberatai_coordinator.config import JobSpec, parse_job
+from liberatai_coordinator.ensembles import Ensemble
 from liberatai_coordinator.local import LocalDevice, LocalFleet, wait
 from liberatai_coordinator.report import DeviceRow, Report, RoundRow, StructureRow, percent, size
 from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, RoundView, newest

@@ -5,8 +5,7 @@ one transaction, and a future resolves only after its commit reached the disk (`
 `NORMAL` may roll back a committed transaction at a power loss). Everything else is one short
 transaction per method and may be called from any thread.
 
-The tables use no SQLite-only type or statement, so that PostgreSQL can take their place; pragmas, the
-lock file and the errors of the driver are all that is SQLite's.
+Pragmas, the lock file and the errors of the driver are all that is SQLite's (`tables`).
 """
 
 import asyncio
@@ -29,6 +28,30 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from liberatai_coordinator.rows import (
+    DeviceRow,
+    JobRow,
+    RoundRow,
+    StoredUpdate,
+    TrafficRow,
+    VariantRow,
+    VersionRow,
+)
+from liberatai_coordinator.tables import (
+    DEVICES,
+    JOB_VALUES,
+    JOBS,
+    META,
+    METADATA,
+    PATHS,
+    REFUSALS,
+    ROUNDS,
+    TAGS,
+    TRAFFIC,
+    UPDATES,
+    VARIANTS,
+    VERSIONS,
+)
 from liberatai_core.errors import (
     BusyError,
     ConfigError,
@@ -65,278 +88,10 @@ MAX_REFUSAL_ROWS: Final = 10_000
 """Strangers may invent names for ever; beyond this many the refusals count for the name ""."""
 
 Outcome = Literal["stored", "duplicate", "conflict"]
-RoundState = Literal["open", "closed", "aggregated", "published", "abandoned"]
 
 _FATAL_SYNC = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-
-# --- tables --------------------------------------------------------------------------------------
-
-_METADATA = sa.MetaData()
-# STRICT tables know INTEGER, REAL, TEXT and BLOB only; PostgreSQL needs the 64-bit names.
-_INTEGER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-_REAL: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
-_STRICT: dict[str, Any] = {"sqlite_strict": True}
-
-
-def _text(name: str, **more: Any) -> sa.Column[str]:
-    return sa.Column(name, sa.Text, nullable=False, **more)
-
-
-def _whole(name: str, **more: Any) -> sa.Column[int]:
-    return sa.Column(name, _INTEGER, nullable=False, **more)
-
-
-def _blob(name: str, *, nullable: bool = False, **more: Any) -> sa.Column[bytes]:
-    return sa.Column(name, sa.LargeBinary, nullable=nullable, **more)
-
-
-def _seconds(name: str) -> sa.Column[float]:
-    return sa.Column(name, _REAL, nullable=False)
-
-
-_META = sa.Table("meta", _METADATA, _text("key", primary_key=True), _whole("value"), **_STRICT)
-_DEVICES = sa.Table(
-    "devices",
-    _METADATA,
-    _text("id", primary_key=True),
-    _blob("public_key"),
-    _text("status"),
-    _text("reason"),
-    _blob("capability", nullable=True),
-    _whole("session"),
-    _seconds("first_seen_s"),
-    _seconds("last_seen_s"),
-    **_STRICT,
-)
-_JOBS = sa.Table(
-    "jobs",
-    _METADATA,
-    _text("name", primary_key=True),
-    _blob("spec"),
-    _text("base_dir"),
-    _text("state"),
-    _text("reason"),
-    _seconds("created_s"),
-    **_STRICT,
-)
-_JOB_VALUES = sa.Table(
-    "job_values",
-    _METADATA,
-    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
-    _text("key", primary_key=True),
-    _blob("value"),
-    **_STRICT,
-)
-_ROUNDS = sa.Table(
-    "rounds",
-    _METADATA,
-    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
-    _whole("round", primary_key=True),
-    _whole("epoch"),
-    _text("state"),
-    _text("reason"),
-    _seconds("opened_s"),
-    _blob("invited"),
-    _blob("frozen"),
-    _blob("frozen_sha256"),
-    _text("version_id"),
-    _blob("stats"),
-    **_STRICT,
-)
-_UPDATES = sa.Table(
-    "updates",
-    _METADATA,
-    _blob("update_id", primary_key=True),
-    _text("job"),
-    _whole("round"),
-    _text("device"),
-    _text("structure"),
-    _whole("samples"),
-    _blob("sha256"),
-    _blob("frame", nullable=True),
-    _seconds("received_s"),
-    sa.UniqueConstraint("job", "round", "device"),
-    sa.ForeignKeyConstraint(["job", "round"], ["rounds.job", "rounds.round"]),
-    **_STRICT,
-)
-_VERSIONS = sa.Table(
-    "versions",
-    _METADATA,
-    _text("model", primary_key=True),
-    _whole("number", primary_key=True),
-    _text("id"),
-    sa.Column("parent", sa.Text),
-    _blob("manifest"),
-    _seconds("created_s"),
-    sa.UniqueConstraint("model", "id"),
-    **_STRICT,
-)
-_TAGS = sa.Table(
-    "tags",
-    _METADATA,
-    _text("model", primary_key=True),
-    _text("tag", primary_key=True),
-    _whole("number"),
-    sa.ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
-    **_STRICT,
-)
-_VARIANTS = sa.Table(
-    "variants",
-    _METADATA,
-    _text("model", primary_key=True),
-    _text("id", primary_key=True),
-    _whole("number"),
-    _text("structure"),
-    _whole("size_bytes"),
-    _blob("manifest"),
-    _seconds("created_s"),
-    sa.ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
-    **_STRICT,
-)
-_REFUSALS = sa.Table(
-    "refusals",
-    _METADATA,
-    _text("device", primary_key=True),
-    _text("code", primary_key=True),
-    _whole("count"),
-    **_STRICT,
-)
-_TRAFFIC = sa.Table(
-    "traffic",
-    _METADATA,
-    _text("device", primary_key=True),
-    _whole("sent_bytes"),
-    _whole("received_bytes"),
-    _whole("session"),
-    _whole("session_sent"),
-    _whole("session_received"),
-    **_STRICT,
-)
-_PATHS = sa.Table(
-    "paths",
-    _METADATA,
-    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
-    _text("device", primary_key=True),
-    _blob("path"),
-    **_STRICT,
-)
-
-
-# --- rows ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredUpdate:
-    """One update as it arrived: the signed frame, and what is asked about it.
-
-    Attributes:
-        round: that counts it; in a buffered job perhaps a later one than that of the frame.
-        sha256: digest of `frame`, 32 bytes.
-        path: what the device holds, now that it made this update (the runner's own record); written in the
-            same transaction, empty: nothing to note.
-    """
-
-    update_id: bytes
-    job: str
-    round: int
-    device: str
-    structure: str
-    samples: int
-    sha256: bytes
-    frame: bytes
-    received_s: float
-    path: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRow:
-    """What is remembered of a device; `capability` is the msgpack of the message of that name."""
-
-    id: str
-    public_key: bytes
-    status: str
-    capability: bytes | None
-    session: int
-    first_seen_s: float
-    last_seen_s: float
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrafficRow:
-    """What a device's socket carried in all, and the counters of its last start that are in it."""
-
-    device: str
-    sent_bytes: int
-    received_bytes: int
-    session: int
-    session_sent: int
-    session_received: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRow:
-    """A job: its specification as it was given, and the folder that its paths are relative to."""
-
-    name: str
-    spec: bytes
-    base_dir: str
-    created_s: float
-    state: str = "waiting"
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundRow:
-    """One round.
-
-    Attributes:
-        epoch: generation of the coordinator that opened (or took over) it.
-        invited: the service's own record of whom it asked for what.
-        frozen: sorted ids of the updates that count (closed) or are lost (abandoned).
-        frozen_sha256: digest of the joined ids.
-        stats: the service's own record of what it measured.
-    """
-
-    job: str
-    round: int
-    epoch: int
-    opened_s: float
-    invited: bytes
-    state: RoundState = "open"
-    reason: str = ""
-    frozen: tuple[bytes, ...] = ()
-    frozen_sha256: bytes = b""
-    version_id: str = ""
-    stats: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionRow:
-    """One version of a model: `id` is the SHA-256 (hex) of `manifest`."""
-
-    model: str
-    number: int
-    id: str
-    parent: str | None
-    manifest: bytes
-    created_s: float
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VariantRow:
-    """One variant of version `number` of a model: `id` is the SHA-256 (hex) of `manifest`."""
-
-    model: str
-    number: int
-    id: str
-    structure: str
-    size_bytes: int
-    manifest: bytes
-    created_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,9 +227,9 @@ class Ledger:
             NotFoundError: the frames were pruned.
             DigestError: a stored frame is damaged.
         """
-        query = sa.select(_UPDATES).where(_UPDATES.c.job == job, _UPDATES.c.round == number)
+        query = sa.select(UPDATES).where(UPDATES.c.job == job, UPDATES.c.round == number)
         with self._read() as connection:
-            rows = connection.execute(query.order_by(_UPDATES.c.update_id)).mappings().all()
+            rows = connection.execute(query.order_by(UPDATES.c.update_id)).mappings().all()
         if any(row["frame"] is None for row in rows):
             raise NotFoundError(f"round {number} of {job}: its frames were pruned after it was published")
         for row in rows:
@@ -491,22 +246,22 @@ class Ledger:
 
     def has_update(self, job: str, device: str, update_id: bytes) -> bool:
         """Return whether an update is stored, in whichever round (also after pruning)."""
-        query = sa.select(_UPDATES.c.round).where(
-            _UPDATES.c.update_id == update_id, _UPDATES.c.job == job, _UPDATES.c.device == device
+        query = sa.select(UPDATES.c.round).where(
+            UPDATES.c.update_id == update_id, UPDATES.c.job == job, UPDATES.c.device == device
         )
         with self._read() as connection:
             return connection.execute(query).first() is not None
 
     def paths(self, job: str) -> dict[str, bytes]:
         """Return what each device of a job holds, by device (`StoredUpdate.path`)."""
-        query = sa.select(_PATHS.c.device, _PATHS.c.path).where(_PATHS.c.job == job)
+        query = sa.select(PATHS.c.device, PATHS.c.path).where(PATHS.c.job == job)
         with self._read() as connection:
             return {device: path for device, path in connection.execute(query)}  # noqa: C416 - rows
 
     def forget_path(self, job: str, device: str) -> None:
         """Forget what a device holds: it said that it does not."""
         with self._write() as connection:
-            connection.execute(sa.delete(_PATHS).where(_PATHS.c.job == job, _PATHS.c.device == device))
+            connection.execute(sa.delete(PATHS).where(PATHS.c.job == job, PATHS.c.device == device))
 
     # --- devices ---
 
@@ -515,12 +270,12 @@ class Ledger:
         values = _values(device)
         new = {key: value for key, value in values.items() if key not in ("id", "first_seen_s", "reason")}
         with self._write() as connection:
-            connection.execute(_upsert(connection, _DEVICES, values, ["id"], new))
+            connection.execute(_upsert(connection, DEVICES, values, ["id"], new))
 
     def devices(self) -> list[DeviceRow]:
         """Return all devices, sorted by name."""
         with self._read() as connection:
-            rows = connection.execute(sa.select(_DEVICES).order_by(_DEVICES.c.id)).mappings().all()
+            rows = connection.execute(sa.select(DEVICES).order_by(DEVICES.c.id)).mappings().all()
         return [DeviceRow(**row) for row in rows]
 
     def set_device_status(self, device: str, status: str, reason: str = "") -> None:
@@ -529,7 +284,7 @@ class Ledger:
         Raises:
             NotFoundError: no such device.
         """
-        change = sa.update(_DEVICES).where(_DEVICES.c.id == device).values(status=status, reason=reason)
+        change = sa.update(DEVICES).where(DEVICES.c.id == device).values(status=status, reason=reason)
         with self._write() as connection:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"device {device}: not known (see `liberatai devices list`)")
@@ -540,17 +295,17 @@ class Ledger:
             for row in rows:
                 values = _values(row)
                 new = {key: value for key, value in values.items() if key != "device"}
-                connection.execute(_upsert(connection, _TRAFFIC, values, ["device"], new))
+                connection.execute(_upsert(connection, TRAFFIC, values, ["device"], new))
 
     def traffic(self) -> dict[str, TrafficRow]:
         """Return what `set_traffic` remembered, by device."""
         with self._read() as connection:
-            rows = connection.execute(sa.select(_TRAFFIC)).mappings().all()
+            rows = connection.execute(sa.select(TRAFFIC)).mappings().all()
         return {row["device"]: TrafficRow(**row) for row in rows}
 
     def update_counts(self) -> dict[str, int]:
         """Return how many updates of each device were ever stored."""
-        query = sa.select(_UPDATES.c.device, sa.func.count()).group_by(_UPDATES.c.device)
+        query = sa.select(UPDATES.c.device, sa.func.count()).group_by(UPDATES.c.device)
         with self._read() as connection:
             return {device: int(number) for device, number in connection.execute(query)}
 
@@ -564,13 +319,13 @@ class Ledger:
         """
         row = JobRow(name=name, spec=spec, base_dir=base_dir, created_s=created_s)
         with self._write() as connection:
-            if connection.execute(sa.select(_JOBS.c.name).where(_JOBS.c.name == name)).first():
+            if connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
                 raise ConfigError("job", [f"name: a job {name} exists already; choose another name"])
-            connection.execute(sa.insert(_JOBS), _values(row))
+            connection.execute(sa.insert(JOBS), _values(row))
 
     def jobs(self) -> list[JobRow]:
         """Return all jobs, oldest first."""
-        query = sa.select(_JOBS).order_by(_JOBS.c.created_s, _JOBS.c.name)
+        query = sa.select(JOBS).order_by(JOBS.c.created_s, JOBS.c.name)
         with self._read() as connection:
             return [JobRow(**row) for row in connection.execute(query).mappings()]
 
@@ -581,7 +336,7 @@ class Ledger:
             NotFoundError: no such job.
         """
         with self._read() as connection:
-            row = connection.execute(sa.select(_JOBS).where(_JOBS.c.name == name)).mappings().first()
+            row = connection.execute(sa.select(JOBS).where(JOBS.c.name == name)).mappings().first()
         if row is None:
             raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
         return JobRow(**row)
@@ -592,7 +347,7 @@ class Ledger:
         Raises:
             NotFoundError: no such job.
         """
-        change = sa.update(_JOBS).where(_JOBS.c.name == name).values(state=state, reason=reason)
+        change = sa.update(JOBS).where(JOBS.c.name == name).values(state=state, reason=reason)
         with self._write() as connection:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
@@ -604,14 +359,14 @@ class Ledger:
             NotFoundError: no such job.
         """
         with self._write() as connection:
-            if not connection.execute(sa.select(_JOBS.c.name).where(_JOBS.c.name == name)).first():
+            if not connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
                 raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
             row = {"job": name, "key": key, "value": value}
-            connection.execute(_upsert(connection, _JOB_VALUES, row, ["job", "key"], {"value": value}))
+            connection.execute(_upsert(connection, JOB_VALUES, row, ["job", "key"], {"value": value}))
 
     def job_value(self, name: str, key: str) -> bytes | None:
         """Return what `set_job_value` remembered, or None."""
-        query = sa.select(_JOB_VALUES.c.value).where(_JOB_VALUES.c.job == name, _JOB_VALUES.c.key == key)
+        query = sa.select(JOB_VALUES.c.value).where(JOB_VALUES.c.job == name, JOB_VALUES.c.key == key)
         with self._read() as connection:
             found: bytes | None = connection.execute(query).scalar()
         return found
@@ -627,11 +382,11 @@ class Ledger:
         """
         values = _values(row) | _frozen(()) | {"state": "open"}
         with self._write() as connection:
-            if not connection.execute(sa.select(_JOBS.c.name).where(_JOBS.c.name == row.job)).first():
+            if not connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == row.job)).first():
                 raise NotFoundError(f"job {row.job}: not known (see `liberatai jobs list`)")
             before = _round(connection, row.job, row.round)
             if before is None:
-                connection.execute(sa.insert(_ROUNDS), values)
+                connection.execute(sa.insert(ROUNDS), values)
                 return
             if before.state != "open":
                 raise RoundClosedError(
@@ -730,7 +485,7 @@ class Ledger:
 
     def rounds(self, job: str) -> list[RoundRow]:
         """Return the rounds of a job in order."""
-        query = sa.select(_ROUNDS).where(_ROUNDS.c.job == job).order_by(_ROUNDS.c.round)
+        query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round)
         with self._read() as connection:
             return [_round_row(row) for row in connection.execute(query).mappings()]
 
@@ -752,20 +507,18 @@ class Ledger:
             Number of frames dropped.
         """
         finished = (
-            sa.select(_ROUNDS.c.round)
-            .where(_ROUNDS.c.job == job, _ROUNDS.c.state.in_(("published", "abandoned")))
-            .order_by(_ROUNDS.c.round.desc())
+            sa.select(ROUNDS.c.round)
+            .where(ROUNDS.c.job == job, ROUNDS.c.state.in_(("published", "abandoned")))
+            .order_by(ROUNDS.c.round.desc())
             .offset(max(0, keep_rounds))
         )
         with self._write() as connection:
             numbers = list(connection.execute(finished).scalars())
             if not numbers:
                 return 0
-            where = (_UPDATES.c.job == job, _UPDATES.c.round <= max(numbers), _UPDATES.c.frame.is_not(None))
-            within = _UPDATES.c.round.in_(finished.with_only_columns(_ROUNDS.c.round))
-            dropped = connection.execute(
-                sa.update(_UPDATES).where(*where, within).values(frame=None)
-            ).rowcount
+            where = (UPDATES.c.job == job, UPDATES.c.round <= max(numbers), UPDATES.c.frame.is_not(None))
+            within = UPDATES.c.round.in_(finished.with_only_columns(ROUNDS.c.round))
+            dropped = connection.execute(sa.update(UPDATES).where(*where, within).values(frame=None)).rowcount
         if dropped:
             self._give_space_back()
         return dropped
@@ -792,7 +545,7 @@ class Ledger:
                 raise DigestError(f"{model} version {number}: its parent {version.parent[:12]} is not stored")
             values = _values(version)
             del values["tags"]
-            connection.execute(sa.insert(_VERSIONS), values)
+            connection.execute(sa.insert(VERSIONS), values)
             _set_tags(connection, version.model, dict.fromkeys(version.tags, number))
 
     def set_tag(self, model: str, tag: str, number: int) -> None:
@@ -832,7 +585,7 @@ class Ledger:
     def models(self) -> list[str]:
         """Return the names of all models that have a version."""
         with self._read() as connection:
-            query = sa.select(_VERSIONS.c.model).distinct().order_by(_VERSIONS.c.model)
+            query = sa.select(VERSIONS.c.model).distinct().order_by(VERSIONS.c.model)
             return list(connection.execute(query).scalars())
 
     # --- variants ---
@@ -847,7 +600,7 @@ class Ledger:
         model, number = variant.model, variant.number
         if hashlib.sha256(variant.manifest).hexdigest() != variant.id:
             raise DigestError(f"variant of {model} version {number}: id and manifest do not match")
-        same = sa.select(_VARIANTS.c.number).where(_VARIANTS.c.model == model, _VARIANTS.c.id == variant.id)
+        same = sa.select(VARIANTS.c.number).where(VARIANTS.c.model == model, VARIANTS.c.id == variant.id)
         with self._write() as connection:
             if not any(row.number == number for row in _version_rows(connection, model)):
                 raise NotFoundError(f"model {model}: no version {number}")
@@ -855,14 +608,14 @@ class Ledger:
             if stored is not None and stored != number:
                 raise DigestError(f"variant {variant.id[:12]} of {model} is one of version {stored}")
             if stored is None:
-                connection.execute(sa.insert(_VARIANTS), _values(variant))
+                connection.execute(sa.insert(VARIANTS), _values(variant))
 
     def variants(self, model: str, number: int | None = None) -> list[VariantRow]:
         """Return the variants of a model, or of one version of it: by version, then from small to large."""
-        query = sa.select(_VARIANTS).where(_VARIANTS.c.model == model)
+        query = sa.select(VARIANTS).where(VARIANTS.c.model == model)
         if number is not None:
-            query = query.where(_VARIANTS.c.number == number)
-        query = query.order_by(_VARIANTS.c.number, _VARIANTS.c.size_bytes, _VARIANTS.c.id)
+            query = query.where(VARIANTS.c.number == number)
+        query = query.order_by(VARIANTS.c.number, VARIANTS.c.size_bytes, VARIANTS.c.id)
         with self._read() as connection:
             return [VariantRow(**row) for row in connection.execute(query).mappings()]
 
@@ -911,14 +664,14 @@ class Ledger:
     def _begin_epoch(self) -> None:
         self._check()
         with self._write() as connection:
-            _METADATA.create_all(connection)
+            METADATA.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            before = connection.execute(sa.select(_META.c.value).where(_META.c.key == "epoch")).scalar()
+            before = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch")).scalar()
             self.epoch = (before or 0) + 1
             row = {"key": "epoch", "value": self.epoch}
-            connection.execute(_upsert(connection, _META, row, ["key"], {"value": self.epoch}))
-            for device, code, count in connection.execute(sa.select(_REFUSALS)):
+            connection.execute(_upsert(connection, META, row, ["key"], {"value": self.epoch}))
+            for device, code, count in connection.execute(sa.select(REFUSALS)):
                 self._refusals[device, code] = count
 
     def _check(self) -> None:
@@ -1060,7 +813,7 @@ class Ledger:
                 for (device, code), count in dirty.items():
                     row = {"device": device, "code": code, "count": count}
                     connection.execute(
-                        _upsert(connection, _REFUSALS, row, ["device", "code"], {"count": count})
+                        _upsert(connection, REFUSALS, row, ["device", "code"], {"count": count})
                     )
         except LiberataiError:
             # Counters are no promise: they stay in memory and are tried again with the next ones.
@@ -1074,10 +827,10 @@ class Ledger:
 
 def _insert(connection: sa.Connection, updates: list[StoredUpdate]) -> list[Outcome | LiberataiError]:
     slots = [(update.job, update.round, update.device) for update in updates]
-    columns = (_UPDATES.c.update_id, _UPDATES.c.sha256, _UPDATES.c.job, _UPDATES.c.round, _UPDATES.c.device)
-    by_id = _UPDATES.c.update_id.in_([update.update_id for update in updates])
-    by_slot = sa.tuple_(_UPDATES.c.job, _UPDATES.c.round, _UPDATES.c.device).in_(slots)
-    by_round = sa.tuple_(_ROUNDS.c.job, _ROUNDS.c.round).in_(list({slot[:2] for slot in slots}))
+    columns = (UPDATES.c.update_id, UPDATES.c.sha256, UPDATES.c.job, UPDATES.c.round, UPDATES.c.device)
+    by_id = UPDATES.c.update_id.in_([update.update_id for update in updates])
+    by_slot = sa.tuple_(UPDATES.c.job, UPDATES.c.round, UPDATES.c.device).in_(slots)
+    by_round = sa.tuple_(ROUNDS.c.job, ROUNDS.c.round).in_(list({slot[:2] for slot in slots}))
     known: dict[bytes, bytes] = {}
     taken: set[tuple[str, int, str]] = set()
     # two queries, because an OR of both would not use the indexes
@@ -1090,7 +843,7 @@ def _insert(connection: sa.Connection, updates: list[StoredUpdate]) -> list[Outc
     states = {
         (job, number): state
         for job, number, state in connection.execute(
-            sa.select(_ROUNDS.c.job, _ROUNDS.c.round, _ROUNDS.c.state).where(by_round)
+            sa.select(ROUNDS.c.job, ROUNDS.c.round, ROUNDS.c.state).where(by_round)
         )
     }
     results: list[Outcome | LiberataiError] = []
@@ -1105,11 +858,11 @@ def _insert(connection: sa.Connection, updates: list[StoredUpdate]) -> list[Outc
     if new:
         rows = [_values(update) for update in new]
         paths = [row.pop("path") for row in rows]
-        connection.execute(sa.insert(_UPDATES), rows)
+        connection.execute(sa.insert(UPDATES), rows)
         for update, path in zip(new, paths, strict=True):
             if path:
                 row = {"job": update.job, "device": update.device, "path": path}
-                connection.execute(_upsert(connection, _PATHS, row, ["job", "device"], {"path": path}))
+                connection.execute(_upsert(connection, PATHS, row, ["job", "device"], {"path": path}))
     return results
 
 
@@ -1131,12 +884,12 @@ def _verdict(
 
 
 def _ids(connection: sa.Connection, job: str, number: int) -> list[bytes]:
-    query = sa.select(_UPDATES.c.update_id).where(_UPDATES.c.job == job, _UPDATES.c.round == number)
-    return list(connection.execute(query.order_by(_UPDATES.c.update_id)).scalars())
+    query = sa.select(UPDATES.c.update_id).where(UPDATES.c.job == job, UPDATES.c.round == number)
+    return list(connection.execute(query.order_by(UPDATES.c.update_id)).scalars())
 
 
 def _round(connection: sa.Connection, job: str, number: int) -> RoundRow | None:
-    query = sa.select(_ROUNDS).where(_ROUNDS.c.job == job, _ROUNDS.c.round == number)
+    query = sa.select(ROUNDS).where(ROUNDS.c.job == job, ROUNDS.c.round == number)
     row = connection.execute(query).mappings().first()
     return None if row is None else _round_row(row)
 
@@ -1149,8 +902,8 @@ def _known_round(connection: sa.Connection, job: str, number: int) -> RoundRow:
 
 
 def _change_round(connection: sa.Connection, row: RoundRow, changes: Mapping[str, Any]) -> None:
-    where = (_ROUNDS.c.job == row.job, _ROUNDS.c.round == row.round)
-    connection.execute(sa.update(_ROUNDS).where(*where).values(**changes))
+    where = (ROUNDS.c.job == row.job, ROUNDS.c.round == row.round)
+    connection.execute(sa.update(ROUNDS).where(*where).values(**changes))
 
 
 def _frozen(ids: tuple[bytes, ...]) -> dict[str, bytes]:
@@ -1167,10 +920,10 @@ def _round_row(row: Mapping[Any, Any]) -> RoundRow:
 def _version_rows(connection: sa.Connection, model: str) -> list[VersionRow]:
     tags: dict[int, list[str]] = {}
     for tag, number in connection.execute(
-        sa.select(_TAGS.c.tag, _TAGS.c.number).where(_TAGS.c.model == model).order_by(_TAGS.c.tag)
+        sa.select(TAGS.c.tag, TAGS.c.number).where(TAGS.c.model == model).order_by(TAGS.c.tag)
     ):
         tags.setdefault(number, []).append(tag)
-    query = sa.select(_VERSIONS).where(_VERSIONS.c.model == model).order_by(_VERSIONS.c.number)
+    query = sa.select(VERSIONS).where(VERSIONS.c.model == model).order_by(VERSIONS.c.number)
     rows = connection.execute(query).mappings()
     return [VersionRow(**row, tags=tuple(tags.get(row["number"], ()))) for row in rows]
 
@@ -1180,7 +933,7 @@ def _set_tags(connection: sa.Connection, model: str, tags: Mapping[str, int]) ->
         if not tag or tag == "latest" or tag.isdigit():
             raise SchemaError(f"tag {tag!r}: must be a name, not a number and not 'latest'")
         row = {"model": model, "tag": tag, "number": number}
-        connection.execute(_upsert(connection, _TAGS, row, ["model", "tag"], {"number": number}))
+        connection.execute(_upsert(connection, TAGS, row, ["model", "tag"], {"number": number}))
 
 
 def _upsert(

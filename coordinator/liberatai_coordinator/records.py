@@ -9,7 +9,8 @@ from typing import Final
 import msgspec
 
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.ledger import Ledger, RoundRow
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.rows import RoundRow
 from liberatai_coordinator.views import CentralView, ContributionView, LocalView, RoundView
 from liberatai_core.aggregator import rules
 

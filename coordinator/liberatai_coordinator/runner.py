@@ -18,15 +18,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_coordinator import aggregation, evaluation, plan, selection
+from liberatai_coordinator import aggregation, evaluation, members, plan, selection
 from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Late, Public, derive_seed
+from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.catch_up import Path, Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
-from liberatai_coordinator.ledger import JobRow, Ledger, RoundRow, StoredUpdate
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.members import Public, derive_seed
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import Stats, kept, round_views
+from liberatai_coordinator.rows import JobRow, RoundRow, StoredUpdate
 from liberatai_coordinator.versions import Current, Versions
 from liberatai_coordinator.views import CentralView, LocalView, RoundView
 from liberatai_core.compressor.codebook import smallest_bytes
@@ -61,7 +63,7 @@ from liberatai_core.structure import Structure
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Labelled = tuple[aggregation.Floats, NDArray[np.int64]]
+Labelled = tuple[members.Floats, NDArray[np.int64]]
 """Inputs, shape (n, …), and labels, shape (n,)."""
 
 MAX_FAILURES = 3
@@ -766,7 +768,7 @@ class Runner:
             test=None if self.test is None else self._scored(*self.test),
         )
 
-    def _scored(self, x: aggregation.Floats, y: NDArray[np.int64]) -> CentralView | None:
+    def _scored(self, x: members.Floats, y: NDArray[np.int64]) -> CentralView | None:
         """Return what the newest version reaches on labels of the coordinator; see `scored`."""
         try:
             return scored(self.job, self.versions.now, x, y)
@@ -861,7 +863,7 @@ class Runner:
         return round_views(self.ledger, self.job.name, self.open_round)
 
 
-def scored(job: JobSpec, version: Current, x: aggregation.Floats, y: NDArray[np.int64]) -> CentralView | None:
+def scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int64]) -> CentralView | None:
     """Return what a version reaches on labels of the coordinator; None if there are none.
 
     Args:
@@ -873,7 +875,7 @@ def scored(job: JobSpec, version: Current, x: aggregation.Floats, y: NDArray[np.
     if not len(y):
         return None
     views = {sid: member.view for sid, member in version.members.items()}
-    log_probs = aggregation.outputs(version.members, views, job.data, x)
+    log_probs = members.outputs(version.members, views, job.data, x)
     together = version.ensemble.combine(log_probs)
     return evaluation.central(version.number, sorted(views), log_probs, together, y)
 
@@ -888,7 +890,7 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     """
     if update.codec != job.sparsify.method:
         raise CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
-    part = aggregation.trained_part(job, structure).part
+    part = members.trained_part(job, structure).part
     if np.abs(aggregation.difference(job, update, part)).max() > LARGEST:
         raise NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
@@ -943,7 +945,7 @@ def spec_of(job: JobSpec, structure: Structure) -> TaskSpec:
         seed=job.seed,
         deadline_s=job.rounds.deadline_s,
         share_class_counts=job.share_class_counts,
-        trained_share=aggregation.trained_share(job, structure),
+        trained_share=members.trained_share(job, structure),
         residual_decay=job.sparsify.residual_decay,
         residual_limit=job.sparsify.residual_limit,
     )
@@ -982,7 +984,7 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
                 family=structure.family,
                 density=choice.density or job.sparsify.up_density,
                 parameters=structure.parameters,
-                trained=aggregation.trained_part(job, structure).part.parameters,
+                trained=members.trained_part(job, structure).part.parameters,
                 smallest_bytes=smallest_bytes(structure),
                 macs=price.macs_per_sample,
                 activation_bytes=price.activation_bytes_per_sample,

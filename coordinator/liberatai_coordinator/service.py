@@ -20,19 +20,12 @@ from liberatai_coordinator import plan, runner, variants
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
-from liberatai_coordinator.ledger import (
-    DeviceRow,
-    JobRow,
-    Ledger,
-    StoredUpdate,
-    TrafficRow,
-    VariantRow,
-    VersionRow,
-)
+from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.plan import Assignment
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import contribution_views, round_views
 from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
+from liberatai_coordinator.rows import DeviceRow, JobRow, StoredUpdate, TrafficRow, VariantRow, VersionRow
 from liberatai_coordinator.runner import Runner
 from liberatai_coordinator.uploads import Uploads
 from liberatai_coordinator.versions import Versions

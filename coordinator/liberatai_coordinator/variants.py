@@ -9,7 +9,7 @@ verifiable, or absent (promise P3).
 import hashlib
 import time
 
-from liberatai_coordinator.ledger import Ledger, VariantRow, VersionRow
+from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.repository import (
     Manifest,
     Repository,
@@ -17,6 +17,7 @@ from liberatai_coordinator.repository import (
     decode_manifest,
     decode_variant,
 )
+from liberatai_coordinator.rows import VariantRow, VersionRow
 from liberatai_coordinator.views import SizesView, TensorView, VariantDetail, VariantView
 from liberatai_core.compressor import artifact
 from liberatai_core.errors import (

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import numpy as np
 
-from liberatai_coordinator import aggregation
-from liberatai_coordinator.aggregation import Advanced, Ensemble, Member, Public, derive_seed
+from liberatai_coordinator import aggregation, ensembles, members
+from liberatai_coordinator.aggregation import Advanced
 from liberatai_coordinator.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.ledger import Ledger, VersionRow
+from liberatai_coordinator.ensembles import Ensemble
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.members import Member, Public, derive_seed
 from liberatai_coordinator.repository import (
     EnsembleRecord,
     Manifest,
@@ -25,6 +27,7 @@ from liberatai_coordinator.repository import (
     version_id,
 )
 from liberatai_coordinator.repository import Member as MemberRecord
+from liberatai_coordinator.rows import VersionRow
 from liberatai_core.aggregator.server_optimizer import ServerState
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
@@ -135,7 +138,7 @@ class Versions:
             members[sid] = aggregation.first(self.job, structure, view)
             chains[sid] = (self._step(0, artifact, view),)
             blobs.append(artifact)
-        ensemble = aggregation.combine(self.job, members, public)
+        ensemble = ensembles.combine(self.job, members, public)
         self._write(Current(number=0, id="", members=members, chains=chains, ensemble=ensemble), (), blobs)
 
     def _first_keyframes(
@@ -370,7 +373,7 @@ class Versions:
     def _files(self, sid: str, since: int, number: int, member: Member) -> list[tuple[Step, bytes]]:
         """Return files that turn a version's weights into a member's view, bit for bit, if any do."""
         before = self._view(sid, since)
-        trained = aggregation.trained_part(self.job, member.structure)
+        trained = members.trained_part(self.job, member.structure)
         after = trained.gather(member.view)
         if to_bytes(trained.replaced(before, after)) != to_bytes(member.view):
             return []  # a renewed keyframe lies between, which changed all weights
@@ -437,7 +440,7 @@ class Versions:
             first_bytes: what the first keyframe was allowed.
         """
         bits, number = self.job.compress.renewed_bits, self.now.number + 1
-        trained = aggregation.trained_part(self.job, member.structure)
+        trained = members.trained_part(self.job, member.structure)
         wished = int(trained.part.parameters * bits / 8) + 512
         if trained.gain is None:
             content = compress(member.master, member.structure, min(wished, max(first_bytes, room or wished)))

@@ -12,9 +12,9 @@ from benchmarks import nested as benchmark
 from benchmarks.simulation import Population, Simulation
 from msgspec.structs import replace
 
-from liberatai_coordinator import aggregation
-from liberatai_coordinator.aggregation import Public
+from liberatai_coordinator import aggregation, members
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
+from liberatai_coordinator.members import Public
 from liberatai_coordinator.versions import Versions
 from liberatai_core.aggregator import nested
 from liberatai_core.compressor.artifact import restore
@@ -123,7 +123,7 @@ def test_a_member_moves_only_where_it_is_trained_itself(tmp_path: Path) -> None:
         after = simulation.versions.now.members
         covers = []
         for sid, member in after.items():
-            trained = aggregation.trained_part(spec, member.structure)
+            trained = members.trained_part(spec, member.structure)
             assert trained.gain is not None
             moved = np.flatnonzero(member.master != before[sid].master)
             assert moved.size

@@ -27,7 +27,8 @@ from tests.integration.kit import (
 from liberatai_coordinator import runner as runner_module
 from liberatai_coordinator import service as service_module
 from liberatai_coordinator import versions as versions_module
-from liberatai_coordinator.ledger import Ledger, VersionRow
+from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.rows import VersionRow
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.versions import Versions
 from liberatai_core.contract.frame import Signer, seal

@@ -18,13 +18,13 @@ import pytest
 from tests.unit.coordinator.api_kit import served
 
 from liberatai_coordinator import api, fit_report
-from liberatai_coordinator.aggregation import Public
 from liberatai_coordinator.cli import main
 from liberatai_coordinator.cli_kit import budget_of, budget_of_profile
 from liberatai_coordinator.client import Client, VariantUpload
 from liberatai_coordinator.config import CoordinatorConfig, parse_job
 from liberatai_coordinator.fleet import Fleet
 from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.members import Public
 from liberatai_coordinator.plan import best_variant
 from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.repository import (

@@ -115,6 +115,7 @@ def distill(
     seed: int,
     *,
     gain: Vector | None = None,
+    copies: NDArray[np.int64] | None = None,
 ) -> Vector:
     """Teach a student and return its new weights; byte-identical for equal arguments on one machine.
 
@@ -127,6 +128,7 @@ def distill(
         settings: see there.
         seed: fixes copies, order and dropout.
         gain: as of `training.train`.
+        copies: changed ones of each sample, shape (n,), in the place of `settings.copies`.
 
     Raises:
         DataError: no samples, or shapes do not fit.
@@ -147,6 +149,7 @@ def distill(
         raise DataError(
             f"teacher's outputs must be finite, shape {(samples, data.classes)}, not {log_probs.shape}"
         )
+    rows = torch.from_numpy(_shown(np.full(samples, settings.copies) if copies is None else copies, samples))
     with reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
@@ -159,11 +162,10 @@ def distill(
 
         def batch_of(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal order
-            shown = samples * (1 + settings.copies)
-            if len(order) < min(settings.batch_size, shown):
-                order = torch.cat([order, torch.randperm(shown, generator=generator)])
+            if len(order) < min(settings.batch_size, len(rows)):
+                order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            batch, wanted, changed = inputs[chosen % samples], target[chosen % samples], chosen >= samples
+            batch, wanted, changed = inputs[rows[chosen]], target[rows[chosen]], chosen >= samples
             if changed.any():
                 batch[changed] = augment(batch[changed], settings.augment, generator)
             if not settings.mixup:
@@ -186,6 +188,14 @@ def distill(
     if not np.isfinite(taught).all():
         raise TrainingError(f"{structure.id}: weights are not finite after distillation: lower learning_rate")
     return taught
+
+
+def _shown(copies: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    """Return the sample behind everything that is shown: all samples as they are, then their copies."""
+    if copies.shape != (samples,) or copies.min() < 0:
+        raise DataError(f"copies must be counts of shape {(samples,)}, not {copies.shape}")
+    every = np.arange(samples)
+    return np.concatenate([every, *(every[copies > one] for one in range(int(copies.max())))])
 
 
 def teach(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from liberatai_coordinator import aggregation
-from liberatai_coordinator.aggregation import Advanced, Late, Member, Public
+from liberatai_coordinator.aggregation import Advanced, Late
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
+from liberatai_coordinator.members import Member, Public
 from liberatai_core.contract.messages import Update, update_id
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.sparsifier.top_k import densify, init, sparsify

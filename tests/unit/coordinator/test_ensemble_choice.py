@@ -1,14 +1,13 @@
 """Which ensemble method a job gets, who sees which labels, and what the version says about it."""
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator import aggregation
-from liberatai_coordinator.aggregation import Ensemble, Public
+from liberatai_coordinator import aggregation, ensembles, teaching
 from liberatai_coordinator.config import (
     NEED_LABELS,
     Aggregate,
@@ -18,6 +17,8 @@ from liberatai_coordinator.config import (
     Teach,
     parse_job,
 )
+from liberatai_coordinator.ensembles import Ensemble
+from liberatai_coordinator.members import Public, derive_seed, outputs
 from liberatai_coordinator.repository import EnsembleRecord
 from liberatai_core.aggregator.ensemble import Evidence
 from liberatai_core.aggregator.guard import divided
@@ -80,15 +81,15 @@ def test_a_method_that_needs_labels_is_refused_without_them(name: str) -> None:
 
 
 def test_without_labels_the_default_is_the_rule_that_needs_none() -> None:
-    made = aggregation.combine(job(), members(), Public())
+    made = ensembles.combine(job(), members(), Public())
     assert made.method == "label_free"
     assert "not checked" in made.guard
-    assert aggregation.combine(job(), members(counted=False), Public()).method == "uniform"
+    assert ensembles.combine(job(), members(counted=False), Public()).method == "uniform"
 
 
 def test_a_hundred_labels_are_all_the_guards() -> None:
     """The demo's case: too few to fit weights, so the guard keeps every one of them."""
-    made = aggregation.combine(job(), members(), Public(validation=labelled(100)))
+    made = ensembles.combine(job(), members(), Public(validation=labelled(100)))
     assert made.method == "label_free"
     assert "on 100 held-out labels" in made.guard
     assert "other labels" not in made.guard
@@ -96,8 +97,8 @@ def test_a_hundred_labels_are_all_the_guards() -> None:
 
 def test_with_many_labels_the_default_is_stacking_and_the_guard_sees_others() -> None:
     x, y = labelled(600)
-    made = aggregation.combine(job(), members(), Public(validation=(x, y)))
-    fitted, judging = divided(y, aggregation.derive_seed(job().seed, "labels", 0))
+    made = ensembles.combine(job(), members(), Public(validation=(x, y)))
+    fitted, judging = divided(y, derive_seed(job().seed, "labels", 0))
     assert made.method == "stacking"
     assert made.kind == "log"
     assert f"on {len(judging)} held-out labels" in made.guard
@@ -107,19 +108,19 @@ def test_with_many_labels_the_default_is_stacking_and_the_guard_sees_others() ->
 def test_weights_depend_on_no_label_that_the_guard_judges_by() -> None:
     """With all labels of the guard's part turned wrong, the weights are the same to the last bit."""
     x, y = labelled(600)
-    _, judging = divided(y, aggregation.derive_seed(job().seed, "labels", 0))
+    _, judging = divided(y, derive_seed(job().seed, "labels", 0))
     given = members()
-    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    answers = outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
     fitted = np.setdiff1d(np.arange(600), judging)
     for name in ("stacking", "random"):
-        made = aggregation.combine(
+        made = ensembles.combine(
             job(ensemble=name, trials=5, validation="v.npz"), given, Public(validation=(x, y))
         )
         again = method_of(name, 5)(
             Evidence(
                 class_counts=np.stack([given[sid].class_counts for sid in sorted(given)]),
                 balance=job().training.balance,
-                log_probs=outputs[:, fitted],
+                log_probs=answers[:, fitted],
                 y=y[fitted],
                 seed=job().seed,
             )
@@ -132,15 +133,15 @@ def test_a_version_keeps_what_every_method_found(name: str) -> None:
     """Written down and read back, the ensemble gives the same answers."""
     x, y = labelled(320)
     given = members()
-    made = aggregation.combine(
+    made = ensembles.combine(
         job(ensemble=name, trials=3, validation="v.npz"), given, Public(validation=(x, y))
     )
     assert made.method == name
     record = msgspec.convert(msgspec.structs.asdict(made), EnsembleRecord)
     back = msgspec.convert(msgspec.json.decode(msgspec.json.encode(record)), EnsembleRecord)
     read = msgspec.convert(msgspec.structs.asdict(back), Ensemble)
-    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
-    assert read.combine(outputs).tolist() == made.combine(outputs).tolist()
+    answers = outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    assert read.combine(answers).tolist() == made.combine(answers).tolist()
 
 
 def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> None:
@@ -148,12 +149,15 @@ def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> Non
     x, _ = labelled(400)
     given = members()
     first = min(given)
-    outputs = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
-    y = outputs[0].argmax(axis=1).astype(np.int64)
-    made = aggregation.combine(job(ensemble="majority_vote"), given, Public(validation=(x, y)))
+    answers = outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    y = answers[0].argmax(axis=1).astype(np.int64)
+    made = ensembles.combine(job(ensemble="majority_vote"), given, Public(validation=(x, y)))
     assert made.use == first
     assert "falling back" in made.guard
-    assert made.combine(outputs).tolist() == outputs[0].tolist()
+    assert made.combine(answers).tolist() == answers[0].tolist()
+
+
+TEACHING: tuple[Literal["none"], Literal["inputs"], Literal["labels"]] = ("none", "inputs", "labels")
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -162,7 +166,7 @@ def test_a_student_that_teaching_makes_worse_stays_and_the_version_says_so(valid
     x, _ = labelled(400)
     given = members()
     good = max(given)
-    answers = aggregation.outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
+    answers = outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
     y = answers[sorted(given).index(good)].argmax(axis=1).astype(np.int64)
     spec = msgspec.structs.replace(
         job(ensemble="majority_vote"), teach=Teach(steps=200, learning_rate=0.5, unlabeled="u.npz")
@@ -176,3 +180,73 @@ def test_a_student_that_teaching_makes_worse_stays_and_the_version_says_so(valid
     assert good in made.untaught
     assert "100.0% before on 400 labels" in made.untaught[good]
     assert np.array_equal(made.members[good].master, given[good].master)
+
+
+def taught(
+    how: Literal["none", "inputs", "labels"],
+    ensemble: str,
+    public: Public,
+    method: Literal["ensemble", "task_vectors"] = "ensemble",
+) -> dict[str, bytes]:
+    """Return what a teaching makes of the members."""
+    teach = Teach(steps=20, unlabeled="u.npz", validation=how, method=method)
+    spec = msgspec.structs.replace(job(ensemble=ensemble, validation="v.npz"), teach=teach)
+    made = aggregation.advance(spec, 1, members(), [], public)
+    assert not made.untaught
+    return {sid: one.master.tobytes() for sid, one in made.members.items()}
+
+
+@pytest.mark.parametrize("method", get_args(Teach.__annotations__["method"]))
+def test_labelled_samples_teach_but_never_those_that_judge(method: Any) -> None:
+    """Whatever stands in the guard's part, students learn the same; the other part teaches if it may."""
+    x, y = labelled(400)
+    unlabeled = -x[:60]
+    _, judging = divided(y, derive_seed(job().seed, "labels", 0))
+    other = x.copy()
+    other[judging] = x[judging] * 0.9  # as far from it as the guard lets students be
+    before = Public(unlabeled=unlabeled, validation=(x, y))
+    after = Public(unlabeled=unlabeled, validation=(other, y))
+    found = {how: taught(how, "stacking", before, method) for how in TEACHING}
+    for how in TEACHING:
+        assert taught(how, "stacking", after, method) == found[how]
+    assert found["none"] != found["inputs"] != found["labels"] != found["none"]
+
+
+def test_labels_that_all_judge_teach_nothing() -> None:
+    """A method that looks at no labels leaves them all to the guard."""
+    x, y = labelled(400)
+    public = Public(unlabeled=-x[:60], validation=(x, y))
+    assert taught("none", "uniform", public) == taught("inputs", "uniform", public)
+    assert taught("none", "uniform", public) == taught("labels", "uniform", public)
+
+
+def test_only_labels_themselves_teach_what_they_say() -> None:
+    """Wrong labels change what is learned if labels teach; inputs alone teach what the ensemble says."""
+    x, y = labelled(400)
+    right = Public(unlabeled=-x[:60], validation=(x, y))
+    spec = job(ensemble="stacking", validation="v.npz")
+    lesson = teaching.lesson_of(spec, "stacking", -x[:60], right.validation)
+    said = outputs(members(), {sid: one.view for sid, one in members().items()}, DATA, lesson.x)[0]
+    inputs, labels = (
+        teaching.with_labels(msgspec.structs.replace(spec, teach=Teach(validation=how)), lesson, said)
+        for how in ("inputs", "labels")
+    )
+    assert inputs is said
+    assert np.array_equal(labels[:60], said[:60])
+    known = np.exp(labels[60:])
+    assert known.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert (known[np.arange(len(lesson.y)), lesson.y] >= teaching.LABEL_SHARE - 1e-6).all()
+    assert np.array_equal(x[divided(y, derive_seed(spec.seed, "labels", 0))[0]], lesson.x[60:])
+    assert lesson.copies.tolist() == [4] * 60 + [4] * len(lesson.y)
+
+
+def test_structures_can_teach_apart() -> None:
+    """Another student comes of it, the same every time."""
+    x, y = labelled(400)
+    public = Public(unlabeled=-x[:60], validation=(x, y))
+    together, apart, again = (
+        taught("inputs", "stacking", public, method)
+        for method in ("ensemble", "task_vectors", "task_vectors")
+    )
+    assert all(together[sid] != apart[sid] for sid in together)
+    assert apart == again

@@ -17,15 +17,8 @@ import pytest
 import sqlalchemy as sa
 
 from liberatai_coordinator import ledger as module
-from liberatai_coordinator.ledger import (
-    DeviceRow,
-    Ledger,
-    Outcome,
-    RoundRow,
-    StoredUpdate,
-    TrafficRow,
-    VersionRow,
-)
+from liberatai_coordinator.ledger import Ledger, Outcome
+from liberatai_coordinator.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
 from liberatai_core.errors import (
     BusyError,
     ConfigError,

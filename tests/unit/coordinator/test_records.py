@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_coordinator.ledger import Ledger, RoundRow
+from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.records import (
     MAX_CONTRIBUTIONS,
     Contribution,
@@ -12,6 +12,7 @@ from liberatai_coordinator.records import (
     contribution_views,
     round_views,
 )
+from liberatai_coordinator.rows import RoundRow
 from liberatai_coordinator.views import CentralView, LocalView, ScoreView, WorstView
 
 LOCAL = LocalView(

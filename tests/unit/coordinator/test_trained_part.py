@@ -2,7 +2,6 @@
 
 import pytest
 
-from liberatai_coordinator.aggregation import trained_part, trained_share
 from liberatai_coordinator.config import (
     DOWN_TO_ALL,
     DOWN_TO_SOME,
@@ -13,6 +12,7 @@ from liberatai_coordinator.config import (
     StructureChoice,
     Teach,
 )
+from liberatai_coordinator.members import trained_part, trained_share
 from liberatai_core.learning.families import structure_of
 from liberatai_core.structure import DataContract
 

@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator import aggregation
+from liberatai_coordinator import aggregation, members
 from liberatai_coordinator import versions as versions_module
-from liberatai_coordinator.aggregation import Advanced, Public
+from liberatai_coordinator.aggregation import Advanced
 from liberatai_coordinator.catch_up import Path as Files
 from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.ledger import Ledger
+from liberatai_coordinator.members import Public
 from liberatai_coordinator.repository import Repository, decode_manifest
 from liberatai_coordinator.versions import Versions
 from liberatai_core.compressor.artifact import restore
@@ -176,7 +177,7 @@ def test_a_renewal_does_not_touch_weights_that_are_never_trained(tmp_path: Path)
     ledger = Ledger.open(tmp_path / "ledger")
     made = Versions(job=PART, ledger=ledger, repository=Repository(tmp_path))
     made.start({sid: PART_STRUCTURE}, {sid: 20_000}, Public())
-    part = aggregation.trained_part(PART, PART_STRUCTURE)
+    part = members.trained_part(PART, PART_STRUCTURE)
     frozen = np.setdiff1d(np.arange(PART_STRUCTURE.parameters), part.positions)
     (keyframe,) = made.now.chains[sid]
     untouched = made.now.members[sid].view[frozen].copy()

@@ -465,6 +465,23 @@ def test_copies_are_changed_and_the_samples_stay_what_they_are() -> None:
     assert np.array_equal(x, before)
 
 
+def test_every_sample_can_have_its_own_number_of_copies() -> None:
+    """The same number for all is the setting; other numbers teach otherwise, and wrong ones are refused."""
+    x, _ = blobs(7, 0)
+    start, answers = initial_weights(MLP, DIGITS, 5), _teacher(_trained().weights)(x)
+
+    def taught(settings: int, copies: list[int] | None) -> bytes:
+        given = DistillSettings(steps=8, batch_size=4, copies=settings)
+        own = None if copies is None else np.array(copies)
+        return to_bytes(distill(MLP, DIGITS, start, x, answers, given, 1, copies=own))
+
+    assert taught(0, [2] * 7) == taught(2, None)
+    assert taught(0, [0] * 6 + [9]) not in (taught(0, None), taught(9, None))
+    for wrong in ([1] * 6, [1] * 8, [-1] + [1] * 6):
+        with pytest.raises(DataError, match="copies must be counts"):
+            taught(0, wrong)
+
+
 def test_few_samples_get_copies_and_all_are_seen_six_times() -> None:
     assert [usual_copies(samples) for samples in (1, 375, 376, 750, 1500, 1501)] == [4, 4, 3, 2, 1, 0]
     assert [usual_steps(samples, 32) for samples in (1, 1600, 3201, 10**9)] == [300, 300, 601, 1000]

@@ -1,0 +1,73 @@
+"""What a version consists of: a member per structure, and the samples that the coordinator itself has."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liberatai_coordinator.config import JobSpec
+from liberatai_core.aggregator import server_optimizer as optimizers
+from liberatai_core.contract.messages import part_seed
+from liberatai_core.learning.training import log_probabilities
+from liberatai_core.sparsifier import methods
+from liberatai_core.sparsifier.subspace import Subspace, recommended_share, subspace
+from liberatai_core.structure import DataContract, Structure
+from liberatai_core.weights import Vector
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """One structure of a version.
+
+    Attributes:
+        master: the coordinator's float32 weights, shape (parameters,).
+        view: the exact weights that devices hold, shape (parameters,).
+        class_counts: samples of each class behind the structure, shape (classes,), sums over devices.
+        optimizer: state of the server optimiser.
+    """
+
+    structure: Structure
+    master: Vector
+    view: Vector
+    class_counts: NDArray[np.float64]
+    optimizer: optimizers.ServerState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Public:
+    """What the coordinator itself has: unlabeled inputs, and perhaps a labelled sample for the guard."""
+
+    unlabeled: Floats | None = None
+    validation: tuple[Floats, NDArray[np.int64]] | None = None
+
+
+def trained_share(job: JobSpec, structure: Structure) -> float:
+    """Return the share of a structure's large tensors that the job trains."""
+    choice = job.choice(structure.family, structure.params)
+    named = (choice.trained_share if choice else None) or job.sparsify.trained_share
+    if named is not None:
+        return named
+    # Baselines without feedback are what their papers say: they train everything.
+    feedback = methods.METHODS[job.sparsify.method].feedback
+    return recommended_share(structure.parameters) if feedback else 1.0
+
+
+def trained_part(job: JobSpec, structure: Structure) -> Subspace:
+    """Return the coordinates of a structure that the job trains."""
+    return subspace(structure, trained_share(job, structure), part_seed(job.seed, job.name, structure.id))
+
+
+def outputs(
+    members: Mapping[str, Member], weights: Mapping[str, Vector], data: DataContract, x: Floats
+) -> Floats:
+    """Return the members' log-probabilities, shape (members, n, classes), in the order of their ids."""
+    return np.stack([log_probabilities(members[s].structure, data, weights[s], x) for s in sorted(members)])
+
+
+def derive_seed(seed: int, purpose: str, number: int) -> int:
+    """Return a seed for one purpose and round: 31 bits of a hash, so no two purposes share a stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{purpose}|{number}".encode()).digest()[:4], "big") >> 1

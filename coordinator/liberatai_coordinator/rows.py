@@ -1,0 +1,118 @@
+"""What the ledger's tables remember, a value per row."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+RoundState = Literal["open", "closed", "aggregated", "published", "abandoned"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredUpdate:
+    """One update as it arrived: the signed frame, and what is asked about it.
+
+    Attributes:
+        round: that counts it; in a buffered job perhaps a later one than that of the frame.
+        sha256: digest of `frame`, 32 bytes.
+        path: what the device holds, now that it made this update (the runner's own record); written in the
+            same transaction, empty: nothing to note.
+    """
+
+    update_id: bytes
+    job: str
+    round: int
+    device: str
+    structure: str
+    samples: int
+    sha256: bytes
+    frame: bytes
+    received_s: float
+    path: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """What is remembered of a device; `capability` is the msgpack of the message of that name."""
+
+    id: str
+    public_key: bytes
+    status: str
+    capability: bytes | None
+    session: int
+    first_seen_s: float
+    last_seen_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficRow:
+    """What a device's socket carried in all, and the counters of its last start that are in it."""
+
+    device: str
+    sent_bytes: int
+    received_bytes: int
+    session: int
+    session_sent: int
+    session_received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow:
+    """A job: its specification as it was given, and the folder that its paths are relative to."""
+
+    name: str
+    spec: bytes
+    base_dir: str
+    created_s: float
+    state: str = "waiting"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRow:
+    """One round.
+
+    Attributes:
+        epoch: generation of the coordinator that opened (or took over) it.
+        invited: the service's own record of whom it asked for what.
+        frozen: sorted ids of the updates that count (closed) or are lost (abandoned).
+        frozen_sha256: digest of the joined ids.
+        stats: the service's own record of what it measured.
+    """
+
+    job: str
+    round: int
+    epoch: int
+    opened_s: float
+    invited: bytes
+    state: RoundState = "open"
+    reason: str = ""
+    frozen: tuple[bytes, ...] = ()
+    frozen_sha256: bytes = b""
+    version_id: str = ""
+    stats: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRow:
+    """One version of a model: `id` is the SHA-256 (hex) of `manifest`."""
+
+    model: str
+    number: int
+    id: str
+    parent: str | None
+    manifest: bytes
+    created_s: float
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantRow:
+    """One variant of version `number` of a model: `id` is the SHA-256 (hex) of `manifest`."""
+
+    model: str
+    number: int
+    id: str
+    structure: str
+    size_bytes: int
+    manifest: bytes
+    created_s: float
