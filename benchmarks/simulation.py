@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_agent import actions as do
+from liberatai_agent import events as on
 from liberatai_agent import session as s
 from liberatai_agent.trainer_child import Memory, work
 from liberatai_agent.trainer_messages import Failed, File, Work
@@ -116,7 +118,7 @@ class _Device:
     memory: Memory = field(default_factory=Memory)
     residual: bytes | None = None
     residual_round: int = 0
-    results: dict[bytes, tuple[Task, s.TrainingResult]] = field(default_factory=dict)
+    results: dict[bytes, tuple[Task, on.TrainingResult]] = field(default_factory=dict)
 
 
 def newest(
@@ -268,7 +270,7 @@ class Simulation:
             steps=way.steps,
         )
         self._down(self.devices[name], self._topics.down(name, "task"), task)
-        self._happen(self.devices[name], s.TaskArrived(task=task))
+        self._happen(self.devices[name], on.TaskArrived(task=task))
         self._paths[name] = way.path
 
     def _advance(self, number: int, late: Late | None = None) -> RoundEnd:
@@ -335,7 +337,7 @@ class Simulation:
                 case deciding.Accept(update_id=uid):
                     receipt = Receipt(device=device.name, update_id=uid, accepted=True)
                     self._down(device, self._topics.down(device.name, "req"), receipt)
-                    self._happen(device, s.ReceiptArrived(receipt=receipt))
+                    self._happen(device, on.ReceiptArrived(receipt=receipt))
                 case deciding.Refuse(error=error):
                     raise error
                 case _:
@@ -356,8 +358,8 @@ class Simulation:
         name = f"device-{number:04d}"
         path = self.folder / f"{name}.npz"
         np.savez(path, x=x, y=y)
-        state, _ = s.step(s.Session(device=name), s.Started())
-        state, _ = s.step(state, s.LinkUp())
+        state, _ = s.step(s.Session(device=name), on.Started())
+        state, _ = s.step(state, on.LinkUp())
         return _Device(name, Signer.from_seed(_key(name), FLEET), path, len(y), state)
 
     def _capability(self, device: _Device) -> Capability:
@@ -371,42 +373,42 @@ class Simulation:
             data=self.population.data,
         )
 
-    def _happen(self, device: _Device, event: s.Happened) -> None:
-        waiting: deque[s.Happened] = deque([event])
+    def _happen(self, device: _Device, event: on.Happened) -> None:
+        waiting: deque[on.Happened] = deque([event])
         while waiting:
             device.session, actions = s.step(device.session, waiting.popleft())
             for action in actions:
                 waiting.extend(self._do(device, action))
 
-    def _do(self, device: _Device, action: s.Action) -> list[s.Happened]:
+    def _do(self, device: _Device, action: do.Action) -> list[on.Happened]:
         match action:
-            case s.FetchBlobs(refs=refs):
+            case do.FetchBlobs(refs=refs):
                 for ref in refs:
                     self._fetch(device, ref)
-                return [s.BlobStored(blob=ref.blob) for ref in refs]
-            case s.ReadSpec(blob=blob):
-                return [s.SpecRead(blob=blob, spec=decode_spec((self._files / blob).read_bytes()))]
-            case s.StartTraining():
+                return [on.BlobStored(blob=ref.blob) for ref in refs]
+            case do.ReadSpec(blob=blob):
+                return [on.SpecRead(blob=blob, spec=decode_spec((self._files / blob).read_bytes()))]
+            case do.StartTraining():
                 return [self._train(device, action)]
-            case s.StoreUpdate(task=task, update_id=uid, result=result):
+            case do.StoreUpdate(task=task, update_id=uid, result=result):
                 device.results[uid] = (task, result)
                 device.residual, device.residual_round = result.residual, task.round
-                return [s.OutboxStored(update_id=uid)]
-            case s.SendUpdate(update_id=uid):
+                return [on.OutboxStored(update_id=uid)]
+            case do.SendUpdate(update_id=uid):
                 self._send(device, uid)
-            case s.Forget(update_id=uid):
+            case do.Forget(update_id=uid):
                 del device.results[uid]
-            case s.PublishReport(phase="training", job=job, round=number):
+            case do.PublishReport(phase="training", job=job, round=number):
                 # Training outlasts the hold of a routine report; other phases of a round do not.
                 report = Report(device=device.name, session=1, phase="training", job=job, round=number)
                 self._up(device, self._topics.up(device.name, "rep"), report)
-            case s.Emit(name=name, code=code, text=text):
+            case do.Emit(name=name, code=code, text=text):
                 raise RuntimeError(f"{device.name}: {name} {code} {text}")
             case _:
                 pass
         return []
 
-    def _train(self, device: _Device, action: s.StartTraining) -> s.Trained:
+    def _train(self, device: _Device, action: do.StartTraining) -> on.Trained:
         task, spec = action.task, action.spec
         away = max(0, task.round - device.residual_round - 1) if device.residual is not None else 0
         answer = work(
@@ -435,7 +437,7 @@ class Simulation:
         )
         if isinstance(answer, Failed):
             raise RuntimeError(f"{device.name}: {answer.code} {answer.text}")  # noqa: TRY004
-        return s.Trained(update_id=action.update_id, result=answer.result)
+        return on.Trained(update_id=action.update_id, result=answer.result)
 
     def _send(self, device: _Device, uid: bytes) -> None:
         task, result = device.results[uid]

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import msgspec
 
+from liberatai_agent.events import Returned, Unsent
 from liberatai_agent.files import write_durably
-from liberatai_agent.session import MAX_FINISHED, Returned, Unsent
+from liberatai_agent.session import MAX_FINISHED
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.messages import TaskSpec, Update
 from liberatai_core.contract.topics import blob_id

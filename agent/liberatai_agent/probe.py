@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.events import Tier
 from liberatai_agent.link_meter import NOTHING, Announced
-from liberatai_agent.session import CODECS, Tier
+from liberatai_agent.session import CODECS
 from liberatai_agent.trainer_messages import CHILD_ENVIRONMENT
 from liberatai_core import __version__
 from liberatai_core.contract.limits import MAX_SAMPLES

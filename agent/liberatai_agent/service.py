@@ -24,6 +24,8 @@ from typing import Any
 import msgspec
 import psutil
 
+from liberatai_agent import actions as do
+from liberatai_agent import events as on
 from liberatai_agent import gate, probe
 from liberatai_agent import session as s
 from liberatai_agent.blobs import BlobStore, Fetcher
@@ -118,10 +120,10 @@ class Service:
         self._trainer = trainer or Trainer(config.trainer_idle_s)
         self._blob_timeout_s = blob_timeout_s
         self._session = s.Session(device=config.device)
-        self._events: deque[s.Happened] = deque()
+        self._events: deque[on.Happened] = deque()
         self._handling = False
         self._letters = _Letters()
-        self._said: s.PublishReport | None = None
+        self._said: do.PublishReport | None = None
         self._saying: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
         self._crash: BaseException | None = None
@@ -185,7 +187,7 @@ class Service:
             self._link, self._topics, self._key, self._store, self._refuse, timeout_s=self._blob_timeout_s
         )
         self._happen(
-            s.Started(
+            on.Started(
                 unsent=self._outbox.unsent(),
                 finished=self._outbox.finished(),
                 epoch=self._outbox.epoch,
@@ -257,7 +259,7 @@ class Service:
 
     # --- events and actions --------------------------------------------------------------------
 
-    def _happen(self, event: s.Happened) -> None:
+    def _happen(self, event: on.Happened) -> None:
         """Tell the session; what follows from it is done before this returns, in order."""
         self._events.append(event)
         if self._handling:
@@ -266,7 +268,7 @@ class Service:
         try:
             while self._events:
                 happened = self._events.popleft()
-                for one in (s.Tick(now_s=_now_s()), happened):
+                for one in (on.Tick(now_s=_now_s()), happened):
                     before = s.report_of(self._session)
                     self._session, actions = s.step(self._session, one)
                     after = s.report_of(self._session)
@@ -277,55 +279,55 @@ class Service:
         finally:
             self._handling = False
 
-    def _do(self, action: s.Action) -> None:
+    def _do(self, action: do.Action) -> None:
         try:
             self._act(action)
         except LiberataiError as error:
             # Disk trouble: what matters is tried again, by the next receipt, task or start.
             self._note_error(error.code, str(error))
 
-    def _act(self, action: s.Action) -> None:
+    def _act(self, action: do.Action) -> None:
         match action:
-            case s.PublishState(state=state):
+            case do.PublishState(state=state):
                 # The capability carries the key that verifies everything else.
                 self._write(self._up("caps"), self._caps)
                 self._write(self._up("state"), self._state(state))
-            case s.PublishReport():
+            case do.PublishReport():
                 self._say_later(action)
-            case s.Emit():
+            case do.Emit():
                 self._emit(action)
-            case s.FetchBlobs(refs=refs):
+            case do.FetchBlobs(refs=refs):
                 for ref in refs:
                     self._fetch(ref)
-            case s.DropBlobs(keep=keep):
+            case do.DropBlobs(keep=keep):
                 for blob in [blob for blob in self._fetches if blob not in keep]:
                     self._fetches.pop(blob).cancel()
                 self._store.keep_only(keep)
-            case s.ReadSpec(blob=blob):
+            case do.ReadSpec(blob=blob):
                 self._read_spec(blob)
-            case s.KeepPath(path=path):
+            case do.KeepPath(path=path):
                 self._store.remember_path(path)
-            case s.WarmTrainer():
+            case do.WarmTrainer():
                 self._spawn(self._warm())
-            case s.StartTraining():
+            case do.StartTraining():
                 self._training = self._spawn(self._train(action, self._training))
-            case s.StopTraining(reason=reason):
+            case do.StopTraining(reason=reason):
                 log.info("training stopped: %s", reason)
                 if self._training is not None:
                     self._training.cancel()
-            case s.StoreUpdate():
+            case do.StoreUpdate():
                 self._store_update(action)
-            case s.SendUpdate(update_id=uid):
+            case do.SendUpdate(update_id=uid):
                 if uid not in self._sending:
                     self._sending.add(uid)
                     self._spawn(self._send(uid))
-            case s.SendChunks():
+            case do.SendChunks():
                 self._spawn(self._send_chunks(action))
-            case s.Forget(update_id=uid):
+            case do.Forget(update_id=uid):
                 self._outbox.forget(uid)
-            case s.RestoreResidual(update_id=uid):
+            case do.RestoreResidual(update_id=uid):
                 self._outbox.give_back(uid)
-            case s.RememberEpoch(epoch=epoch):
+            case do.RememberEpoch(epoch=epoch):
                 self._outbox.remember_epoch(epoch)
 
     # --- hearing -------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ class Service:
                     self._connected = event
                     self._letters.clear()
                     self._said = None
-                    self._happen(s.LinkUp(session_present=event.session_present))
+                    self._happen(on.LinkUp(session_present=event.session_present))
                 case Disconnected(reason=reason, retry_in_s=retry):
                     if self._connected is not None or reason != self._last_error.partition(": ")[2]:
                         log.warning(
@@ -346,7 +348,7 @@ class Service:
                         )
                     self._last_error = f"E_LINK: {reason}"
                     self._connected = None
-                    self._happen(s.LinkDown())
+                    self._happen(on.LinkDown())
                 case Received():
                     self._hear(event)
 
@@ -369,7 +371,7 @@ class Service:
             case ("state", CoordinatorState()):
                 if message.coordinator != place.owner:
                     raise TopicError(f"presence of {message.coordinator}")
-                self._happen(s.CoordinatorChanged(state=message.state, epoch=message.epoch))
+                self._happen(on.CoordinatorChanged(state=message.state, epoch=message.epoch))
                 if message.epoch == self._session.epoch:
                     self._coordinator = message.state
             case ("task", Task()):
@@ -377,18 +379,18 @@ class Service:
                 wanted = update_id(message.device, message.job, message.round, message.base)
                 if message.task_id != wanted:
                     raise SchemaError("task_id does not name this work")
-                self._happen(s.TaskArrived(task=message))
+                self._happen(on.TaskArrived(task=message))
             case ("task", Cancel()):
                 self._require_own(message.device)
-                self._happen(s.CancelArrived(cancel=message))
+                self._happen(on.CancelArrived(cancel=message))
             case ("xa", Receipt()):
                 self._require_own(message.device)
-                self._happen(s.ReceiptArrived(receipt=message))
+                self._happen(on.ReceiptArrived(receipt=message))
             case ("xa", Credit()):
                 self._require_own(message.device)
                 uid = self._outbox.of_transfer(message.transfer)
                 if uid is not None:
-                    self._happen(s.CreditArrived(update_id=uid, have=message.have, chunks=message.chunks))
+                    self._happen(on.CreditArrived(update_id=uid, have=message.have, chunks=message.chunks))
             case _:
                 raise TopicError(f"{type(message).__name__} does not belong here")
 
@@ -425,7 +427,7 @@ class Service:
         self._letters.retained[topic] = self._seal(message)
         self._letters.there.set()
 
-    def _say_later(self, wished: s.PublishReport) -> None:
+    def _say_later(self, wished: do.PublishReport) -> None:
         """Report a phase if it lasts, and if it is not what was reported last."""
         if self._saying is not None:
             self._saying.cancel()
@@ -433,12 +435,12 @@ class Service:
         hold_s = ROUTINE_HOLD_S if routine else REPORT_HOLD_S
         self._saying = asyncio.get_running_loop().call_later(hold_s, self._say, wished)
 
-    def _say(self, wished: s.PublishReport) -> None:
+    def _say(self, wished: do.PublishReport) -> None:
         if self._connected is not None and wished != self._said:
             self._said = wished
             self._write(self._up("rep"), self._report(wished))
 
-    def _emit(self, action: s.Emit) -> None:
+    def _emit(self, action: do.Emit) -> None:
         log.warning("%s %s %s", action.name, action.code, action.text)
         if action.code:
             self._note_error(action.code, action.text, quiet=True)
@@ -486,7 +488,7 @@ class Service:
             State,
         )
 
-    def _report(self, action: s.PublishReport) -> Report:
+    def _report(self, action: do.PublishReport) -> Report:
         return Report(
             device=self._config.device,
             session=self._number,
@@ -537,10 +539,10 @@ class Service:
         except LiberataiError as error:
             self._forget_fetch(ref)
             self._note_error(error.code, str(error))
-            self._happen(s.BlobFailed(blob=ref.blob, code=error.code, text=str(error)))
+            self._happen(on.BlobFailed(blob=ref.blob, code=error.code, text=str(error)))
         else:
             self._forget_fetch(ref)
-            self._happen(s.BlobStored(blob=ref.blob))
+            self._happen(on.BlobStored(blob=ref.blob))
 
     def _forget_fetch(self, ref: BlobRef) -> None:
         # A cancelled fetch may have been replaced by a new one of the same blob.
@@ -558,11 +560,11 @@ class Service:
             spec = decode_spec(self._store.read(blob, MAX_SPEC_BYTES))
         except LiberataiError as error:
             self._note_error(error.code, str(error))
-            self._happen(s.BlobFailed(blob=blob, code=error.code, text=str(error)))
+            self._happen(on.BlobFailed(blob=blob, code=error.code, text=str(error)))
         else:
-            self._happen(s.SpecRead(blob=blob, spec=spec))
+            self._happen(on.SpecRead(blob=blob, spec=spec))
 
-    async def _train(self, action: s.StartTraining, before: "asyncio.Task[None] | None") -> None:
+    async def _train(self, action: do.StartTraining, before: "asyncio.Task[None] | None") -> None:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         task, spec, uid = action.task, action.spec, action.update_id
@@ -570,7 +572,7 @@ class Service:
             left = self._outbox.leftover(task.job, spec.structure.id, mark_of(spec))
             if left.dropped:
                 text = f"{left.dropped} left-overs of a job of this name with other settings"
-                self._happen(s.LeftoverDropped(code=CodecError.code, text=text))
+                self._happen(on.LeftoverDropped(code=CodecError.code, text=text))
             work = Work(
                 device=task.device,
                 job=task.job,
@@ -596,11 +598,11 @@ class Service:
             result = msgspec.structs.replace(result, train_seconds=time.monotonic() - started)
         except LiberataiError as error:
             self._note_error(error.code, str(error))
-            self._happen(s.TrainingFailed(update_id=uid, code=error.code, text=str(error)))
+            self._happen(on.TrainingFailed(update_id=uid, code=error.code, text=str(error)))
             return
         if result.dropped is not None:
             code, text = result.dropped
-            self._happen(s.LeftoverDropped(code=code, text=text))
+            self._happen(on.LeftoverDropped(code=code, text=text))
         self._last_training = {
             "round": task.round,
             "structure": spec.structure.id,
@@ -609,12 +611,12 @@ class Service:
             "train_seconds": result.train_seconds,
             "update_bytes": len(result.body),
         }
-        self._happen(s.Trained(update_id=uid, result=result))
+        self._happen(on.Trained(update_id=uid, result=result))
 
     def _file(self, step: Step) -> File:
         return File(path=str(self._store.path(step.blob.blob)), digest=step.digest)
 
-    def _store_update(self, action: s.StoreUpdate) -> None:
+    def _store_update(self, action: do.StoreUpdate) -> None:
         task, result = action.task, action.result
         try:
             update = Update(
@@ -642,11 +644,11 @@ class Service:
             )
         except LiberataiError as error:
             self._note_error(error.code, str(error))
-            self._happen(s.StoreFailed(update_id=action.update_id, code=error.code, text=str(error)))
+            self._happen(on.StoreFailed(update_id=action.update_id, code=error.code, text=str(error)))
             return
         for uid in dropped:
-            self._happen(s.UpdateDropped(update_id=uid, reason="the outbox is full"))
-        self._happen(s.OutboxStored(update_id=action.update_id))
+            self._happen(on.UpdateDropped(update_id=uid, reason="the outbox is full"))
+        self._happen(on.OutboxStored(update_id=action.update_id))
         give_memory_back()
 
     # --- uploads -------------------------------------------------------------------------------
@@ -690,7 +692,7 @@ class Service:
         )
         return self._seal(offer)
 
-    async def _send_chunks(self, action: s.SendChunks) -> None:
+    async def _send_chunks(self, action: do.SendChunks) -> None:
         async with self._uploading:
             with contextlib.suppress(LiberataiError):
                 frame = self._outbox.seal(action.update_id, self._seal_update)
@@ -722,7 +724,7 @@ class Service:
         every = {"gate": GATE_S, "machine": MACHINE_S, "status": STATUS_S}
         due["machine"] = _now_s() + MACHINE_S
         while True:
-            self._happen(s.Tick(now_s=_now_s()))
+            self._happen(on.Tick(now_s=_now_s()))
             notify("WATCHDOG=1")
             for name in [name for name, when in due.items() if _now_s() >= when]:
                 due[name] = _now_s() + every[name]
@@ -742,7 +744,7 @@ class Service:
             load = self._load.others(own)
         is_open, reason = gate.decide(self._with_quota(snapshot(self._config.state_path, load)), rules)
         if is_open != self._session.gate_open or reason != self._session.gate_reason:
-            self._happen(s.GateChanged(open=is_open, reason=reason))
+            self._happen(on.GateChanged(open=is_open, reason=reason))
 
     def _with_quota(self, now: gate.Snapshot) -> gate.Snapshot:
         """Add what the link moved today; downloads wait from here on when the quota is used up."""
@@ -786,7 +788,7 @@ class Service:
         if _steady(self._caps) == _steady(before) and fault == self._found.fault:
             return
         self._happen(
-            s.MachineChanged(
+            on.MachineChanged(
                 tier=self._caps.tier,
                 storage_bytes=self._caps.storage_bytes,
                 fault=self._found.fault,
@@ -897,11 +899,11 @@ def _steady(caps: Capability) -> Capability:
     return msgspec.structs.replace(caps, disk_free_bytes=caps.disk_free_bytes >> 28, storage_bytes=coarse)
 
 
-def _is_routine(report: s.PublishReport) -> bool:
+def _is_routine(report: do.PublishReport) -> bool:
     return report.phase not in ("failed", "gated") and not report.reason
 
 
-def _line(report: s.PublishReport) -> str:
+def _line(report: do.PublishReport) -> str:
     parts = [report.phase, report.job, f"round {report.round}" if report.round else "", report.reason]
     return " · ".join(part for part in parts if part)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from liberatai_agent.session import TrainingResult
+from liberatai_agent.events import TrainingResult
 from liberatai_agent.trainer_messages import (
     CHILD_ENVIRONMENT,
     LENGTH,

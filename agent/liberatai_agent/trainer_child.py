@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from liberatai_agent.session import Returned, TrainingResult
+from liberatai_agent.events import Returned, TrainingResult
 from liberatai_agent.trainer_messages import (
     LENGTH,
     Answer,

@@ -4,7 +4,7 @@ import struct
 
 import msgspec
 
-from liberatai_agent.session import Returned, TrainingResult
+from liberatai_agent.events import Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 
 from liberatai_agent import probe
 from liberatai_agent.config import AgentConfig, GateSettings
+from liberatai_agent.events import Returned, TrainingResult
 from liberatai_agent.service import Service, read_status
-from liberatai_agent.session import Returned, TrainingResult
 from liberatai_agent.trainer import Trainer
 from liberatai_agent.trainer_messages import Work
 from liberatai_core.compressor.codebook import compress

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from liberatai_agent.events import Returned
 from liberatai_agent.outbox import Outbox, StateLock, device_seed, mark_of
-from liberatai_agent.session import Returned
 from liberatai_core.contract.frame import Signer, open_frame, seal
 from liberatai_core.contract.messages import TaskSpec, Update, update_id
 from liberatai_core.contract.topics import blob_id

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import pytest
 from msgspec.structs import replace
 
+from liberatai_agent import actions as do
+from liberatai_agent import events as on
 from liberatai_agent import session as s
 from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, TaskSpec, update_id
 from liberatai_core.contract.topics import blob_id
@@ -13,7 +15,7 @@ from liberatai_core.structure import DataContract, Structure, Tensor
 STRUCTURE = Structure(family="mlp", params={}, tensors=(Tensor(name="w", shape=(4,)),))
 DATA = DataContract(input_shape=(4,), classes=2)
 Kind = TypeVar("Kind")
-RESULT = s.TrainingResult(body=b"body", residual=b"rest", samples=7)
+RESULT = on.TrainingResult(body=b"body", residual=b"rest", samples=7)
 
 
 def a_step(version: int, size: int = 100) -> Step:
@@ -52,28 +54,28 @@ def a_cancel(number: int = 1, epoch: int = 1, job: str = "digits", **changes: An
     return Cancel(device="dev", epoch=epoch, coordinator="co1", job=job, round=number, **changes)
 
 
-def a_receipt(uid: bytes, accepted: bool = True, **changes: Any) -> s.ReceiptArrived:
-    return s.ReceiptArrived(receipt=Receipt(device="dev", update_id=uid, accepted=accepted, **changes))
+def a_receipt(uid: bytes, accepted: bool = True, **changes: Any) -> on.ReceiptArrived:
+    return on.ReceiptArrived(receipt=Receipt(device="dev", update_id=uid, accepted=accepted, **changes))
 
 
 class Play:
     """Feeds events and remembers all actions."""
 
-    def __init__(self, *events: s.Happened, spec: TaskSpec | None = None) -> None:
+    def __init__(self, *events: on.Happened, spec: TaskSpec | None = None) -> None:
         self.session = s.Session(device="dev")
         self.spec = spec or a_spec()
-        self.log: list[s.Action] = []
+        self.log: list[do.Action] = []
         self(*events)
 
-    def __call__(self, *events: s.Happened) -> list[s.Action]:
+    def __call__(self, *events: on.Happened) -> list[do.Action]:
         """Return what follows; a spec that is asked for is read at once, as the service does."""
-        new: list[s.Action] = []
+        new: list[do.Action] = []
         waiting = list(events)
         while waiting:
             self.session, actions = s.step(self.session, waiting.pop(0))
             new += actions
-            reads = [action.blob for action in actions if isinstance(action, s.ReadSpec)]
-            waiting[:0] = [s.SpecRead(blob=blob, spec=self.spec) for blob in reads]
+            reads = [action.blob for action in actions if isinstance(action, do.ReadSpec)]
+            waiting[:0] = [on.SpecRead(blob=blob, spec=self.spec) for blob in reads]
         self.log += new
         return new
 
@@ -85,28 +87,28 @@ class Play:
         return s.report_of(self.session).phase
 
 
-def of(actions: list[s.Action], kind: type[Kind]) -> list[Kind]:
+def of(actions: list[do.Action], kind: type[Kind]) -> list[Kind]:
     return [action for action in actions if isinstance(action, kind)]
 
 
 def online(spec: TaskSpec | None = None, **started: Any) -> Play:
-    begin = s.Started(**started)
+    begin = on.Started(**started)
     return Play(
-        s.Tick(now_s=0.0), begin, s.LinkUp(), s.CoordinatorChanged(state="online", epoch=1), spec=spec
+        on.Tick(now_s=0.0), begin, on.LinkUp(), on.CoordinatorChanged(state="online", epoch=1), spec=spec
     )
 
 
-def stored(task: Task) -> list[s.BlobStored]:
+def stored(task: Task) -> list[on.BlobStored]:
     """Return the arrival of every blob that a task names."""
-    return [s.BlobStored(blob=blob) for blob in (SPEC.blob, *(step.blob.blob for step in task.steps))]
+    return [on.BlobStored(blob=blob) for blob in (SPEC.blob, *(step.blob.blob for step in task.steps))]
 
 
 def until_sent(task: Task, play: Play | None = None) -> Play:
     play = play or online()
-    play(s.TaskArrived(task=task), *stored(task))
+    play(on.TaskArrived(task=task), *stored(task))
     play(
-        s.Trained(update_id=task.task_id, result=RESULT),
-        s.OutboxStored(update_id=task.task_id),
+        on.Trained(update_id=task.task_id, result=RESULT),
+        on.OutboxStored(update_id=task.task_id),
     )
     return play
 
@@ -114,135 +116,135 @@ def until_sent(task: Task, play: Play | None = None) -> Play:
 def test_one_round_goes_through_all_phases_in_order() -> None:
     task, play = a_task(), online()
     assert play.phase == "idle"
-    got = play(s.TaskArrived(task=task))
-    assert [type(action) for action in got[:3]] == [s.DropBlobs, s.WarmTrainer, s.FetchBlobs]
+    got = play(on.TaskArrived(task=task))
+    assert [type(action) for action in got[:3]] == [do.DropBlobs, do.WarmTrainer, do.FetchBlobs]
     assert play.phase == "fetching"
-    assert of(play(*stored(task)), s.StartTraining) == [
-        s.StartTraining(task=task, spec=a_spec(), path=task.steps, update_id=task.task_id)
+    assert of(play(*stored(task)), do.StartTraining) == [
+        do.StartTraining(task=task, spec=a_spec(), path=task.steps, update_id=task.task_id)
     ]
     assert play.phase == "training"
-    got = play(s.Trained(update_id=task.task_id, result=RESULT))
-    assert of(got, s.StoreUpdate)
-    assert not of(got, s.SendUpdate), "sent before it was stored"
-    assert of(play(s.OutboxStored(update_id=task.task_id)), s.SendUpdate)
+    got = play(on.Trained(update_id=task.task_id, result=RESULT))
+    assert of(got, do.StoreUpdate)
+    assert not of(got, do.SendUpdate), "sent before it was stored"
+    assert of(play(on.OutboxStored(update_id=task.task_id)), do.SendUpdate)
     assert play.phase == "sending"
-    assert of(play(a_receipt(task.task_id)), s.Forget) == [s.Forget(update_id=task.task_id)]
+    assert of(play(a_receipt(task.task_id)), do.Forget) == [do.Forget(update_id=task.task_id)]
     assert play.phase == "idle"
-    reports = [r.phase for r in play.of(s.PublishReport)]
+    reports = [r.phase for r in play.of(do.PublishReport)]
     assert reports == ["idle", "fetching", "training", "sending", "idle"]
 
 
 def test_a_task_that_comes_twice_is_done_once() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), s.TaskArrived(task=task), *stored(task), s.TaskArrived(task=task))
-    assert len(play.of(s.StartTraining)) == 1
-    assert len(play.of(s.FetchBlobs)) == 1
+    play(on.TaskArrived(task=task), on.TaskArrived(task=task), *stored(task), on.TaskArrived(task=task))
+    assert len(play.of(do.StartTraining)) == 1
+    assert len(play.of(do.FetchBlobs)) == 1
 
 
 def test_a_task_whose_update_waits_is_answered_with_that_update() -> None:
     task = a_task()
     play = until_sent(task)
-    got = play(s.TaskArrived(task=task))
-    assert of(got, s.SendUpdate) == [s.SendUpdate(update_id=task.task_id)]
-    assert not of(got, s.StartTraining)
+    got = play(on.TaskArrived(task=task))
+    assert of(got, do.SendUpdate) == [do.SendUpdate(update_id=task.task_id)]
+    assert not of(got, do.StartTraining)
 
 
 def test_a_finished_task_is_not_done_again_even_after_a_restart() -> None:
     task = a_task()
     play = until_sent(task)
     play(a_receipt(task.task_id))
-    assert not play(s.TaskArrived(task=task))
-    again = Play(s.Started(finished=(task.task_id,)), s.LinkUp())
-    assert not of(again(s.TaskArrived(task=task)), s.FetchBlobs)
+    assert not play(on.TaskArrived(task=task))
+    again = Play(on.Started(finished=(task.task_id,)), on.LinkUp())
+    assert not of(again(on.TaskArrived(task=task)), do.FetchBlobs)
 
 
 def test_after_a_restart_the_update_of_the_outbox_is_sent_and_the_task_not_trained() -> None:
     task = a_task()
-    unsent = s.Unsent(update_id=task.task_id, job="digits", round=1)
-    play = Play(s.Started(unsent=(unsent,), finished=(task.task_id,)))
-    assert of(play(s.LinkUp()), s.SendUpdate)
-    play(s.TaskArrived(task=task))
-    assert not play.of(s.StartTraining)
+    unsent = on.Unsent(update_id=task.task_id, job="digits", round=1)
+    play = Play(on.Started(unsent=(unsent,), finished=(task.task_id,)))
+    assert of(play(on.LinkUp()), do.SendUpdate)
+    play(on.TaskArrived(task=task))
+    assert not play.of(do.StartTraining)
 
 
 def test_a_new_round_stops_the_training_of_the_old_one() -> None:
     first, second, play = a_task(1), a_task(2), online()
-    play(s.TaskArrived(task=first), *stored(first))
-    got = play(s.TaskArrived(task=second))
-    assert of(got, s.StopTraining)
-    assert of(got, s.FetchBlobs)
-    late = play(s.Trained(update_id=first.task_id, result=RESULT))
-    assert not of(late, s.StoreUpdate), "a result nobody waits for was stored"
-    assert of(play(*stored(second)), s.StartTraining)[0].task == second
+    play(on.TaskArrived(task=first), *stored(first))
+    got = play(on.TaskArrived(task=second))
+    assert of(got, do.StopTraining)
+    assert of(got, do.FetchBlobs)
+    late = play(on.Trained(update_id=first.task_id, result=RESULT))
+    assert not of(late, do.StoreUpdate), "a result nobody waits for was stored"
+    assert of(play(*stored(second)), do.StartTraining)[0].task == second
 
 
 def test_a_lower_epoch_is_ignored_and_reported() -> None:
     play = online()
-    play(s.TaskArrived(task=a_task(2, epoch=5)))
+    play(on.TaskArrived(task=a_task(2, epoch=5)))
     for event in (
-        s.TaskArrived(task=a_task(3, epoch=4)),
-        s.CancelArrived(cancel=a_cancel(9, epoch=4)),
-        s.CoordinatorChanged(state="lost", epoch=4),
+        on.TaskArrived(task=a_task(3, epoch=4)),
+        on.CancelArrived(cancel=a_cancel(9, epoch=4)),
+        on.CoordinatorChanged(state="lost", epoch=4),
     ):
         got = play(event)
-        assert [e.code for e in of(got, s.Emit)] == ["E_REPLAY"]
+        assert [e.code for e in of(got, do.Emit)] == ["E_REPLAY"]
         assert play.session.task is not None
         assert play.session.task.round == 2
         assert not play.session.away
-    assert play.of(s.RememberEpoch) == [s.RememberEpoch(epoch=1), s.RememberEpoch(epoch=5)]
+    assert play.of(do.RememberEpoch) == [do.RememberEpoch(epoch=1), do.RememberEpoch(epoch=5)]
 
 
 def test_the_epoch_is_fenced_across_restarts() -> None:
-    play = Play(s.Started(epoch=7), s.LinkUp())
-    assert of(play(s.TaskArrived(task=a_task(epoch=6))), s.Emit)[0].code == "E_REPLAY"
+    play = Play(on.Started(epoch=7), on.LinkUp())
+    assert of(play(on.TaskArrived(task=a_task(epoch=6))), do.Emit)[0].code == "E_REPLAY"
 
 
 def test_a_restarted_coordinator_that_repeats_the_task_does_not_restart_the_training() -> None:
     task, play = a_task(epoch=1), online()
-    play(s.TaskArrived(task=task), *stored(task))
+    play(on.TaskArrived(task=task), *stored(task))
     newer = a_task(epoch=2)
-    got = play(s.TaskArrived(task=newer))
-    assert not of(got, s.StopTraining)
-    stores = of(play(s.Trained(update_id=task.task_id, result=RESULT)), s.StoreUpdate)
+    got = play(on.TaskArrived(task=newer))
+    assert not of(got, do.StopTraining)
+    stores = of(play(on.Trained(update_id=task.task_id, result=RESULT)), do.StoreUpdate)
     assert stores[0].task.epoch == 2
 
 
 def test_an_update_is_resent_with_doubling_pauses_until_a_receipt_comes() -> None:
     task = a_task()
     play = until_sent(task)
-    sent_at = [now for now in range(1, 400) if of(play(s.Tick(now_s=float(now))), s.SendUpdate)]
+    sent_at = [now for now in range(1, 400) if of(play(on.Tick(now_s=float(now))), do.SendUpdate)]
     assert sent_at == [5, 15, 35, 75, 155, 275, 395]
     play(a_receipt(task.task_id))
-    assert not any(play(s.Tick(now_s=t)) for t in (600.0, 900.0))
+    assert not any(play(on.Tick(now_s=t)) for t in (600.0, 900.0))
 
 
 def test_everything_is_resent_when_the_link_or_the_coordinator_comes_back() -> None:
     task = a_task()
     play = until_sent(task)
-    play(s.LinkDown())
-    assert not play(s.Tick(now_s=1000.0)), "sent without a connection"
-    assert of(play(s.LinkUp()), s.SendUpdate)
-    play(s.CoordinatorChanged(state="lost", epoch=1))
-    assert of(play(s.CoordinatorChanged(state="online", epoch=1)), s.SendUpdate)
-    assert of(play(s.CoordinatorChanged(state="online", epoch=2)), s.SendUpdate), "a new coordinator"
+    play(on.LinkDown())
+    assert not play(on.Tick(now_s=1000.0)), "sent without a connection"
+    assert of(play(on.LinkUp()), do.SendUpdate)
+    play(on.CoordinatorChanged(state="lost", epoch=1))
+    assert of(play(on.CoordinatorChanged(state="online", epoch=1)), do.SendUpdate)
+    assert of(play(on.CoordinatorChanged(state="online", epoch=2)), do.SendUpdate), "a new coordinator"
 
 
 def test_uploads_are_held_while_the_coordinator_is_away() -> None:
     play, task = online(), a_task()
-    play(s.CoordinatorChanged(state="lost", epoch=1))
+    play(on.CoordinatorChanged(state="lost", epoch=1))
     until_sent(task, play)
-    assert not play.of(s.SendUpdate)
-    assert not of(play(s.Tick(now_s=60.0)), s.SendUpdate)
+    assert not play.of(do.SendUpdate)
+    assert not of(play(on.Tick(now_s=60.0)), do.SendUpdate)
     # Its word may have been lost: after two minutes the broker's queue gets the update anyway.
-    assert of(play(s.Tick(now_s=121.0)), s.SendUpdate)
+    assert of(play(on.Tick(now_s=121.0)), do.SendUpdate)
 
 
 def test_e_dup_is_a_success() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code="E_DUP"))
-    assert of(got, s.Forget)
-    assert not of(got, s.RestoreResidual)
+    assert of(got, do.Forget)
+    assert not of(got, do.RestoreResidual)
 
 
 @pytest.mark.parametrize("code", ["E_ROUND_CLOSED", "E_BASE_MODEL", "E_NORM", "E_QUOTA"])
@@ -250,8 +252,8 @@ def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(c
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code=code))
-    assert of(got, s.RestoreResidual) == [s.RestoreResidual(update_id=task.task_id)]
-    assert [e.code for e in of(got, s.Emit)] == [code]
+    assert of(got, do.RestoreResidual) == [do.RestoreResidual(update_id=task.task_id)]
+    assert [e.code for e in of(got, do.Emit)] == [code]
     assert dict(play.session.refusals) == {code: 1}
     assert not play.session.pending
 
@@ -259,16 +261,16 @@ def test_a_refused_update_is_dropped_counted_and_its_content_kept_for_learning(c
 def test_an_update_in_whose_place_another_was_counted_is_not_added_again() -> None:
     task = a_task()
     got = until_sent(task)(a_receipt(task.task_id, accepted=False, code="E_DUP_CONFLICT"))
-    assert of(got, s.Forget)
-    assert not of(got, s.RestoreResidual)
+    assert of(got, do.Forget)
+    assert not of(got, do.RestoreResidual)
 
 
 def test_a_refusal_with_retry_keeps_the_update_and_tries_later() -> None:
     task = a_task()
     play = until_sent(task)
     got = play(a_receipt(task.task_id, accepted=False, code="E_BUSY", retry=True))
-    assert not of(got, s.Forget) + of(got, s.RestoreResidual)
-    assert of(play(s.Tick(now_s=30.0)), s.SendUpdate)
+    assert not of(got, do.Forget) + of(got, do.RestoreResidual)
+    assert of(play(on.Tick(now_s=30.0)), do.SendUpdate)
 
 
 def test_a_receipt_for_nothing_we_have_is_ignored() -> None:
@@ -282,52 +284,52 @@ def test_a_receipt_for_nothing_we_have_is_ignored() -> None:
 def test_a_credit_sends_chunks_and_restarts_the_timer() -> None:
     task = a_task()
     play = until_sent(task)
-    play(s.Tick(now_s=4.0))
-    got = play(s.CreditArrived(update_id=task.task_id, have=b"\1", chunks=4))
-    assert of(got, s.SendChunks) == [s.SendChunks(update_id=task.task_id, have=b"\1", chunks=4)]
-    assert not of(play(s.Tick(now_s=6.0)), s.SendUpdate)
-    assert play(s.CreditArrived(update_id=b"y" * 16, have=b"", chunks=4)) == []
+    play(on.Tick(now_s=4.0))
+    got = play(on.CreditArrived(update_id=task.task_id, have=b"\1", chunks=4))
+    assert of(got, do.SendChunks) == [do.SendChunks(update_id=task.task_id, have=b"\1", chunks=4)]
+    assert not of(play(on.Tick(now_s=6.0)), do.SendUpdate)
+    assert play(on.CreditArrived(update_id=b"y" * 16, have=b"", chunks=4)) == []
 
 
 def test_cancel_stops_the_round_it_names_and_no_later_one() -> None:
     task, play = a_task(2), online()
-    play(s.TaskArrived(task=task), *stored(task))
-    assert not of(play(s.CancelArrived(cancel=a_cancel(1))), s.StopTraining)
-    assert not of(play(s.CancelArrived(cancel=a_cancel(2, job="other"))), s.StopTraining)
-    assert of(play(s.CancelArrived(cancel=a_cancel(2))), s.StopTraining)
+    play(on.TaskArrived(task=task), *stored(task))
+    assert not of(play(on.CancelArrived(cancel=a_cancel(1))), do.StopTraining)
+    assert not of(play(on.CancelArrived(cancel=a_cancel(2, job="other"))), do.StopTraining)
+    assert of(play(on.CancelArrived(cancel=a_cancel(2))), do.StopTraining)
     assert play.phase == "idle"
-    assert not play(s.Trained(update_id=task.task_id, result=RESULT))
+    assert not play(on.Trained(update_id=task.task_id, result=RESULT))
 
 
 def test_cancel_brings_the_finished_model_once() -> None:
     final = (a_step(7), a_step(8))
     play = online()
-    cancel = s.CancelArrived(cancel=a_cancel(8, final=final))
+    cancel = on.CancelArrived(cancel=a_cancel(8, final=final))
     got = play(cancel)
-    assert {r.blob for r in of(got, s.FetchBlobs)[0].refs} == {step.blob.blob for step in final}
+    assert {r.blob for r in of(got, do.FetchBlobs)[0].refs} == {step.blob.blob for step in final}
     assert not play(cancel), "a doubled cancel"
-    play(*(s.BlobStored(blob=step.blob.blob) for step in final))
+    play(*(on.BlobStored(blob=step.blob.blob) for step in final))
     assert play.phase == "idle"
     assert play.session.final == final
 
 
 def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it() -> None:
     task, play = a_task(), online()
-    play(s.GateChanged(open=False, reason="90 °C"), s.TaskArrived(task=task))
-    assert not of(play(*stored(task)), s.StartTraining)
+    play(on.GateChanged(open=False, reason="90 °C"), on.TaskArrived(task=task))
+    assert not of(play(*stored(task)), do.StartTraining)
     assert (play.phase, s.report_of(play.session).reason) == ("gated", "90 °C")
-    assert of(play(s.GateChanged(open=True)), s.StartTraining)
-    assert of(play(s.GateChanged(open=False, reason="battery")), s.StopTraining)
-    assert of(play(s.GateChanged(open=True)), s.StartTraining)
+    assert of(play(on.GateChanged(open=True)), do.StartTraining)
+    assert of(play(on.GateChanged(open=False, reason="battery")), do.StopTraining)
+    assert of(play(on.GateChanged(open=True)), do.StartTraining)
 
 
 def test_the_deadline_stops_training_and_fails_the_task() -> None:
     task, play = a_task(), online(a_spec(deadline_s=10.0))
-    play(s.TaskArrived(task=task), *stored(task))
-    assert not of(play(s.Tick(now_s=10.0)), s.StopTraining)
-    got = play(s.Tick(now_s=10.1))
-    assert of(got, s.StopTraining)
-    assert [e.code for e in of(got, s.Emit)] == ["E_TRAIN"]
+    play(on.TaskArrived(task=task), *stored(task))
+    assert not of(play(on.Tick(now_s=10.0)), do.StopTraining)
+    got = play(on.Tick(now_s=10.1))
+    assert of(got, do.StopTraining)
+    assert [e.code for e in of(got, do.Emit)] == ["E_TRAIN"]
     assert play.phase == "failed"
 
 
@@ -335,13 +337,13 @@ def test_training_waits_for_all_blobs_and_fetches_lost_ones_again() -> None:
     keyframe, delta = a_step(1), a_step(9)
     task = a_task(2, steps=(keyframe, delta))
     play = online()
-    play(s.TaskArrived(task=task))
-    assert not of(play(*stored(task)[:-1]), s.StartTraining)
-    play(s.BlobFailed(blob=delta.blob.blob, code="E_NOT_FOUND", text="not there"))
+    play(on.TaskArrived(task=task))
+    assert not of(play(*stored(task)[:-1]), do.StartTraining)
+    play(on.BlobFailed(blob=delta.blob.blob, code="E_NOT_FOUND", text="not there"))
     assert (play.phase, s.report_of(play.session).reason) == ("fetching", "E_NOT_FOUND: not there")
-    got = play(s.Tick(now_s=5.0))
-    assert of(got, s.FetchBlobs)[0].refs == (delta.blob,)
-    assert of(play(s.BlobStored(blob=delta.blob.blob)), s.StartTraining)
+    got = play(on.Tick(now_s=5.0))
+    assert of(got, do.FetchBlobs)[0].refs == (delta.blob,)
+    assert of(play(on.BlobStored(blob=delta.blob.blob)), do.StartTraining)
 
 
 def after_round_one() -> tuple[Play, Task]:
@@ -353,19 +355,23 @@ def after_round_one() -> tuple[Play, Task]:
 
 def test_the_next_round_fetches_only_what_leads_on_from_what_is_here() -> None:
     play, first = after_round_one()
-    assert play.of(s.KeepPath) == [s.KeepPath(path=first.steps)]
+    assert play.of(do.KeepPath) == [do.KeepPath(path=first.steps)]
     delta = a_step(7)
     second = a_task(8, held=first.base, steps=(delta,))
-    got = play(s.TaskArrived(task=second))
-    assert of(got, s.FetchBlobs) == [s.FetchBlobs(refs=(delta.blob,))], "the spec is known, the keyframe here"
+    got = play(on.TaskArrived(task=second))
+    assert of(got, do.FetchBlobs) == [do.FetchBlobs(refs=(delta.blob,))], (
+        "the spec is known, the keyframe here"
+    )
     kept = {SPEC.blob, delta.blob.blob, first.steps[0].blob.blob}
-    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset(kept))]
-    started = of(play(s.BlobStored(blob=delta.blob.blob)), s.StartTraining)
+    assert of(got, do.DropBlobs) == [do.DropBlobs(keep=frozenset(kept))]
+    started = of(play(on.BlobStored(blob=delta.blob.blob)), do.StartTraining)
     assert started[0].path == (*first.steps, delta)
-    done = s.Trained(update_id=second.task_id, result=RESULT), s.OutboxStored(update_id=second.task_id)
+    done = on.Trained(update_id=second.task_id, result=RESULT), on.OutboxStored(update_id=second.task_id)
     got = play(*done)
     kinds = [type(action) for action in got]
-    assert kinds.index(s.KeepPath) < kinds.index(s.SendUpdate), "the coordinator goes on from what is stored"
+    assert kinds.index(do.KeepPath) < kinds.index(do.SendUpdate), (
+        "the coordinator goes on from what is stored"
+    )
     assert play.session.path == (*first.steps, delta)
 
 
@@ -375,108 +381,108 @@ def test_a_task_may_go_on_from_any_point_of_the_path() -> None:
     play = online(path=path)
     merged = a_step(6)
     task = a_task(7, held=path[1].digest, steps=(merged,))
-    play(s.TaskArrived(task=task))
-    assert of(play(*stored(task)), s.StartTraining)[0].path == (path[0], path[1], merged)
+    play(on.TaskArrived(task=task))
+    assert of(play(*stored(task)), do.StartTraining)[0].path == (path[0], path[1], merged)
 
 
 def test_a_task_that_starts_where_the_device_is_fetches_nothing_but_its_spec() -> None:
     path = (a_step(0), a_step(3))
     play = online(path=path)
     task = a_task(4, held=path[1].digest, steps=())
-    got = play(s.TaskArrived(task=task))
-    assert of(got, s.FetchBlobs) == [s.FetchBlobs(refs=(SPEC,))]
-    assert of(play(s.BlobStored(blob=SPEC.blob)), s.StartTraining)[0].path == path
+    got = play(on.TaskArrived(task=task))
+    assert of(got, do.FetchBlobs) == [do.FetchBlobs(refs=(SPEC,))]
+    assert of(play(on.BlobStored(blob=SPEC.blob)), do.StartTraining)[0].path == path
 
 
 def test_what_is_not_held_is_asked_for_until_the_whole_path_comes() -> None:
     play = online(path=(a_step(0),))
     task = a_task(4, held=b"unknown".ljust(16), steps=(a_step(3),))
-    got = play(s.TaskArrived(task=task))
-    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
-    assert not of(got, s.FetchBlobs)
+    got = play(on.TaskArrived(task=task))
+    assert [(e.name, e.code) for e in of(got, do.Emit)] == [("base_missing", "E_BASE")]
+    assert not of(got, do.FetchBlobs)
     assert play.phase == "fetching"
-    assert of(play(s.Tick(now_s=6.0)), s.Emit), "the first word may have been lost"
-    play(s.LinkDown(), s.LinkUp())
-    assert of(play(s.TaskArrived(task=task)), s.Emit), "the retained task comes again"
+    assert of(play(on.Tick(now_s=6.0)), do.Emit), "the first word may have been lost"
+    play(on.LinkDown(), on.LinkUp())
+    assert of(play(on.TaskArrived(task=task)), do.Emit), "the retained task comes again"
     whole = a_task(4, steps=(a_step(9), a_step(3)))
     assert whole.task_id == task.task_id
-    assert len(of(play(s.TaskArrived(task=whole)), s.FetchBlobs)[0].refs) == 3
-    assert of(play(*stored(whole)), s.StartTraining)[0].path == whole.steps
+    assert len(of(play(on.TaskArrived(task=whole)), do.FetchBlobs)[0].refs) == 3
+    assert of(play(*stored(whole)), do.StartTraining)[0].path == whole.steps
 
 
 def test_an_old_path_stays_until_the_new_one_is_worked_from_if_there_is_room() -> None:
     old, fresh = (a_step(0, 60), a_step(1, 30)), (a_step(5, 80),)
     for storage, kept in ((200, {*old, *fresh}), (100, {*fresh})):
         play = online(path=old, storage_bytes=storage)
-        drop = of(play(s.TaskArrived(task=a_task(6, steps=fresh))), s.DropBlobs)[0]
+        drop = of(play(on.TaskArrived(task=a_task(6, steps=fresh))), do.DropBlobs)[0]
         assert drop.keep == {SPEC.blob} | {step.blob.blob for step in kept}
 
 
 def test_a_rotten_file_on_a_path_asks_for_the_whole_path_once() -> None:
     play = online(path=(a_step(0),))
     task = a_task(4, held=a_step(0).digest, steps=(a_step(3),))
-    failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="rotten")
-    play(s.TaskArrived(task=task), *stored(task))
+    failed = on.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="rotten")
+    play(on.TaskArrived(task=task), *stored(task))
     got = play(failed)
-    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset({SPEC.blob}))]
-    assert [e.code for e in of(got, s.Emit)] == ["E_BASE"]
+    assert of(got, do.DropBlobs) == [do.DropBlobs(keep=frozenset({SPEC.blob}))]
+    assert [e.code for e in of(got, do.Emit)] == ["E_BASE"]
     whole = a_task(4, steps=(a_step(9), a_step(3)))
-    play(s.TaskArrived(task=whole), *stored(whole))
-    assert [e.code for e in of(play(failed), s.Emit)] == ["E_DIGEST"]
+    play(on.TaskArrived(task=whole), *stored(whole))
+    assert [e.code for e in of(play(failed), do.Emit)] == ["E_DIGEST"]
     assert play.phase == "failed"
 
 
 def test_the_final_model_goes_on_from_the_path_and_becomes_it() -> None:
     path = (a_step(0), a_step(3))
     play = online(path=path)
-    cancel = s.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),)))
-    assert of(play(cancel), s.FetchBlobs)[0].refs == (a_step(9).blob,)
-    assert of(play(s.BlobStored(blob=a_step(9).blob.blob)), s.KeepPath) == [
-        s.KeepPath(path=(*path, a_step(9)))
+    cancel = on.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),)))
+    assert of(play(cancel), do.FetchBlobs)[0].refs == (a_step(9).blob,)
+    assert of(play(on.BlobStored(blob=a_step(9).blob.blob)), do.KeepPath) == [
+        do.KeepPath(path=(*path, a_step(9)))
     ]
     assert play.session.final == (*path, a_step(9))
     assert not play(cancel), "a doubled cancel"
     again = online(path=(*path, a_step(9)))
-    got = again(s.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),))))
+    got = again(on.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),))))
     assert again.session.final == (*path, a_step(9)), "the retained word after a restart"
-    assert not of(got, s.Emit)
+    assert not of(got, do.Emit)
 
 
 def test_the_path_to_the_final_model_is_asked_for_until_it_comes_and_more_and_more_rarely() -> None:
     """A new card; the coordinator is down, or restarts, when the device asks for the first time."""
     play, whole = online(), (a_step(0), a_step(9))
-    cancel = s.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),)))
+    cancel = on.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),)))
     got = play(cancel)
-    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
-    assert (play.phase, not of(got, s.FetchBlobs)) == ("fetching", True)
-    asked = [now for now in range(1, 86_400, 5) if of(play(s.Tick(now_s=float(now))), s.Emit)]
+    assert [(e.name, e.code) for e in of(got, do.Emit)] == [("base_missing", "E_BASE")]
+    assert (play.phase, not of(got, do.FetchBlobs)) == ("fetching", True)
+    asked = [now for now in range(1, 86_400, 5) if of(play(on.Tick(now_s=float(now))), do.Emit)]
     assert asked[0] <= 10, "the first word may have been lost"
     assert len(asked) < 40, "nothing ends it, so it must not cost much"
-    got = play(s.CancelArrived(cancel=a_cancel(9, final=whole)))
-    assert of(got, s.FetchBlobs)[0].refs == tuple(step.blob for step in whole)
-    play(*(s.BlobStored(blob=step.blob.blob) for step in whole))
+    got = play(on.CancelArrived(cancel=a_cancel(9, final=whole)))
+    assert of(got, do.FetchBlobs)[0].refs == tuple(step.blob for step in whole)
+    play(*(on.BlobStored(blob=step.blob.blob) for step in whole))
     assert (play.session.path, play.phase) == (whole, "idle")
-    assert not play(s.Tick(now_s=1e6)), "the question is answered"
+    assert not play(on.Tick(now_s=1e6)), "the question is answered"
 
 
 def test_a_task_ends_the_questions_for_the_final_model_and_is_worked_on() -> None:
     play, task = online(), a_task(10)
-    play(s.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),))))
+    play(on.CancelArrived(cancel=a_cancel(9, held=a_step(3).digest, final=(a_step(9),))))
     until_sent(task, play)
-    assert not of(play(s.Tick(now_s=4.0)), s.Emit)
-    assert not of(play(s.Tick(now_s=1e5)), s.Emit)
+    assert not of(play(on.Tick(now_s=4.0)), do.Emit)
+    assert not of(play(on.Tick(now_s=1e5)), do.Emit)
 
 
 def test_a_final_model_that_is_here_stays_while_the_path_to_another_is_asked_for() -> None:
     path = (a_step(0), a_step(3))
     play = online(path=path)
-    play(s.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
-    play(s.BlobStored(blob=path[1].blob.blob))
+    play(on.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
+    play(on.BlobStored(blob=path[1].blob.blob))
     assert play.session.final == path
-    play(s.CancelArrived(cancel=a_cancel(4, job="other", held=a_step(7).digest, final=(a_step(8),))))
+    play(on.CancelArrived(cancel=a_cancel(4, job="other", held=a_step(7).digest, final=(a_step(8),))))
     assert play.session.final == path
-    play(s.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
-    assert not of(play(s.Tick(now_s=1e5)), s.Emit)
+    play(on.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
+    assert not of(play(on.Tick(now_s=1e5)), do.Emit)
 
 
 def test_a_task_that_grows_beyond_the_storage_asks_for_the_whole_path_before_it_fails() -> None:
@@ -484,55 +490,55 @@ def test_a_task_that_grows_beyond_the_storage_asks_for_the_whole_path_before_it_
     path = (a_step(0, 600), a_step(3, 300))
     play = online(path=path, storage_bytes=1000)
     task = a_task(7, held=path[1].digest, steps=(a_step(6, 200),))
-    got = play(s.TaskArrived(task=task))
-    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
+    got = play(on.TaskArrived(task=task))
+    assert [(e.name, e.code) for e in of(got, do.Emit)] == [("base_missing", "E_BASE")]
     assert "1100 bytes, 1000 are allowed" in s.report_of(play.session).reason
-    assert not of(got, s.FetchBlobs)
-    again = of(play(s.Tick(now_s=6.0)), s.Emit)
+    assert not of(got, do.FetchBlobs)
+    again = of(play(on.Tick(now_s=6.0)), do.Emit)
     assert ["1100 bytes" in e.text for e in again] == [True], "the first word may have been lost"
     whole = a_task(7, steps=(a_step(5, 700), a_step(6, 200)))
-    play(s.TaskArrived(task=whole))
-    assert of(play(*stored(whole)), s.StartTraining)[0].path == whole.steps
+    play(on.TaskArrived(task=whole))
+    assert of(play(*stored(whole)), do.StartTraining)[0].path == whole.steps
     too_long = a_task(7, steps=(a_step(5, 900), a_step(6, 200)))
     fails = online(path=path, storage_bytes=1000)
-    assert [e.code for e in of(fails(s.TaskArrived(task=task)), s.Emit)] == ["E_BASE"]
-    assert [e.code for e in of(fails(s.TaskArrived(task=too_long)), s.Emit)] == ["E_QUOTA"]
-    assert not fails(s.Tick(now_s=1e5)), "it has failed"
+    assert [e.code for e in of(fails(on.TaskArrived(task=task)), do.Emit)] == ["E_BASE"]
+    assert [e.code for e in of(fails(on.TaskArrived(task=too_long)), do.Emit)] == ["E_QUOTA"]
+    assert not fails(on.Tick(now_s=1e5)), "it has failed"
 
 
 def test_a_final_model_that_grows_beyond_the_storage_asks_for_the_whole_path_before_it_is_given_up() -> None:
     path = (a_step(0, 600), a_step(3, 300))
     play = online(path=path, storage_bytes=1000)
     grown = a_cancel(9, held=path[1].digest, final=(a_step(9, 200),))
-    got = play(s.CancelArrived(cancel=grown))
-    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("base_missing", "E_BASE")]
-    got = play(s.CancelArrived(cancel=a_cancel(9, final=(a_step(9, 2000),))))
-    assert [(e.name, e.code) for e in of(got, s.Emit)] == [("final_model", "E_QUOTA")]
-    assert not play(s.Tick(now_s=1e5)), "given up"
+    got = play(on.CancelArrived(cancel=grown))
+    assert [(e.name, e.code) for e in of(got, do.Emit)] == [("base_missing", "E_BASE")]
+    got = play(on.CancelArrived(cancel=a_cancel(9, final=(a_step(9, 2000),))))
+    assert [(e.name, e.code) for e in of(got, do.Emit)] == [("final_model", "E_QUOTA")]
+    assert not play(on.Tick(now_s=1e5)), "given up"
     assert play.phase == "idle"
 
 
 def test_left_overs_that_cannot_be_used_are_told_and_the_training_goes_on() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), *stored(task))
-    got = play(s.LeftoverDropped(code="E_CODEC", text="residual: damaged"))
-    assert [(e.name, e.code, e.text) for e in of(got, s.Emit)] == [
+    play(on.TaskArrived(task=task), *stored(task))
+    got = play(on.LeftoverDropped(code="E_CODEC", text="residual: damaged"))
+    assert [(e.name, e.code, e.text) for e in of(got, do.Emit)] == [
         ("residual_dropped", "E_CODEC", "residual: damaged")
     ]
-    assert of(play(s.Trained(update_id=task.task_id, result=RESULT)), s.StoreUpdate)
+    assert of(play(on.Trained(update_id=task.task_id, result=RESULT)), do.StoreUpdate)
 
 
 def test_a_spec_that_cannot_be_read_is_fetched_again_and_one_of_nonsense_fails_the_task() -> None:
     task, play = a_task(), online()
     session = play.session
-    events: list[s.Happened] = [s.TaskArrived(task=task), *stored(task)]
+    events: list[on.Happened] = [on.TaskArrived(task=task), *stored(task)]
     for event in events:
         session, actions = s.step(session, event)
-    assert of(list(actions), s.ReadSpec) == [s.ReadSpec(blob=SPEC.blob)]
-    waiting, _ = s.step(session, s.BlobFailed(blob=SPEC.blob, code="E_DIGEST", text="rotten"))
-    _, actions = s.step(waiting, s.Tick(now_s=6.0))
-    assert of(list(actions), s.FetchBlobs)[0].refs == (SPEC,)
-    failed, _ = s.step(session, s.BlobFailed(blob=SPEC.blob, code="E_SCHEMA", text="nonsense"))
+    assert of(list(actions), do.ReadSpec) == [do.ReadSpec(blob=SPEC.blob)]
+    waiting, _ = s.step(session, on.BlobFailed(blob=SPEC.blob, code="E_DIGEST", text="rotten"))
+    _, actions = s.step(waiting, on.Tick(now_s=6.0))
+    assert of(list(actions), do.FetchBlobs)[0].refs == (SPEC,)
+    failed, _ = s.step(session, on.BlobFailed(blob=SPEC.blob, code="E_SCHEMA", text="nonsense"))
     assert s.report_of(failed).phase == "failed"
 
 
@@ -546,19 +552,19 @@ def test_a_spec_that_cannot_be_read_is_fetched_again_and_one_of_nonsense_fails_t
 def test_a_task_that_does_not_fit_fails_with_its_code_and_fetches_nothing(
     machine: dict[str, Any], changes: dict[str, Any], code: str
 ) -> None:
-    play = Play(s.Started(**machine), s.LinkUp())
-    got = play(s.TaskArrived(task=a_task(**changes)))
-    assert [e.code for e in of(got, s.Emit)] == [code]
-    assert not of(got, s.FetchBlobs)
+    play = Play(on.Started(**machine), on.LinkUp())
+    got = play(on.TaskArrived(task=a_task(**changes)))
+    assert [e.code for e in of(got, do.Emit)] == [code]
+    assert not of(got, do.FetchBlobs)
     assert s.report_of(play.session).reason.startswith(code)
 
 
 @pytest.mark.parametrize(("spec", "code"), [(a_spec(codec="gzip"), "E_CODEC"), (a_spec(job="x"), "E_SCHEMA")])
 def test_a_spec_of_another_method_or_job_fails_the_task(spec: TaskSpec, code: str) -> None:
     task, play = a_task(), online(spec)
-    got = play(s.TaskArrived(task=task), *stored(task))
-    assert [e.code for e in of(got, s.Emit)] == [code]
-    assert not of(got, s.StartTraining)
+    got = play(on.TaskArrived(task=task), *stored(task))
+    assert [e.code for e in of(got, do.Emit)] == [code]
+    assert not of(got, do.StartTraining)
 
 
 def test_the_agent_knows_exactly_the_methods_that_there_are() -> None:
@@ -568,79 +574,79 @@ def test_the_agent_knows_exactly_the_methods_that_there_are() -> None:
 
 
 def test_a_fault_in_the_data_is_reported_while_idle() -> None:
-    play = Play(s.Started(fault="E_DATA: no such file"), s.LinkUp())
-    assert play.of(s.PublishReport)[-1] == s.PublishReport(phase="failed", reason="E_DATA: no such file")
-    play(s.MachineChanged(tier="full", storage_bytes=1 << 30))
+    play = Play(on.Started(fault="E_DATA: no such file"), on.LinkUp())
+    assert play.of(do.PublishReport)[-1] == do.PublishReport(phase="failed", reason="E_DATA: no such file")
+    play(on.MachineChanged(tier="full", storage_bytes=1 << 30))
     assert play.phase == "idle"
 
 
 def test_a_wrong_digest_fetches_the_whole_path_once_more_and_then_fails() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), *stored(task))
-    failed = s.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="keyframe")
+    play(on.TaskArrived(task=task), *stored(task))
+    failed = on.TrainingFailed(update_id=task.task_id, code="E_DIGEST", text="keyframe")
     got = play(failed)
-    assert of(got, s.DropBlobs) == [s.DropBlobs(keep=frozenset({SPEC.blob}))]
-    assert of(got, s.FetchBlobs)
+    assert of(got, do.DropBlobs) == [do.DropBlobs(keep=frozenset({SPEC.blob}))]
+    assert of(got, do.FetchBlobs)
     play(*stored(task))
     got = play(failed)
-    assert [e.code for e in of(got, s.Emit)] == ["E_DIGEST"]
+    assert [e.code for e in of(got, do.Emit)] == ["E_DIGEST"]
     assert play.phase == "failed"
 
 
 def test_a_killed_training_is_tried_again_twice_and_faulty_data_never() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), *stored(task))
-    killed = s.TrainingFailed(update_id=task.task_id, code="E_INTERNAL", text="signal 9")
+    play(on.TaskArrived(task=task), *stored(task))
+    killed = on.TrainingFailed(update_id=task.task_id, code="E_INTERNAL", text="signal 9")
     play(killed)
-    assert of(play(s.Tick(now_s=6.0)), s.StartTraining)
+    assert of(play(on.Tick(now_s=6.0)), do.StartTraining)
     play(killed)
-    assert of(play(s.Tick(now_s=30.0)), s.StartTraining)
-    assert [e.code for e in of(play(killed), s.Emit)] == ["E_INTERNAL"]
+    assert of(play(on.Tick(now_s=30.0)), do.StartTraining)
+    assert [e.code for e in of(play(killed), do.Emit)] == ["E_INTERNAL"]
     play = online()
-    play(s.TaskArrived(task=task), *stored(task))
-    got = play(s.TrainingFailed(update_id=task.task_id, code="E_DATA", text="no such file"))
-    assert [e.code for e in of(got, s.Emit)] == ["E_DATA"]
+    play(on.TaskArrived(task=task), *stored(task))
+    got = play(on.TrainingFailed(update_id=task.task_id, code="E_DATA", text="no such file"))
+    assert [e.code for e in of(got, do.Emit)] == ["E_DATA"]
 
 
 def test_a_full_disk_keeps_the_result_and_stores_it_when_there_is_space() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), *stored(task), s.Trained(update_id=task.task_id, result=RESULT))
-    play(s.StoreFailed(update_id=task.task_id, code="E_DISK", text="full"))
+    play(on.TaskArrived(task=task), *stored(task), on.Trained(update_id=task.task_id, result=RESULT))
+    play(on.StoreFailed(update_id=task.task_id, code="E_DISK", text="full"))
     assert "E_DISK" in s.report_of(play.session).reason
-    assert of(play(s.Tick(now_s=6.0)), s.StoreUpdate)[0].result == RESULT
-    assert of(play(s.OutboxStored(update_id=task.task_id)), s.SendUpdate)
+    assert of(play(on.Tick(now_s=6.0)), do.StoreUpdate)[0].result == RESULT
+    assert of(play(on.OutboxStored(update_id=task.task_id)), do.SendUpdate)
 
 
 def test_an_update_that_the_full_outbox_dropped_is_not_sent_any_more() -> None:
     task = a_task()
     play = until_sent(task)
-    got = play(s.UpdateDropped(update_id=task.task_id, reason="the outbox is full"))
-    assert [e.name for e in of(got, s.Emit)] == ["update_dropped"]
-    assert not of(play(s.Tick(now_s=500.0)), s.SendUpdate)
+    got = play(on.UpdateDropped(update_id=task.task_id, reason="the outbox is full"))
+    assert [e.name for e in of(got, do.Emit)] == ["update_dropped"]
+    assert not of(play(on.Tick(now_s=500.0)), do.SendUpdate)
 
 
 def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back() -> None:
     task, play = a_task(), online()
-    play(s.TaskArrived(task=task), *stored(task), s.LinkDown())
-    assert not play.of(s.StopTraining)
-    play(s.Trained(update_id=task.task_id, result=RESULT), s.OutboxStored(update_id=task.task_id))
-    assert not play.of(s.SendUpdate)
-    assert of(play(s.LinkUp()), s.SendUpdate)
+    play(on.TaskArrived(task=task), *stored(task), on.LinkDown())
+    assert not play.of(do.StopTraining)
+    play(on.Trained(update_id=task.task_id, result=RESULT), on.OutboxStored(update_id=task.task_id))
+    assert not play.of(do.SendUpdate)
+    assert of(play(on.LinkUp()), do.SendUpdate)
 
 
 def test_every_connection_repeats_state_and_report() -> None:
     play = online()
-    play(s.LinkDown())
-    assert play(s.LinkUp(session_present=True)) == [s.PublishState(), s.PublishReport(phase="idle")]
+    play(on.LinkDown())
+    assert play(on.LinkUp(session_present=True)) == [do.PublishState(), do.PublishReport(phase="idle")]
 
 
 def test_the_clock_never_goes_back() -> None:
-    play = Play(s.Tick(now_s=10.0), s.Tick(now_s=3.0))
+    play = Play(on.Tick(now_s=10.0), on.Tick(now_s=3.0))
     assert play.session.now_s == 10.0
 
 
 def test_a_step_leaves_the_old_session_alone() -> None:
     before = online().session
-    s.step(before, s.TaskArrived(task=a_task()))
+    s.step(before, on.TaskArrived(task=a_task()))
     assert before == replace(before)
     assert before.task is None

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from liberatai_agent.session import Returned, TrainingResult
+from liberatai_agent.events import Returned, TrainingResult
 from liberatai_agent.trainer import Trainer, TrainerDiedError
 from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
 from liberatai_agent.trainer_messages import Answer, Done, Failed, File, Work
