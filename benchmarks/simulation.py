@@ -28,11 +28,12 @@ from liberatai_coordinator import round as deciding
 from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.jobs import candidates_of, spec_of
 from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.members import Public, derive_seed
 from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
 from liberatai_coordinator.repository import Repository
-from liberatai_coordinator.runner import candidates_of, check_update, spec_of
+from liberatai_coordinator.updates import check_update
 from liberatai_coordinator.versions import Current, Versions
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, decode_spec, encode_spec, seal

@@ -20,12 +20,13 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.ensembles import Ensemble, combine
 from liberatai_coordinator.members import Member, Public, derive_seed, trained_part
 from liberatai_coordinator.teaching import teach
+from liberatai_coordinator.updates import changes, difference
 from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
 from liberatai_core.aggregator.packed import Packed, entries
 from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
-from liberatai_core.contract.messages import Update, work_seed
+from liberatai_core.contract.messages import Update
 from liberatai_core.errors import NonFiniteError
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
@@ -84,17 +85,6 @@ class Advanced:
     contributions: Mapping[str, rules.Contribution] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     untaught: Mapping[str, str] = field(default_factory=dict)
-
-
-def difference(job: JobSpec, update: Update, part: Structure) -> Vector:
-    """Return what an update means in the trained part of its structure, shape (part.parameters,).
-
-    Raises:
-        LiberataiError: for every stream that no device writes.
-    """
-    methods.require_stream(job.sparsify.method, update.body)
-    seed = work_seed(job.seed, update.device, update.job, update.round)
-    return methods.densify(update.body, part, seed)
 
 
 def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
@@ -259,9 +249,7 @@ def _counted(job: JobSpec, update: Update, part: Structure, staleness: int) -> V
 
 def _sent(job: JobSpec, update: Update, part: Structure, staleness: int) -> Packed:
     """Return the same without its zeros: a sparse update is never made dense."""
-    methods.require_stream(job.sparsify.method, update.body)
-    seed = work_seed(job.seed, update.device, update.job, update.round)
-    positions, values = methods.entries(update.body, part, seed)
+    positions, values = changes(job, update, part)
     return entries(part.parameters, positions, damped(values, staleness))
 
 

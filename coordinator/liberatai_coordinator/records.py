@@ -2,15 +2,17 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
 import msgspec
 
 from liberatai_coordinator import round as deciding
+from liberatai_coordinator import selection
 from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.rows import RoundRow
+from liberatai_coordinator.rows import RoundRow, StoredUpdate
+from liberatai_coordinator.updates import decode_update
 from liberatai_coordinator.views import CentralView, ContributionView, LocalView, RoundView
 from liberatai_core.aggregator import rules
 
@@ -131,3 +133,37 @@ def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> Ro
         central=stats.central,
         test=stats.test,
     )
+
+
+def invited_in(row: RoundRow) -> list[deciding.Invitation]:
+    """Return the invitations that a round made itself."""
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    return [one for one in listed if one.round in (0, row.round)]
+
+
+def with_round(
+    history: selection.History, row: RoundRow, stored: Sequence[StoredUpdate]
+) -> selection.History:
+    """Return a history with one round more.
+
+    Args:
+        history: up to the round before.
+        row: the round.
+        stored: its updates, with their frames.
+    """
+    devices = dict(history.devices)
+    for one in invited_in(row):
+        past = devices.get(one.device, selection.Past())
+        devices[one.device] = msgspec.structs.replace(past, invited=past.invited + 1)
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    opened = {one.device: one.opened_s or row.opened_s for one in listed}
+    for found in stored:
+        update = decode_update(found.frame)
+        devices[found.device] = msgspec.structs.replace(
+            devices.get(found.device, selection.Past()),
+            round=row.round,
+            loss=update.loss,
+            samples=update.samples,
+            seconds=max(0.0, found.received_s - opened.get(found.device, row.opened_s)),
+        )
+    return selection.History(round=row.round, devices=devices)

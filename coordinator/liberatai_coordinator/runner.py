@@ -24,53 +24,40 @@ from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.catch_up import Path, Way
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
+from liberatai_coordinator.jobs import Labelled, candidates_of, load_public, load_test, spec_of
 from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.members import Public, derive_seed
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import Stats, kept, round_views
-from liberatai_coordinator.rows import JobRow, RoundRow, StoredUpdate
+from liberatai_coordinator.records import Stats, invited_in, kept, round_views, with_round
+from liberatai_coordinator.rows import JobRow, RoundRow
+from liberatai_coordinator.updates import decode_update
 from liberatai_coordinator.versions import Current, Versions
 from liberatai_coordinator.views import CentralView, LocalView, RoundView
-from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import messages
-from liberatai_core.contract.frame import HEADER_BYTES, encode_spec
-from liberatai_core.contract.limits import MAX_SAMPLES
+from liberatai_core.contract.frame import encode_spec
 from liberatai_core.contract.messages import (
     BlobRef,
     Cancel,
     Head,
     Step,
     Task,
-    TaskSpec,
     Update,
     weights_name,
 )
 from liberatai_core.errors import (
     BusyError,
-    CodecError,
     DataError,
     DiskError,
     LiberataiError,
-    NormError,
     NotFoundError,
-    SchemaError,
-    StructureError,
 )
-from liberatai_core.learning.dataset import load_npz, load_unlabeled
-from liberatai_core.learning.families import cost, statistics_of, structure_of
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Labelled = tuple[members.Floats, NDArray[np.int64]]
-"""Inputs, shape (n, …), and labels, shape (n,)."""
-
 MAX_FAILURES = 3
 """Rounds in a row that may fail in the aggregation; then the fault is not one of their updates."""
-
-LARGEST = 1e3
-"""No training moves a parameter so far in one round; beyond it float32 sums lose what others sent."""
 
 RECHECK_S = 60.0
 """While no device can take part: links and quotas recover with time, too, not only when a device says so."""
@@ -880,147 +867,9 @@ def scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int6
     return evaluation.central(version.number, sorted(views), log_probs, together, y)
 
 
-def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
-    """Refuse an update that means nothing in its structure.
-
-    Raises:
-        CodecError: another method than the task's, or a stream that it does not make.
-        LiberataiError: whatever the decoder refuses (positions, counts, values).
-        SchemaError: class counts of another number of classes, or more than the samples.
-    """
-    if update.codec != job.sparsify.method:
-        raise CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
-    part = members.trained_part(job, structure).part
-    if np.abs(aggregation.difference(job, update, part)).max() > LARGEST:
-        raise NormError(f"a parameter changes by more than {LARGEST:g}")
-    counts = update.class_counts
-    if counts is not None and (len(counts) != job.data.classes or sum(counts) > MAX_SAMPLES):
-        raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
-    if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
-        raise SchemaError("more correct answers than questions")
-
-
-def invited_in(row: RoundRow) -> list[deciding.Invitation]:
-    """Return the invitations that a round made itself."""
-    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
-    return [one for one in listed if one.round in (0, row.round)]
-
-
-def with_round(
-    history: selection.History, row: RoundRow, stored: Sequence[StoredUpdate]
-) -> selection.History:
-    """Return a history with one round more.
-
-    Args:
-        history: up to the round before.
-        row: the round.
-        stored: its updates, with their frames.
-    """
-    devices = dict(history.devices)
-    for one in invited_in(row):
-        past = devices.get(one.device, selection.Past())
-        devices[one.device] = msgspec.structs.replace(past, invited=past.invited + 1)
-    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
-    opened = {one.device: one.opened_s or row.opened_s for one in listed}
-    for found in stored:
-        update = decode_update(found.frame)
-        devices[found.device] = msgspec.structs.replace(
-            devices.get(found.device, selection.Past()),
-            round=row.round,
-            loss=update.loss,
-            samples=update.samples,
-            seconds=max(0.0, found.received_s - opened.get(found.device, row.opened_s)),
-        )
-    return selection.History(round=row.round, devices=devices)
-
-
-def spec_of(job: JobSpec, structure: Structure) -> TaskSpec:
-    """Return what all tasks of a job say about one structure."""
-    return TaskSpec(
-        job=job.name,
-        structure=structure,
-        data=job.data,
-        codec=job.sparsify.method,
-        training=job.training,
-        seed=job.seed,
-        deadline_s=job.rounds.deadline_s,
-        share_class_counts=job.share_class_counts,
-        trained_share=members.trained_share(job, structure),
-        residual_decay=job.sparsify.residual_decay,
-        residual_limit=job.sparsify.residual_limit,
-    )
-
-
 def _decode_path(path: bytes) -> Path:
     """Return a path of the ledger; one of another release is worth nothing: the device fetches anew."""
     try:
         return msgspec.msgpack.decode(path, type=Path)
     except msgspec.MsgspecError:
         return ()
-
-
-def decode_update(frame: bytes) -> Update:
-    """Return the update in a frame that was verified before it was stored."""
-    return msgspec.msgpack.decode(frame[HEADER_BYTES:], type=Update)
-
-
-def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structure]]:
-    """Return what the plan must know of the job's structures, and the structures. Builds each one once.
-
-    Raises:
-        StructureError: a family or its parameters are wrong, or a structure has running statistics: those of
-            unlike devices have no mean that fits any of them.
-    """
-    candidates, structures = [], {}
-    for choice in job.structures:
-        structure = structure_of(choice.family, choice.params, job.data)
-        if statistics_of(structure):
-            raise StructureError(f"{structure.id}: running statistics do not federate: use norm: group")
-        price = cost(structure, job.data)
-        structures[structure.id] = structure
-        candidates.append(
-            plan.Candidate(
-                id=structure.id,
-                family=structure.family,
-                density=choice.density or job.sparsify.up_density,
-                parameters=structure.parameters,
-                trained=members.trained_part(job, structure).part.parameters,
-                smallest_bytes=smallest_bytes(structure),
-                macs=price.macs_per_sample,
-                activation_bytes=price.activation_bytes_per_sample,
-                down_density=choice.density or job.down_density,
-            )
-        )
-    return candidates, structures
-
-
-def load_public(job: JobSpec, base_dir: Folder) -> Public:
-    """Return the coordinator's own data.
-
-    Raises:
-        DataError: a file is missing or not of the job's form.
-    """
-    unlabeled = load_unlabeled(base_dir / job.teach.unlabeled, job.data) if job.teach.unlabeled else None
-    validation = None
-    if job.aggregate.validation:
-        samples = load_npz(base_dir / job.aggregate.validation, job.data)
-        if samples.y is None:
-            raise DataError(f"{job.aggregate.validation}: validation data needs labels `y`")
-        validation = (samples.x, samples.y)
-    return Public(unlabeled=unlabeled, validation=validation)
-
-
-def load_test(job: JobSpec, base_dir: Folder) -> Labelled | None:
-    """Return what versions are tested on: the part that the file marks as test samples, or all of it.
-
-    Raises:
-        DataError: the file is missing, not of the job's form, or has no labels.
-    """
-    if job.evaluate.test is None:
-        return None
-    samples = load_npz(base_dir / job.evaluate.test, job.data)
-    if samples.y is None:
-        raise DataError(f"{job.evaluate.test}: test data needs labels `y`")
-    if samples.test is None or not samples.test.any():
-        return samples.x, samples.y
-    return samples.x[samples.test], samples.y[samples.test]

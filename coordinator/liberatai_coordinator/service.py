@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from liberatai_coordinator import plan, runner, variants
+from liberatai_coordinator import jobs, plan, variants
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
@@ -27,6 +27,7 @@ from liberatai_coordinator.records import contribution_views, round_views
 from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
 from liberatai_coordinator.rows import DeviceRow, JobRow, StoredUpdate, TrafficRow, VariantRow, VersionRow
 from liberatai_coordinator.runner import Runner
+from liberatai_coordinator.updates import check_update
 from liberatai_coordinator.uploads import Uploads
 from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import (
@@ -387,7 +388,7 @@ class Service:
         if job is None or newest is None or update.structure not in newest.members:
             return  # the round's own rules refuse it, with the better reason
         structure = newest.members[update.structure].structure
-        runner.check_update(update, structure, job.job)
+        check_update(update, structure, job.job)
 
     def _decide(self, update: Update) -> list[deciding.Action]:
         job = self.runners.get(update.job)
@@ -571,9 +572,9 @@ class Service:
         """Start a job, or let it wait for its turn."""
         job = parse_job(yaml_text, "job")
         # Faults of the data, of families and parameters come now, not when devices are waiting.
-        await asyncio.to_thread(runner.load_public, job, Path(base_dir))
-        await asyncio.to_thread(runner.load_test, job, Path(base_dir))
-        await asyncio.to_thread(runner.candidates_of, job)
+        await asyncio.to_thread(jobs.load_public, job, Path(base_dir))
+        await asyncio.to_thread(jobs.load_test, job, Path(base_dir))
+        await asyncio.to_thread(jobs.candidates_of, job)
         self.ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
         self._start_job(self.ledger.job(job.name))
         return await self.job(job.name)
@@ -628,7 +629,7 @@ class Service:
         job = msgspec.json.decode(row.spec, type=JobSpec)
         candidates = list(self.runners[name].candidates.values()) if name in self.runners else []
         if not candidates:
-            candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
+            candidates, _ = await asyncio.to_thread(jobs.candidates_of, job)
         running = self.runners.get(name)
         current = [
             plan.by_link(
@@ -647,7 +648,7 @@ class Service:
         )
 
     async def _dry_run(self, job: JobSpec) -> PlanView:
-        candidates, _ = await asyncio.to_thread(runner.candidates_of, job)
+        candidates, _ = await asyncio.to_thread(jobs.candidates_of, job)
         known = [d.capability for d in self.fleet.devices.values() if d.capability and d.status == "approved"]
         made = plan.make_plan(job, candidates, known)
         assigned = list(made.assignments.values())

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tests.integration.kit import ScriptedDevice, coordinator, job_yaml, until
 
-from liberatai_coordinator import runner as runner_module
+from liberatai_coordinator import records
 from liberatai_coordinator.repository import decode_manifest
-from liberatai_coordinator.runner import decode_update
 from liberatai_coordinator.service import Service
+from liberatai_coordinator.updates import decode_update
 from liberatai_coordinator.versions import Versions
 from liberatai_core.contract.messages import Event, Task
 from liberatai_core.errors import ConfigError
@@ -362,11 +362,11 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
                 rows = service.ledger.rounds("tiny")
-                asked = Counter(one.device for row in rows for one in runner_module.invited_in(row))
+                asked = Counter(one.device for row in rows for one in records.invited_in(row))
                 assert sum(asked.values()) == 6
                 history = service.runners["tiny"]._history
                 assert {name: past.invited for name, past in history.devices.items()} == Counter(
-                    one.device for row in rows[:-1] for one in runner_module.invited_in(row)
+                    one.device for row in rows[:-1] for one in records.invited_in(row)
                 )
                 assert all(past.samples == 10 for past in history.devices.values() if past.round)
                 if select == "fair":
