@@ -49,6 +49,7 @@ from liberatai_core.compressor.artifact import Coding
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.baselines import LEARNING_RATE, agreement, retrained, retrained_with_labels
+from liberatai_core.learning.device import computing_on
 from liberatai_core.learning.distillation import DistillSettings
 from liberatai_core.learning.fitting import FitSettings, fit
 from liberatai_core.learning.retraining import RetrainSettings, retrain
@@ -391,6 +392,11 @@ def _accuracy(made: Structure, data: DataContract, weights: Vector, test: tuple[
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Run all methods on one net and return what the last line says."""
+    with computing_on(options.device):
+        return _measured(options)
+
+
+def _measured(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     given = world(options)
     made = structure(options, given.data)
@@ -442,7 +448,7 @@ def summary(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
         "unlabeled": options.unlabeled.split(":")[0],
         "unlabeled_samples": 0 if given.unlabeled is None else len(given.unlabeled),
         "quick": options.quick,
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "device": options.device},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "device": _device(options.device)},
         "versions": _versions(),
     }
 
@@ -468,6 +474,12 @@ def _rounded(row: Row) -> dict[str, Any]:
     return {
         name: round(value, digits[name]) if name in digits else value for name, value in asdict(row).items()
     }
+
+
+def _device(name: str) -> str:
+    import torch  # noqa: PLC0415 - learning imports it when it is needed
+
+    return torch.cuda.get_device_name() if name == "cuda" else name
 
 
 def _versions() -> dict[str, str]:
@@ -628,7 +640,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=("quick",), help="several nets on the files of --data-dir")
     parser.add_argument("--data-dir", type=Path, default=Path(), help="where the suite's files lie")
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where networks compute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--budgets",

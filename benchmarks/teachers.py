@@ -234,6 +234,8 @@ def teacher(options: argparse.Namespace, given: World, made: Structure, say: Cal
     flip = len(given.data.input_shape) == 3 and given.data.input_shape[0] == 3
     settings = {"recipe": asdict(recipe), "epochs": epochs, "flip": flip, "version": RECIPE_VERSION}
     settings |= {"structure": made.id, "seed": options.seed, "samples": _digest(*given.train)}
+    if options.device != "cpu":
+        settings["device"] = options.device
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
     path = options.cache / "teachers" / f"{made.id}-{key}.npz"
     if path.is_file():

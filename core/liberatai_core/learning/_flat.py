@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liberatai_core.learning.device import chosen
 from liberatai_core.learning.families import FAMILIES, build, require_same, require_torch, statistics_of
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
@@ -29,9 +30,14 @@ class FlatModule:
     flat: "torch.nn.Parameter"
     gradient: "torch.Tensor"
 
+    @property
+    def device(self) -> "torch.device":
+        """Where it computes, and its inputs must be."""
+        return self.flat.device
+
     def weights(self) -> Vector:
         """Return a copy of the current weights."""
-        values: Vector = self.flat.detach().numpy().copy()
+        values: Vector = self.flat.detach().cpu().numpy().copy()
         return values
 
 
@@ -45,15 +51,16 @@ def flat_module(structure: Structure, data: DataContract, weights: Vector) -> Fl
     import torch
 
     require_length(weights, structure)
+    device = chosen()
     # Shapes are compared before memory is taken: parameters and tensors may come in one message.
     module = build(structure.family, structure.params, data, device="meta")
     require_same(structure, module)
     if structure.family in FAMILIES:
-        module.to_empty(device="cpu")  # all state is overwritten below: random values would only cost time
+        module.to_empty(device=device)  # all state is overwritten below: random values would only cost time
     else:
-        module = build(structure.family, structure.params, data)
+        module = build(structure.family, structure.params, data).to(device)
         require_same(structure, module)
-    flat = torch.nn.Parameter(torch.from_numpy(np.array(weights, dtype=np.float32)))
+    flat = torch.nn.Parameter(torch.from_numpy(np.array(weights, dtype=np.float32)).to(device))
     gradient = torch.zeros_like(flat.data)
     flat.grad = gradient
     state = module.state_dict(keep_vars=True)

@@ -153,7 +153,7 @@ def distill(
     with reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
-        factor = None if gain is None else torch.from_numpy(gain.copy())
+        factor = None if gain is None else torch.from_numpy(gain.copy()).to(model.device)
         inputs = torch.from_numpy(np.ascontiguousarray(x_unlabeled, dtype=np.float32))
         softened = torch.from_numpy(np.ascontiguousarray(log_probs, dtype=np.float32)) / settings.temperature
         target = torch.softmax(softened, dim=1)
@@ -234,7 +234,8 @@ def teach(
         for group in optimizer.param_groups:
             group["lr"] = group.get("share", 1.0) * settings.learning_rate * _cosine(step, settings.steps)
         model.gradient.zero_()
-        loss = loss_of(model.module(batch) / settings.temperature, wanted) * settings.temperature**2
+        logits = model.module(batch.to(model.device))
+        loss = loss_of(logits / settings.temperature, wanted.to(model.device)) * settings.temperature**2
         torch.autograd.backward(loss)
         if collect is not None:
             collect()

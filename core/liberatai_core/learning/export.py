@@ -14,6 +14,7 @@ import numpy as np
 
 from liberatai_core.errors import DiskError, MissingExtraError, StructureError
 from liberatai_core.learning._flat import flat_module, reproducible
+from liberatai_core.learning.device import computing_on
 from liberatai_core.learning.families import require_torch
 from liberatai_core.structure import DataContract, Structure, to_tensors
 from liberatai_core.weights import Vector, require_finite
@@ -75,7 +76,7 @@ def onnx_bytes(structure: Structure, data: DataContract, weights: Vector) -> byt
             "onnxscript is not installed: pip install 'liberatai[coordinator]'"
         ) from error
     require_finite(weights, structure.id)
-    with reproducible(0):
+    with reproducible(0), computing_on("cpu"):
         module = flat_module(structure, data, weights).module.eval()
         samples = torch.randn((3, *data.input_shape))
         with warnings.catch_warnings():

@@ -233,7 +233,8 @@ class _Course:
         """Return step -> changed inputs and the original's softened answer about them."""
         import torch
 
-        teacher = flat_module(self.structure, self.data, self.weights).module.eval()
+        teacher = flat_module(self.structure, self.data, self.weights)
+        teacher.module.eval()
         inputs = torch.from_numpy(np.ascontiguousarray(self.x, dtype=np.float32))
         varied = self._varied(teacher, inputs)
         given = None if self.answers is None else torch.from_numpy(np.ascontiguousarray(self.answers))
@@ -252,13 +253,14 @@ class _Course:
                 answers = None if answers is None else torch.lerp(answers[other], answers, share)
             if answers is not None:
                 return batch, answers
+            batch = batch.to(teacher.device)
             with torch.no_grad():
-                return batch, torch.softmax(teacher(batch) / settings.temperature, dim=1)
+                return batch, torch.softmax(teacher.module(batch) / settings.temperature, dim=1)
 
         return batch_of
 
     def _varied(
-        self, teacher: "torch.nn.Module", inputs: "torch.Tensor"
+        self, teacher: FlatModule, inputs: "torch.Tensor"
     ) -> "Callable[[torch.Tensor, torch.Generator], torch.Tensor]":
         """Return how samples are changed: half of the images move; mirrored if the original agrees."""
         import torch
@@ -277,13 +279,13 @@ class _Course:
 
         return varied
 
-    def _agrees(self, teacher: "torch.nn.Module", inputs: "torch.Tensor") -> float:
+    def _agrees(self, teacher: FlatModule, inputs: "torch.Tensor") -> float:
         """Return on which share of some samples the original says the same about the mirrored ones."""
         import torch
 
-        some = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), 256)).long()]
+        some = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), 256)).long()].to(teacher.device)
         with torch.no_grad():
-            same = teacher(some).argmax(dim=1) == teacher(some.flip(3)).argmax(dim=1)
+            same = teacher.module(some).argmax(dim=1) == teacher.module(some.flip(3)).argmax(dim=1)
         return float(same.float().mean())
 
     def distill_settings(self, steps: int, share: float) -> DistillSettings:
@@ -312,11 +314,11 @@ def _quantised_training(
     settings = course.distill_settings(course.split, 1.0)
     model = flat_module(course.structure, course.data, course.weights)
     begin = course.weights if start is None else start
-    unit = torch.from_numpy(_units(course.structure, begin, course.sensitivity))
-    trained = torch.nn.Parameter(torch.from_numpy(begin.copy()) / unit)
+    unit = torch.from_numpy(_units(course.structure, begin, course.sensitivity)).to(model.device)
+    trained = torch.nn.Parameter(torch.from_numpy(begin.copy()).to(model.device) / unit)
     trained.grad = torch.zeros_like(trained)
     gradient = trained.grad
-    shadow = torch.from_numpy(begin.copy())
+    shadow = torch.from_numpy(begin.copy()).to(model.device)
     optimizer = torch.optim.Adam([trained], lr=settings.learning_rate)
     done = saved.load(trained, optimizer) if saved is not None else 0
     ramp = course.settings.ramp * course.split
@@ -336,8 +338,8 @@ def _quantised_training(
             now = round(max(budget, first_budget) ** (1 - share) * budget**share)
             # Weights still move after the last search, and the size with them.
             now = max(round(now * (1 - DRIFT)), codebook.smallest_bytes(course.structure))
-            fitted = course.fitted(shadow.numpy().copy(), now)
-            quantisers = _listed(fitted)
+            fitted = course.fitted(shadow.cpu().numpy().copy(), now)
+            quantisers = _listed(fitted, model.device)
         with torch.no_grad():
             # What no quantiser covers is stored as it is.
             model.flat.data.copy_(shadow)
@@ -355,7 +357,7 @@ def _quantised_training(
         teach(
             model, optimizer, course.batches(settings), settings, first=done, before=before, collect=collect
         )
-    behind: Vector = (trained.detach() * unit).numpy().copy()
+    behind: Vector = (trained.detach() * unit).cpu().numpy().copy()
     if not np.isfinite(behind).all():
         raise TrainingError(f"{course.structure.id}: weights are not finite: lower learning_rate")
     return behind, fitted
@@ -395,7 +397,7 @@ class _Quantiser:
             out[self.place] = self.points[torch.bucketize(part / self.factor, self.edges)] * self.factor
 
 
-def _listed(fitted: codebook.Fitted) -> "list[_Quantiser]":
+def _listed(fitted: codebook.Fitted, device: "torch.device") -> "list[_Quantiser]":
     """Return the quantisers of all tensors, ready to be applied to the flat vector."""
     import torch
 
@@ -405,11 +407,11 @@ def _listed(fitted: codebook.Fitted) -> "list[_Quantiser]":
     return [
         _Quantiser(
             places[name],
-            torch.from_numpy(quantiser.edges),
-            torch.from_numpy(quantiser.points),
+            torch.from_numpy(quantiser.edges).to(device),
+            torch.from_numpy(quantiser.points).to(device),
             None
             if quantiser.factors is None
-            else torch.from_numpy(quantiser.factors.repeat(sizes[name] // quantiser.factors.size)),
+            else torch.from_numpy(quantiser.factors.repeat(sizes[name] // quantiser.factors.size)).to(device),
         )
         for name, quantiser in found.items()
     ]
@@ -440,6 +442,9 @@ def _centroids(
     # In the units of the tensors, as in the first phase; cells do not reach over tensors.
     unit = torch.ones(cells.count)
     unit[of_weight[movable]] = torch.from_numpy(_units(structure, shadow, course.sensitivity)[movable])
+    of_weight, factor, free, kept, unit = (
+        part.to(model.device) for part in (of_weight, factor, free, kept, unit)
+    )
     values = torch.nn.Parameter(_values(model, of_weight, factor, cells.count) / unit)
     values.grad = torch.zeros_like(values)
     gradient = values.grad
@@ -486,8 +491,8 @@ def _values(
     """Return what every cell holds: its weights over their factors."""
     import torch
 
-    power = torch.zeros(count).index_add_(0, of_weight, factor * factor)
-    sums = torch.zeros(count).index_add_(0, of_weight, factor * model.flat.detach())
+    power = torch.zeros(count, device=model.device).index_add_(0, of_weight, factor * factor)
+    sums = torch.zeros(count, device=model.device).index_add_(0, of_weight, factor * model.flat.detach())
     return sums / power.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -511,8 +516,8 @@ class _Saved:
         shadow.data.copy_(torch.from_numpy(arrays[0]))
         optimizer.state[shadow] = {
             "step": torch.tensor(float(step)),
-            "exp_avg": torch.from_numpy(arrays[1]),
-            "exp_avg_sq": torch.from_numpy(arrays[2]),
+            "exp_avg": torch.from_numpy(arrays[1]).to(shadow.device),
+            "exp_avg_sq": torch.from_numpy(arrays[2]).to(shadow.device),
         }
         return step
 
@@ -526,9 +531,9 @@ class _Saved:
                 np.savez(
                     file,
                     step=np.int64(step),
-                    weights=shadow.detach().numpy(),
-                    first=state["exp_avg"].numpy(),
-                    second=state["exp_avg_sq"].numpy(),
+                    weights=shadow.detach().cpu().numpy(),
+                    first=state["exp_avg"].cpu().numpy(),
+                    second=state["exp_avg_sq"].cpu().numpy(),
                 )
             part.replace(self.path)
         except OSError:

@@ -63,13 +63,13 @@ def importance(
         model = flat_module(structure, data, weights)
         model.module.eval()
         total = torch.zeros_like(model.flat.data)
-        for sample in torch.from_numpy(inputs):
+        for sample in torch.from_numpy(inputs).to(model.device):
             model.gradient.zero_()
             log_p = torch.log_softmax(model.module(sample[None])[0], dim=0)
             drawn = torch.multinomial(log_p.detach().exp(), 1)
             torch.autograd.backward(log_p[drawn].sum())
             total.addcmul_(model.gradient, model.gradient)
-        mean: Vector = (total / len(inputs)).numpy()
+        mean: Vector = (total / len(inputs)).cpu().numpy()
     return np.nan_to_num(mean, nan=0.0, posinf=0.0)
 
 
@@ -109,7 +109,7 @@ def sensitivity(
     with reproducible(seed), torch.no_grad():
         model = flat_module(structure, data, weights)
         model.module.eval()
-        batch = torch.from_numpy(inputs)
+        batch = torch.from_numpy(inputs).to(model.device)
         wanted = torch.log_softmax(model.module(batch), dim=1)
         for done, (tensor, place) in enumerate(structure.slices()):
             part = weights[place]

@@ -67,7 +67,7 @@ def reestimate(
             seen += len(batch)
             for norm in norms:
                 norm.momentum = len(batch) / seen  # the first batch replaces what was there
-            model.module(batch)
+            model.module(batch.to(model.device))
         measured = model.weights()
     if not np.isfinite(measured).all():
         raise StructureError(f"{structure.id}: running statistics are not finite on these samples")

@@ -190,10 +190,13 @@ def log_probabilities(
 
     out = np.empty((len(x), data.classes), dtype=np.float32)
     with reproducible(0), torch.no_grad():
-        module = flat_module(structure, data, weights).module.eval()
+        model = flat_module(structure, data, weights)
+        model.module.eval()
         for start in range(0, len(x), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(x[start : start + batch_size], dtype=np.float32))
-            out[start : start + len(batch)] = torch.log_softmax(module(batch), dim=1).numpy()
+            out[start : start + len(batch)] = (
+                torch.log_softmax(model.module(batch.to(model.device)), dim=1).cpu().numpy()
+            )
     return out
 
 
@@ -229,8 +232,8 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     labels = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
-    factor = None if gain is None else torch.from_numpy(gain.copy())
-    offset = torch.from_numpy(settings.balance * log_shares(y, data.classes))
+    factor = None if gain is None else torch.from_numpy(gain.copy()).to(model.device)
+    offset = torch.from_numpy(settings.balance * log_shares(y, data.classes)).to(model.device)
     mix = np.random.default_rng(seed)
     start = model.flat.detach().clone()
     # An optimiser's own weight decay would move what the gain keeps as it is.
@@ -248,8 +251,8 @@ def _fit(
             losses = []
         first = (step % batches) * settings.batch_size
         chosen = order[first : first + settings.batch_size]
-        batch = augment(inputs[chosen], settings.augment, generator)
-        target = labels[chosen]
+        batch = augment(inputs[chosen], settings.augment, generator).to(model.device)
+        target = labels[chosen].to(model.device)
         model.gradient.zero_()
         loss = _loss(model, batch, target, offset, settings, mix, generator)
         torch.autograd.backward(loss)
