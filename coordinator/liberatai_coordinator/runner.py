@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from liberatai_coordinator import aggregation, evaluation, members, plan, selection
+from liberatai_coordinator import aggregation, judging
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.catch_up import Path, Way
@@ -26,13 +25,14 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import Device, Fleet
 from liberatai_coordinator.jobs import Labelled, candidates_of, load_public, load_test, spec_of
 from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.members import Public, derive_seed
+from liberatai_coordinator.members import Public
 from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import Stats, invited_in, kept, round_views, with_round
+from liberatai_coordinator.records import Stats, kept, round_views
+from liberatai_coordinator.roster import Roster
 from liberatai_coordinator.rows import JobRow, RoundRow
 from liberatai_coordinator.updates import decode_update
-from liberatai_coordinator.versions import Current, Versions
-from liberatai_coordinator.views import CentralView, LocalView, RoundView
+from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.views import RoundView
 from liberatai_core.contract import messages
 from liberatai_core.contract.frame import encode_spec
 from liberatai_core.contract.messages import (
@@ -42,14 +42,12 @@ from liberatai_core.contract.messages import (
     Step,
     Task,
     Update,
-    weights_name,
 )
 from liberatai_core.errors import (
     BusyError,
     DataError,
     DiskError,
     LiberataiError,
-    NotFoundError,
 )
 from liberatai_core.structure import Structure
 
@@ -62,16 +60,6 @@ MAX_FAILURES = 3
 RECHECK_S = 60.0
 """While no device can take part: links and quotas recover with time, too, not only when a device says so."""
 
-LINK_ROUNDS, LINK_S = 20, 3600.0
-"""A device whose measured link is too slow is invited all the same after so many rounds or seconds: only
-transfers show whether the link has recovered."""
-
-GAPS = 20
-"""Participations behind the mean time between them."""
-
-MAX_TOLD = 5
-"""Devices named where a job says what it waits for."""
-
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
 
@@ -81,8 +69,7 @@ class Runner:
     """Runs one job.
 
     Attributes:
-        assigned: who got what, by device.
-        keyframe_bytes: per structure, what a keyframe may take.
+        roster: its devices.
         open_round: the round that is open now.
         running: cleared while an operator pauses the job.
         resumed: set once it is known which round is open, also after a restart. Until then nothing can be
@@ -92,7 +79,6 @@ class Runner:
         counters: last known socket counters of every device, (sent, received).
         public: the coordinator's own data.
         test: (inputs, labels) that decide nothing.
-        candidates: what the plan knows of the job's structures, by id.
         paths: what devices surely hold: the files of the last update of theirs that was stored.
         ways: in the open round, or at the end: what every device was told to fetch.
         waits: why no round opens, in words; empty while one is open.
@@ -106,16 +92,14 @@ class Runner:
     publisher: Publisher
     fleet: Fleet
     coordinator: str
-    assigned: dict[str, plan.Assignment] = field(default_factory=dict)
+    roster: Roster = field(init=False)
     open_round: deciding.Round | None = None
     running: asyncio.Event = field(default_factory=asyncio.Event)
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     fleet_changed: asyncio.Event = field(default_factory=asyncio.Event)
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    keyframe_bytes: dict[str, int] = field(default_factory=dict)
     public: Public = field(default_factory=Public)
     test: Labelled | None = None
-    candidates: dict[str, plan.Candidate] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     ways: dict[str, Way] = field(default_factory=dict)
     waits: str = ""
@@ -124,14 +108,13 @@ class Runner:
     _specs: dict[str, BlobRef] = field(default_factory=dict)
     _working: "asyncio.Future[Any] | None" = None
     _failures: int = 0
-    _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
-    _tried: dict[str, tuple[int, float]] = field(default_factory=dict)
-    _trying: set[str] = field(default_factory=set)
     _at_broker: set[str] = field(default_factory=set)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
     _told: set[bytes] = field(default_factory=set)
-    _history: selection.History = field(default_factory=selection.History)
+
+    def __post_init__(self) -> None:
+        self.roster = Roster(job=self.job, ledger=self.ledger, fleet=self.fleet, published=self._published)
 
     # --- the life of a job ---------------------------------------------------------------------
 
@@ -144,17 +127,12 @@ class Runner:
         self.public = await self._long(load_public, self.job, Folder(self.row.base_dir))
         self.test = await self._long(load_test, self.job, Folder(self.row.base_dir))
         candidates, self._structures = await self._long(candidates_of, self.job)
-        self.candidates = {candidate.id: candidate for candidate in candidates}
+        self.roster.candidates = {candidate.id: candidate for candidate in candidates}
         stored = self.ledger.paths(self.job.name)
         self.paths = {device: _decode_path(path) for device, path in stored.items()}
         await self._restore_or_start()
         rows = self.ledger.rounds(self.job.name)
-        self._invited_s = {}
-        for row in rows[-GAPS * GAPS :]:
-            self._note_invited(row)
-        history = self.ledger.job_value(self.job.name, "history")
-        if history is not None:
-            self._history = msgspec.msgpack.decode(history, type=selection.History)
+        self.roster.recall_rounds(rows)
         if not self._buffered and (not rows or rows[-1].state != "open"):
             self.resumed.set()
         if rows and rows[-1].state in {"open", "closed", "aggregated"}:
@@ -166,7 +144,7 @@ class Runner:
 
     async def recall(self) -> None:
         """Read a finished job back, so that `base_missing` can answer for it."""
-        self._recall_plan()
+        self.roster.recall()
         await self._long(self.versions.restore, self.ledger.version(self.job.name))
         self.finished = True
         self.resumed.set()
@@ -206,10 +184,7 @@ class Runner:
 
     async def _restore_or_start(self) -> None:
         newest = self.ledger.versions(self.job.name)
-        self._recall_plan()
-        sizes = self.ledger.job_value(self.job.name, "keyframes")
-        if sizes is not None:
-            self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
+        self.roster.recall()
         if newest:
             row = max(newest, key=lambda version: version.number)
             await self._long(self.versions.restore, row)
@@ -217,29 +192,11 @@ class Runner:
             await self._publish_head("running")
             return
         await self._wait_for_devices(self.job.rounds.min_devices)
-        known = [d.capability for d in self.fleet.ready() if d.capability]
-        made = plan.make_plan(self.job, list(self.candidates.values()), known)
-        self.assigned = dict(made.assignments)
-        if not made.keyframe_bytes:
-            reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
-            raise DataError(f"no device can take part: {reasons}")
-        self.keyframe_bytes = dict(made.keyframe_bytes)
-        self._store_plan()
-        chosen = {sid: self._structures[sid] for sid in made.keyframe_bytes}
-        await self._long(self.versions.start, chosen, self.keyframe_bytes, self.public)
+        self.roster.make()
+        chosen = {sid: self._structures[sid] for sid in self.roster.keyframe_bytes}
+        await self._long(self.versions.start, chosen, self.roster.keyframe_bytes, self.public)
         await self._publish_chains()
         await self._publish_head("running")
-
-    def _recall_plan(self) -> None:
-        stored = self.ledger.job_value(self.job.name, "plan")
-        if stored is not None:
-            for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
-                self.assigned[assigned.device] = assigned
-
-    def _store_plan(self) -> None:
-        plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
-        self.ledger.set_job_value(self.job.name, "plan", plan_bytes)
-        self.ledger.set_job_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
 
     async def _wait_for_devices(self, wanted: int) -> None:
         while len(self.fleet.ready()) < wanted:
@@ -295,7 +252,7 @@ class Runner:
         if row.state == "closed" and self.versions.now.round == row.round:
             # The crash came between the version and its note in the round: it must not count twice.
             stored = await self._long(self.ledger.updates, self.job.name, row.round)
-            stats = await self._long(self._judged, [decode_update(update.frame) for update in stored])
+            stats = await self._judged([decode_update(update.frame) for update in stored])
             now = self.versions.now.id
             self.ledger.set_aggregated(self.job.name, row.round, now, msgspec.msgpack.encode(stats))
         elif row.state == "closed":
@@ -348,18 +305,14 @@ class Runner:
             invited=msgspec.msgpack.encode(invitations),
         )
         self.ledger.open_round(row)
-        self._note_invited(row)
+        self.roster.note_invited(row)
         return row, invitations
-
-    def _note_invited(self, row: RoundRow) -> None:
-        for one in invited_in(row):
-            self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
 
     async def _participants(self, number: int) -> tuple[list[Device], list[deciding.Invitation]]:
         """Return whom this round invites, and in a buffered job the invitations that still stand."""
         while True:
-            self._assign_newcomers()
-            ready = [d for d in self.fleet.ready() if self._takes_part(d.id, number)]
+            self.roster.assign_newcomers()
+            ready = self.roster.ready(number)
             standing = self._standing({device.id for device in ready})
             busy = {one.device for one in standing}
             ready = [device for device in ready if device.id not in busy]
@@ -370,60 +323,23 @@ class Runner:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
         self.waits = ""
-        names = await self._choose(number, [device.id for device in ready], len(standing))
-        chosen = [self.fleet.devices[name] for name in names]
-        self._trying = {device.id for device in chosen if device.id in self._tried}
-        self._tried |= dict.fromkeys(self._trying, (number, time.monotonic()))
-        return chosen, standing
-
-    async def _choose(self, number: int, ready: list[str], busy: int) -> list[str]:
-        """Return whom a round invites of those that are ready, where so many others have a task."""
         rounds = self.job.rounds
         if self._buffered:
-            wanted = max(0, min(len(ready), (rounds.target or len(ready) + busy) - busy))
+            wanted = max(0, min(len(ready), (rounds.target or len(ready) + len(busy)) - len(busy)))
         else:
             wanted = deciding.invited(len(ready), rounds.target, rounds.overselect)
         if rounds.select != "random":
-            await self._long(self._remember, number)
-        return selection.choose(
-            rounds.select,
-            ready,
-            wanted,
-            past=self._history.devices,
-            seed=derive_seed(self.job.seed, "participants", number),
-            number=number,
-            sample_cap=self.job.aggregate.sample_cap,
-            preferred_s=rounds.deadline_s * plan.DEADLINE_SHARE,
-        )
-
-    def _remember(self, number: int) -> None:
-        """Add the rounds before this one to the history, from what the ledger has of them."""
-        rows = [r for r in self.ledger.rounds(self.job.name) if self._history.round < r.round < number]
-        for row in rows:
-            try:
-                stored = self.ledger.updates(self.job.name, row.round)
-            except NotFoundError:  # pruned: only rounds from before a long pause of this record
-                stored = []
-            self._history = with_round(self._history, row, stored)
-        if rows:
-            kept = msgspec.msgpack.encode(self._history)
-            self.ledger.set_job_value(self.job.name, "history", kept)
+            await self._long(self.roster.remember, number)
+        return self.roster.choose(number, ready, wanted), standing
 
     def _standing(self, ready: set[str]) -> list[deciding.Invitation]:
-        """Return the invitations of the newest round of a buffered job that are still to be answered."""
-        rows = self.ledger.rounds(self.job.name) if self._buffered else []
-        if not rows:
-            return []
-        approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
-        invited = msgspec.msgpack.decode(rows[-1].invited, type=list[deciding.Invitation])
-        return deciding.standing(
-            [one for one in invited if one.device in approved],
-            set(self.ledger.update_ids(self.job.name, rows[-1].round)),
-            version=self.versions.now.number,
-            max_staleness=self.job.rounds.max_staleness,
-            free=ready,
-            opened_after_s=time.time() - self.job.rounds.deadline_s,
-        )
+        return self.roster.standing(self.versions.now.number, ready) if self._buffered else []
+
+    def _say_waiting(self) -> None:
+        words = self.roster.waiting()
+        if words != self.waits:
+            log.warning("job %s %s", self.job.name, words)
+        self.waits = words
 
     async def _with_ways(
         self, number: int, invitations: list[deciding.Invitation]
@@ -436,72 +352,6 @@ class Runner:
         return msgspec.structs.replace(
             invitation, round=number, version=self.versions.now.number, opened_s=time.time(), way=way
         )
-
-    def _takes_part(self, device: str, number: int) -> bool:
-        """Whether a device may be invited to a round. Warm-up does not matter: it only raises densities."""
-        assigned = self.assigned.get(device)
-        if assigned is None or not assigned.structure:
-            return False
-        if self._density(device) > 0:
-            self._tried.pop(device, None)
-            return True
-        return self._is_due(device, number)
-
-    def _is_due(self, device: str, number: int) -> bool:
-        """Whether it is time to try a link again that was measured to be too slow."""
-        known = self.fleet.devices[device].capability
-        candidate = self.candidates.get(self.assigned[device].structure)
-        if known is None or candidate is None or not plan.may_recover(known):
-            return False
-        unmetered = msgspec.structs.replace(known, day_quota_bytes=0)
-        if plan.density(self.job, candidate, unmetered)[0] > 0:
-            return False  # the quota is too small, not the link
-        since, since_s = self._tried.setdefault(device, (number, time.monotonic()))
-        return number - since >= LINK_ROUNDS or time.monotonic() - since_s >= LINK_S
-
-    def _say_waiting(self) -> None:
-        """Say what speaks against every device that is there."""
-        told = []
-        for device in self.fleet.ready()[:MAX_TOLD]:
-            given = self.assigned.get(device.id)
-            if given is not None:
-                now = plan.by_link(
-                    self.job,
-                    list(self.candidates.values()),
-                    given,
-                    device.capability,
-                    round_s=self.spacing_s(device.id),
-                )
-                told.append(f"{device.id}: {now.link if now.structure else now.why}")
-        words = "waits: no device can take part" + (f" ({'; '.join(told)})" if told else "")
-        if words != self.waits:
-            log.warning("job %s %s", self.job.name, words)
-        self.waits = words
-
-    def spacing_s(self, device: str) -> float:
-        """Return the time between two participations of a device, for its quota: measured if it took part."""
-        times = self._invited_s.get(device)
-        gap_s = max(0.0, time.time() - times[0]) / len(times) if times else None
-        # A gap of no time at all is none that was measured.
-        return plan.spacing_s(self.job, self.job.rounds.count - self._published(), gap_s or None)
-
-    def _assign_newcomers(self) -> None:
-        """Give devices that came later, or could not take part, one of the structures that the job has."""
-        present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
-        changed = False
-        for device in self.fleet.ready():
-            before = self.assigned.get(device.id)
-            if device.capability is None or (before is not None and before.structure):
-                continue
-            made = plan.assign(self.job, present, device.capability)
-            room = made.budget_bytes or self.keyframe_bytes.get(made.structure, 0)
-            if made.structure and self.keyframe_bytes[made.structure] > room:
-                why = f"the keyframe is larger than its storage: {made.why}"
-                made = replace(made, structure="", why=why)
-            self.assigned[device.id] = made
-            changed = changed or made != before
-        if changed:
-            self._store_plan()
 
     def _target(self, invited: int) -> int:
         if self._buffered:
@@ -520,7 +370,7 @@ class Runner:
         chains = self.versions.now.chains
         found = []
         for device in devices:
-            structure = self.assigned[device.id].structure
+            structure = self.roster.assigned[device.id].structure
             base = chains[structure][-1].digest
             name = messages.update_id(device.id, self.job.name, number, base)
             found.append(
@@ -539,7 +389,7 @@ class Runner:
             invitations={invitation.device: invitation for invitation in invitations},
             target=self._target(len(invitations)),
             # A link that is only tried again may fail: the round does not depend on it.
-            quorum=self._quorum(len(invitations) - len(self._trying)),
+            quorum=self._quorum(len(invitations) - len(self.roster.trying)),
             closes_s=time.monotonic() + self.job.rounds.deadline_s,
             buffered=self._buffered,
         )
@@ -605,15 +455,9 @@ class Runner:
     def _ways(self, wanted: Sequence[tuple[str, str]]) -> dict[str, Way]:
         """Return how each of these (device, structure) gets to the newest version."""
         return {
-            device: self.versions.way(sid, self.paths.get(device, ()), self._room(device))
+            device: self.versions.way(sid, self.paths.get(device, ()), self.roster.room(device))
             for device, sid in wanted
         }
-
-    def _room(self, device: str) -> int:
-        """Return what a device's files may take: as planned, or less if it has less now; 0: no limit."""
-        known = self.fleet.devices.get(device)
-        now = known.capability.storage_bytes if known and known.capability else 0
-        return min((size for size in (self.assigned[device].budget_bytes, now) if size), default=0)
 
     def path_after(self, device: str) -> bytes:
         """Return what the ledger notes with an update of the open round: what its device holds now."""
@@ -635,7 +479,7 @@ class Runner:
         with contextlib.suppress(DiskError, BusyError):
             # Read again after a restart, it costs the device another question.
             self.ledger.forget_path(self.job.name, device)
-        self.ways[device] = self.versions.way(self.assigned[device].structure, (), 0)
+        self.ways[device] = self.versions.way(self.roster.assigned[device].structure, (), 0)
         if self._buffered and self.open_round is not None:
             self._ask_again(self.open_round, device)
         await self._publish_steps(self.ways[device].steps)
@@ -664,8 +508,7 @@ class Runner:
         return now is not None and number in (now.number, now.asked(device))
 
     async def _publish_task(self, number: int, invitation: deciding.Invitation) -> None:
-        way, assigned = self.ways[invitation.device], self.assigned[invitation.device]
-        candidate = self.candidates.get(assigned.structure)
+        way = self.ways[invitation.device]
         task = Task(
             task_id=invitation.update_id,
             epoch=self.ledger.epoch,
@@ -674,36 +517,11 @@ class Runner:
             job=self.job.name,
             round=invitation.round or number,
             spec=self._specs[invitation.structure],
-            # A download that is too much for now is no reason to let an invited device send nothing.
-            density=self._density(invitation.device, way.size_bytes, warm=True)
-            or self._density(invitation.device)
-            or (plan.least_density(candidate) if candidate else assigned.density),
+            density=self.roster.task_density(invitation.device, way.size_bytes),
             held=way.held,
             steps=way.steps,
         )
         await self.publisher.retain(self.publisher.topics.down(invitation.device, "task"), task)
-
-    def _density(self, device: str, download_bytes: int | None = None, *, warm: bool = False) -> float:
-        """Return the share of the parameters that a device's link carries now; 0: it cannot take part.
-
-        Args:
-            device: with a structure.
-            download_bytes: see `plan.density`.
-            warm: whether it may be more than usual in the job's first rounds.
-        """
-        assigned, known = self.assigned[device], self.fleet.devices.get(device)
-        candidate = self.candidates.get(assigned.structure)
-        if candidate is None or known is None or known.capability is None:
-            return assigned.density
-        if warm:
-            candidate = plan.warmed(self.job, candidate, self._published() + 1)
-        return plan.density(
-            self.job,
-            candidate,
-            known.capability,
-            download_bytes=download_bytes,
-            round_s=self.spacing_s(device),
-        )[0]
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
@@ -720,12 +538,11 @@ class Runner:
         )
         ids = [update.update_id for update in updates]
         made = await self._long(
-            self.versions.commit, advanced, number, ids, self._storage_bytes(), self.keyframe_bytes
+            self.versions.commit, advanced, number, ids, self.roster.tightest(), self.roster.keyframe_bytes
         )
         up, down = self._count_bytes(updates)
-        judged = await self._long(self._judged, updates)
         stats = msgspec.structs.replace(
-            judged,
+            await self._judged(updates),
             seconds=time.monotonic() - started,
             train_seconds_max=max(update.train_seconds for update in updates),
             teach_seconds=advanced.teach_seconds,
@@ -737,52 +554,10 @@ class Runner:
         )
         self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
 
-    def _judged(self, updates: Sequence[Update]) -> Stats:
-        """Return what is known of the newest version, and of the one that its updates were made from."""
-        number, ensemble = self.versions.now.number, self.versions.now.ensemble
-        central = None
-        if self.public.validation is not None:
-            x, y = self.public.validation
-            rows = evaluation.judging(y, ensemble.method, derive_seed(self.job.seed, "labels", 0))
-            central = self._scored(x[rows], y[rows])
-        return Stats(
-            guard=ensemble.guard,
-            ensemble=ensemble.method,
-            use=ensemble.use,
-            rule=self.job.aggregate.rule,
-            local=self._local(number - 1, updates),
-            central=central,
-            test=None if self.test is None else self._scored(*self.test),
+    async def _judged(self, updates: Sequence[Update]) -> Stats:
+        return await self._long(
+            judging.judged, self.job, self.versions, self.fleet, updates, self.public, self.test
         )
-
-    def _scored(self, x: members.Floats, y: NDArray[np.int64]) -> CentralView | None:
-        """Return what the newest version reaches on labels of the coordinator; see `scored`."""
-        try:
-            return scored(self.job, self.versions.now, x, y)
-        except LiberataiError as error:
-            # A figure that decides nothing must not cost the round its version.
-            log.warning("version %d of %s: %s %s", self.versions.now.number, self.job.name, error.code, error)
-            return None
-
-    def _local(self, version: int, updates: Sequence[Update]) -> LocalView | None:
-        """Return what the devices of a round told of the version that it began with, or of an older one."""
-        marks = self.versions.history.get(version, {})
-        told: dict[str, evaluation.Told] = {}
-        for update in updates:
-            mark, device = marks.get(update.structure), self.fleet.devices.get(update.device)
-            if update.evaluation is None:
-                continue
-            profile = device.capability.profile if device and device.capability else ""
-            correct, total = update.evaluation
-            told[update.device] = evaluation.Told(
-                device=update.device,
-                structure=update.structure,
-                profile=profile,
-                correct=correct,
-                total=total,
-                late=mark is None or update.base != weights_name(mark.digest),
-            )
-        return evaluation.local(version, list(told.values()))
 
     def _late(self, number: int) -> Late | None:
         """Return how late the updates of a buffered job are, by what the ledger says of invitations."""
@@ -794,15 +569,6 @@ class Runner:
             staleness={one.update_id: self.versions.now.number - one.version for one in invited},
             devices=Counter(one.structure for one in invited),
         )
-
-    def _storage_bytes(self) -> dict[str, int]:
-        """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
-        limits: dict[str, int] = {}
-        for assigned in self.assigned.values():
-            if assigned.structure and assigned.budget_bytes:
-                least = limits.get(assigned.structure, assigned.budget_bytes)
-                limits[assigned.structure] = min(least, assigned.budget_bytes)
-        return limits
 
     def _count_bytes(self, updates: Sequence[Update]) -> tuple[int, int]:
         """Return the bytes that these devices' sockets carried since their last update, up and down."""
@@ -819,15 +585,14 @@ class Runner:
     async def _finish(self) -> None:
         await self._publish_head("finished")
         self.resumed.set()
-        taking = [(device, one.structure) for device, one in self.assigned.items() if one.structure]
-        self.ways = await self._long(self._ways, taking)
+        self.ways = await self._long(self._ways, self.roster.taking())
         await self._publish_steps([step for way in self.ways.values() for step in way.steps])
         self.finished = True
         await self._clear_slots()
 
     async def _clear_slots(self) -> None:
-        taking = [device for device, one in self.assigned.items() if one.structure]
-        await asyncio.gather(*(self._publish_cancel(device, self.ways.get(device)) for device in taking))
+        taking = self.roster.taking()
+        await asyncio.gather(*(self._publish_cancel(device, self.ways.get(device)) for device, _ in taking))
         await self.publisher.drop_blobs({spec.blob for spec in self._specs.values()})
 
     async def _publish_cancel(self, device: str, way: Way | None) -> None:
@@ -848,23 +613,6 @@ class Runner:
     def round_views(self) -> tuple[RoundView, ...]:
         """Return every round as the API shows it."""
         return round_views(self.ledger, self.job.name, self.open_round)
-
-
-def scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int64]) -> CentralView | None:
-    """Return what a version reaches on labels of the coordinator; None if there are none.
-
-    Args:
-        job: settings.
-        version: that answers, with what devices hold of it.
-        x: inputs, shape (n, …).
-        y: labels, shape (n,).
-    """
-    if not len(y):
-        return None
-    views = {sid: member.view for sid, member in version.members.items()}
-    log_probs = members.outputs(version.members, views, job.data, x)
-    together = version.ensemble.combine(log_probs)
-    return evaluation.central(version.number, sorted(views), log_probs, together, y)
 
 
 def _decode_path(path: bytes) -> Path:

@@ -263,12 +263,12 @@ class Service:
             log.warning("%s asks for the whole path: %s %s", device, error.code, error)
 
     async def _answer_baseless(self, device: str) -> None:
-        part = [job for job in self.runners.values() if device in job.assigned and not job.finished]
+        part = [job for job in self.runners.values() if device in job.roster.assigned and not job.finished]
         for job in part:
             if job.open_round is not None and device in job.open_round.invitations:
                 await job.base_missing(device)
                 return
-        if any(job.assigned[device].structure and not self._jobs[job.job.name].done() for job in part):
+        if any(job.roster.assigned[device].structure and not self._jobs[job.job.name].done() for job in part):
             return  # between two rounds: its next task follows
         for row in reversed(self.ledger.jobs()):
             stored = self.ledger.job_value(row.name, "plan") if self._is_finished(row) else None
@@ -627,7 +627,7 @@ class Service:
         assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
         sizes = self._model_sizes(name)
         job = msgspec.json.decode(row.spec, type=JobSpec)
-        candidates = list(self.runners[name].candidates.values()) if name in self.runners else []
+        candidates = list(self.runners[name].roster.candidates.values()) if name in self.runners else []
         if not candidates:
             candidates, _ = await asyncio.to_thread(jobs.candidates_of, job)
         running = self.runners.get(name)
@@ -637,7 +637,7 @@ class Service:
                 candidates,
                 a,
                 self._capability(a.device),
-                round_s=running.spacing_s(a.device) if running else None,
+                round_s=running.roster.spacing_s(a.device) if running else None,
             )
             for a in assigned
         ]
@@ -830,8 +830,8 @@ class Service:
         capability, report = device.capability, device.report
         structure = ""
         for made in self.runners.values():
-            if device.id in made.assigned:
-                structure = made.assigned[device.id].structure
+            if device.id in made.roster.assigned:
+                structure = made.roster.assigned[device.id].structure
         return DeviceView(
             id=device.id,
             status=device.status,

@@ -364,7 +364,7 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
                 rows = service.ledger.rounds("tiny")
                 asked = Counter(one.device for row in rows for one in records.invited_in(row))
                 assert sum(asked.values()) == 6
-                history = service.runners["tiny"]._history
+                history = service.runners["tiny"].roster.history
                 assert {name: past.invited for name, past in history.devices.items()} == Counter(
                     one.device for row in rows[:-1] for one in records.invited_in(row)
                 )

@@ -93,7 +93,7 @@ def test_a_slow_link_gets_a_smaller_share_in_its_task_and_the_plan_says_so(tmp_p
             await tells(service, slow, up_bits_s=1e6)
             shown = {row.device: row for row in (await service.plan("tiny", None)).assignments}
             assert shown["a"].density == 0.3
-            job = service.runners["tiny"]
+            job = service.runners["tiny"].roster
             candidate = next(iter(job.candidates.values()))
             assert density(job.job, candidate, a_capability(service, "a"))[0] == 0.3
 

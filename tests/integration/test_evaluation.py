@@ -13,6 +13,7 @@ import pytest
 from tests.integration.kit import DATA, ScriptedDevice, coordinator, job_yaml, replaced, until
 from tests.integration.test_rounds import Crash, crash_at
 
+from liberatai_coordinator.judging import local
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.updates import decode_update
 from liberatai_coordinator.views import RoundView, ScoreView, WorstView
@@ -171,7 +172,7 @@ def test_who_scored_an_older_version_counts_and_is_told(tmp_path: Path) -> None:
             )
             late = [one for one in first if one.device == "a"]
             mixed = late + [one for one in second if one.device != "a"]
-            found = service.runners["tiny"]._local(1, mixed)
+            found = local(service.runners["tiny"].versions, service.fleet, 1, mixed)
             assert found is not None
             assert (found.late, found.all.devices) == (1, 3)
 

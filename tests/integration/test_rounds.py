@@ -24,7 +24,7 @@ from tests.integration.kit import (
     until,
 )
 
-from liberatai_coordinator import runner as runner_module
+from liberatai_coordinator import roster as roster_module
 from liberatai_coordinator import service as service_module
 from liberatai_coordinator import versions as versions_module
 from liberatai_coordinator.ledger import Ledger
@@ -748,7 +748,7 @@ def test_a_link_that_was_measured_to_be_hopeless_is_tried_again_and_until_then_t
                 reason = (await service.job("tiny")).reason
                 assert reason.startswith("waits: no device can take part (a: link of 1 bit/s measured: ")
                 assert not fleet[0].tasks
-                monkeypatch.setattr(runner_module, "LINK_S", 0.0)
+                monkeypatch.setattr(roster_module, "LINK_S", 0.0)
                 service.runners["tiny"].fleet_changed.set()
                 await until(lambda: finished(service))
                 assert (await service.job("tiny")).reason == ""
@@ -764,14 +764,14 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
             await service.create_job(job_yaml(rounds=3), str(tmp_path))
             await until(lambda: finished(service))
-            job = service.runners["tiny"]
-            assert job._room("a") == 100_000
+            job = service.runners["tiny"].roster
+            assert job.room("a") == 100_000
             known = service.fleet.devices["a"]
             assert known.capability
             shrunk = msgspec.structs.replace(known.capability, storage_bytes=1000)
             service.fleet.devices["a"] = dataclasses.replace(known, capability=shrunk)
-            assert job._room("a") == 1000
-            assert job._storage_bytes() == {"mlp-hidden8": 100_000}, "others need no new keyframe"
+            assert job.room("a") == 1000
+            assert job.tightest() == {"mlp-hidden8": 100_000}, "others need no new keyframe"
             opened = [row.opened_s for row in service.ledger.rounds("tiny")]
             long = msgspec.structs.replace(
                 job.job, rounds=msgspec.structs.replace(job.job.rounds, count=10**6)
