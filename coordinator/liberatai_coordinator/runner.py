@@ -60,6 +60,9 @@ MAX_FAILURES = 3
 RECHECK_S = 60.0
 """While no device can take part: links and quotas recover with time, too, not only when a device says so."""
 
+COUNTERS = "counters"
+"""Name under which the ledger has `counters` of a job's newest round."""
+
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
 
@@ -76,7 +79,7 @@ class Runner:
             said about an update: a refusal would throw away what the round is waiting for. In a buffered job
             it is cleared between two rounds: the next one takes what comes late.
         fleet_changed: set when a device came, went or changed.
-        counters: last known socket counters of every device, (sent, received).
+        counters: of every device's socket as its last update told them, (sent, received); all jobs share them.
         public: the coordinator's own data.
         test: (inputs, labels) that decide nothing.
         paths: what devices surely hold: the files of the last update of theirs that was stored.
@@ -199,9 +202,11 @@ class Runner:
         await self._publish_head("running")
 
     async def _wait_for_devices(self, wanted: int) -> None:
-        while len(self.fleet.ready()) < wanted:
+        while (there := len(self.fleet.ready())) < wanted:
+            self.waits = f"waits: {there} of {wanted} devices are online (rounds.min_devices)"
             self.fleet_changed.clear()
             await self.fleet_changed.wait()
+        self.waits = ""
 
     # --- versions ------------------------------------------------------------------------------
 
@@ -571,7 +576,7 @@ class Runner:
         )
 
     def _count_bytes(self, updates: Sequence[Update]) -> tuple[int, int]:
-        """Return the bytes that these devices' sockets carried since their last update, up and down."""
+        """Return the bytes that these devices' sockets carried since their last update of any job."""
         up = down = 0
         for update in updates:
             sent, received = self.counters.get(update.device, (0, 0))
@@ -580,6 +585,8 @@ class Runner:
             up += update.sent_bytes - sent
             down += update.received_bytes - received
             self.counters[update.device] = (update.sent_bytes, update.received_bytes)
+        told = {update.device: self.counters[update.device] for update in updates}
+        self.ledger.set_job_value(self.job.name, COUNTERS, msgspec.msgpack.encode(told))
         return up, down
 
     async def _finish(self) -> None:

@@ -26,7 +26,7 @@ from liberatai_coordinator.publisher import Publisher
 from liberatai_coordinator.records import contribution_views, round_views
 from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
 from liberatai_coordinator.rows import DeviceRow, JobRow, StoredUpdate, TrafficRow, VariantRow, VersionRow
-from liberatai_coordinator.runner import Runner
+from liberatai_coordinator.runner import COUNTERS, Runner
 from liberatai_coordinator.updates import check_update
 from liberatai_coordinator.uploads import Uploads
 from liberatai_coordinator.versions import Versions
@@ -118,6 +118,7 @@ class Service:
     _recalled: dict[str, Runner] = field(default_factory=dict)
     _recalling: asyncio.Lock = field(default_factory=asyncio.Lock)
     _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
+    _counters: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -132,7 +133,12 @@ class Service:
         self.publisher.retained[presence] = self.presence("online")
         await self.link.subscribe(*self.topics.from_devices)
         await self.link.open()
-        for row in self.ledger.jobs():
+        rows = self.ledger.jobs()
+        for row in rows:  # from the oldest: the newest word of a device counts
+            told = self.ledger.job_value(row.name, COUNTERS)
+            if told is not None:
+                self._counters |= msgspec.msgpack.decode(told, type=dict[str, tuple[int, int]])
+        for row in rows:
             if row.state in {"waiting", "running", "paused"}:
                 self._start_job(row)
         try:
@@ -474,6 +480,7 @@ class Service:
             publisher=self.publisher,
             fleet=self.fleet,
             coordinator=self.config.coordinator,
+            counters=self._counters,
         )
 
     def _start_job(self, row: JobRow) -> None:
@@ -487,7 +494,11 @@ class Service:
         """Run a job when it is its turn: a device has one task slot, so jobs follow each other."""
         name = job.job.name
         try:
+            before = [one for one, task in self._jobs.items() if one != name and not task.done()]
+            if self._turn.locked() and before:
+                job.waits = f"waits: its devices serve job {before[0]} first"
             async with self._turn:
+                job.waits = ""
                 if self.ledger.job(name).state == "waiting":
                     self.ledger.set_job_state(name, "running")
                 try:

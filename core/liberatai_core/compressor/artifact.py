@@ -47,6 +47,7 @@ All integers are little-endian; a varint has 7 bits per byte, low bits first, at
 
 import math
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -182,6 +183,10 @@ class _Part:
         """Yield parts whose raw bits lie together."""
         for start in range(self.start, self.stop, _PORTION):
             yield _Part(self.number, start, min(start + _PORTION, self.stop))
+
+
+VERBATIM_HEAD = 4
+"""Bytes of a tensor that stands value by value, beside its values."""
 
 
 def header_bytes(structure: Structure) -> int:
@@ -667,6 +672,38 @@ def recentred(artifact: bytes, structure: Structure, weights: Vector) -> bytes:
         _moved(coding, weights[place], tensor)
         for coding, (tensor, place) in zip(read(artifact, structure), structure.slices(), strict=True)
     ]
+    return write(codings, structure)
+
+
+def verbatim_bytes(structure: Structure, names: AbstractSet[str]) -> int:
+    """Return at most what `verbatim` adds to a file."""
+    return sum(2 * tensor.size + VERBATIM_HEAD for tensor in structure.tensors if tensor.name in names)
+
+
+def verbatim(artifact: bytes, structure: Structure, weights: Vector, names: AbstractSet[str]) -> bytes:
+    """Return a file in which these tensors stand value by value, as float16; the others stay as they are.
+
+    Values that float16 cannot hold make their tensor float32, which may take more than `verbatim_bytes`.
+
+    Args:
+        artifact: the file.
+        structure: its named tensors.
+        weights: float32, shape (parameters,), of which only those of `names` are looked at.
+        names: of tensors.
+
+    Raises:
+        StructureError, NonFiniteError: the weights do not belong to the structure, or are not finite.
+        CodecError, TooLargeError, BombError: as for `restore`.
+    """
+    require_length(weights, structure)
+    require_finite(weights, "weights")
+    codings = read(artifact, structure)
+    for number, (tensor, place) in enumerate(structure.slices()):
+        if tensor.name in names:
+            values = weights[place]
+            fits = float(np.abs(values).max()) <= float(np.finfo(np.float16).max)
+            half = Coding(HALF, values=values.astype(np.float16)) if fits else None
+            codings[number] = half or Coding(FULL, values=values.copy())
     return write(codings, structure)
 
 

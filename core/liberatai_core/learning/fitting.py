@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.errors import BudgetError, StructureError
-from liberatai_core.learning import families
+from liberatai_core.learning import families, statistics
 from liberatai_core.learning.distillation import DistillSettings, distill
 from liberatai_core.learning.retraining import RetrainSettings, retrain
 from liberatai_core.learning.sensitivity import importance, sensitivity
-from liberatai_core.learning.statistics import reestimate
 from liberatai_core.learning.training import (
     log_probabilities,
     require_inputs,
@@ -235,9 +234,7 @@ class _Bench:
         if self.teaching is None or not self.settings.retrain:
             if self.prepared is None:
                 self.prepared = codebook.prepare(self.weights, self.structure, self.sensitivity or None)
-            file = codebook.compress_prepared(self.prepared, budget)
-            if self.teaching is not None:
-                file = self._with_statistics(file, budget)
+            file = self._searched(self.prepared, budget)
             why = (
                 "no unlabeled samples: weights alone decided, nothing was retrained, the loss is unknown"
                 if self.teaching is None
@@ -339,16 +336,12 @@ class _Bench:
             on_trial=self._step("measuring the sensitivity"),
         )
 
-    def _with_statistics(self, file: bytes, budget: int) -> bytes:
-        """Return the file with running statistics of the compressed model, where it has any."""
-        assert self.teaching is not None  # noqa: S101 (only called with samples)
-        if not families.statistics_of(self.structure):
-            return file
-        restored = artifact.restore(file, self.structure)
-        moved = artifact.recentred(
-            file, self.structure, reestimate(self.structure, self.data, restored, self.teaching)
-        )
-        return moved if len(moved) <= budget else file
+    def _searched(self, prepared: codebook.Prepared, budget: int) -> bytes:
+        """Return the file of a search alone, with running statistics of what it made, where it has any."""
+        if self.teaching is None:
+            return codebook.compress_prepared(prepared, budget)
+        file = codebook.compress_prepared(prepared, statistics.before_restating(self.structure, budget))
+        return statistics.restated(file, self.structure, self.data, self.teaching, budget)
 
     def _retraining(self) -> RetrainSettings:
         own = self.settings

@@ -27,12 +27,11 @@ from numpy.typing import NDArray
 
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.errors import DataError, TrainingError
+from liberatai_core.learning import device, statistics
 from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
 from liberatai_core.learning.augmentation import augment, mirror_images, shift_images
 from liberatai_core.learning.dataset import UNREADABLE
 from liberatai_core.learning.distillation import DistillSettings, teach
-from liberatai_core.learning.families import statistics_of
-from liberatai_core.learning.statistics import reestimate
 from liberatai_core.learning.training import require_inputs, require_ranges
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector, digest, require_finite
@@ -169,13 +168,15 @@ def retrain(
     course = _Course(structure, data, weights, x, sensitivity, importance, answers, settings, seed)
     # Refuses a budget that is too small before anything takes long.
     codebook.compress(weights, structure, min(budget_bytes, codebook.smallest_bytes(structure)))
+    coded = statistics.before_restating(structure, budget_bytes)
     saved = None
     if cache is not None:
         saved = _Saved(cache / f"{course.name(budget_bytes, start, start_bytes)}.npz")
     with reproducible(seed):
         first = start_bytes or 4 * structure.parameters // MILD
-        shadow, fitted = _quantised_training(course, budget_bytes, first, start, saved, on_step)
-        file = _centroids(course, budget_bytes, shadow, fitted, on_step)
+        shadow, fitted = _quantised_training(course, coded, first, start, saved, on_step)
+        file = _centroids(course, coded, shadow, fitted, on_step)
+        file = statistics.restated(file, structure, data, x, budget_bytes)
     if saved is not None:
         saved.remove()
     return Retrained(file=file, shadow=shadow)
@@ -202,12 +203,21 @@ class _Course:
 
     def name(self, budget: int, start: Vector | None, start_bytes: int | None) -> str:
         """Return a name for these arguments: equal names mean equal results."""
-        head = msgspec.msgpack.encode([self.structure, self.settings, self.seed, budget, start_bytes])
+        head = msgspec.msgpack.encode(
+            [
+                self.structure,
+                self.settings,
+                self.seed,
+                budget,
+                start_bytes,
+                sorted(self.sensitivity.items()),
+                str(device.chosen()),
+            ]
+        )
         parts = [self.weights, self.x.ravel()]
         parts += [] if start is None else [start]
         parts += [] if self.importance is None else [self.importance]
         parts += [] if self.answers is None else [self.answers.ravel()]
-        parts.append(np.array(sorted(self.sensitivity.values()), np.float32))
         words = np.frombuffer(b"".join(map(digest, parts)) + head + bytes(-len(head) % 4), "<u4")
         return digest(words.view(np.float32)).hex()[:32]
 
@@ -429,8 +439,7 @@ def _centroids(
     if len(file) > budget:
         file = course.compressed(shadow, budget)
     steps = course.settings.steps - course.split
-    has_statistics = bool(statistics_of(structure))
-    if steps == 0 and not has_statistics:
+    if steps == 0:
         return file
     cells = artifact.cells(file, structure)
     model = flat_module(structure, course.data, artifact.restore(file, structure))
@@ -463,22 +472,19 @@ def _centroids(
         if on_step is not None:
             on_step(at, course.settings.steps)
 
-    if steps:
-        settings = course.distill_settings(steps, CENTROID_RATE)
-        batch_of = course.batches(settings)
-        optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
-        teach(
-            model,
-            optimizer,
-            lambda step: batch_of(course.split + step),
-            settings,
-            before=before,
-            collect=collect,
-        )
+    settings = course.distill_settings(steps, CENTROID_RATE)
+    batch_of = course.batches(settings)
+    optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
+    teach(
+        model,
+        optimizer,
+        lambda step: batch_of(course.split + step),
+        settings,
+        before=before,
+        collect=collect,
+    )
     before(0)
     taught = model.weights()
-    if has_statistics:
-        taught = reestimate(structure, course.data, taught, course.x)
     if not np.isfinite(taught).all():
         return file
     moved = artifact.recentred(file, structure, taught)

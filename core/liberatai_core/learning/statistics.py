@@ -8,6 +8,8 @@ Leads to Wider Optima and Better Generalization", UAI 2018, arXiv:1803.05407, se
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_core.compressor import artifact
+from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.errors import DataError, StructureError
 from liberatai_core.learning._flat import flat_module, reproducible
 from liberatai_core.learning.families import require_torch, statistics_of
@@ -72,6 +74,38 @@ def reestimate(
     if not np.isfinite(measured).all():
         raise StructureError(f"{structure.id}: running statistics are not finite on these samples")
     return measured
+
+
+def before_restating(structure: Structure, budget_bytes: int) -> int:
+    """Return what a file may take before `restated`.
+
+    Statistics that would take more than half of the budget are coded with all else, and stay as they were.
+    """
+    room = artifact.verbatim_bytes(structure, statistics_of(structure))
+    return max(budget_bytes - room, smallest_bytes(structure)) if 2 * room <= budget_bytes else budget_bytes
+
+
+def restated(
+    file: bytes, structure: Structure, data: DataContract, x: NDArray[np.float32], budget_bytes: int
+) -> bytes:
+    """Return a compressed model's file with statistics of the compressed model, if that fits the budget.
+
+    Args:
+        file: of a `compressor.artifact`.
+        structure: of the model.
+        data: the data contract.
+        x: inputs without labels, shape (n, *input_shape).
+        budget_bytes: what the file may take.
+
+    Raises:
+        DataError, StructureError: as `reestimate`.
+    """
+    names = statistics_of(structure)
+    if not names:
+        return file
+    measured = reestimate(structure, data, artifact.restore(file, structure), x)
+    told = artifact.verbatim(file, structure, measured, names)
+    return told if len(told) <= budget_bytes else file
 
 
 def _batches(samples: int, size: int) -> list[slice]:

@@ -10,10 +10,11 @@ import pytest
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.errors import BudgetError, ConfigError, DataError, NonFiniteError, TrainingError
 from liberatai_core.learning import fitting
-from liberatai_core.learning.families import structure_of
+from liberatai_core.learning.families import initial_weights, statistics_of, structure_of
 from liberatai_core.learning.fitting import FitSettings, Variant, fit, pareto
 from liberatai_core.learning.retraining import RetrainSettings, retrain
 from liberatai_core.learning.sensitivity import importance, sensitivity
+from liberatai_core.learning.statistics import reestimate
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
 from liberatai_core.structure import DataContract, to_tensors
 
@@ -262,3 +263,24 @@ def test_progress_is_told(original: Any) -> None:
     fit(CNN, DATA, original, [EIGHTH], X, QUICK, 1, on_progress=lambda *step: said.append(step))
     assert said[-1][1:] == (QUICK.steps, QUICK.steps)
     assert {what for what, _, _ in said} == {"measuring the sensitivity", f"retraining for {EIGHTH} bytes"}
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+def test_running_statistics_are_those_of_the_compressed_model_whatever_the_budget(retrain: bool) -> None:
+    structure = structure_of("resnet", {"depth": 20, "width": 4, "norm": "batch"}, DATA)
+    start = initial_weights(structure, DATA, 0)
+    weights = train(structure, DATA, start, X, Y, TrainSettings(epochs=6, balance=0.0), 0).weights
+    settings = FitSettings(steps=6, batch_size=16, retrain=retrain, smaller=False)
+    budgets = [structure.parameters, structure.parameters // 2, structure.parameters // 10]
+    made = fit(structure, DATA, weights, budgets, X, settings, 0)
+    for variant in made:
+        assert 0.9 * variant.budget_bytes <= len(variant.file) <= variant.budget_bytes
+    assert made[0].agreement > 0.7
+    teaching = np.sort(np.random.default_rng(0).permutation(len(X))[len(X) // 10 :])
+    for variant in made[:2]:
+        restored = artifact.restore(variant.file, structure)
+        again = reestimate(structure, DATA, restored, X[teaching])
+        names = statistics_of(structure)
+        for tensor, place in structure.slices():
+            if tensor.name in names:
+                np.testing.assert_array_equal(restored[place], again[place].astype(np.float16))
