@@ -279,7 +279,12 @@ class Simulation:
         now = self.versions.now
         advanced = aggregation.advance(self.job, now.number + 1, now.members, updates, self._public, late)
         self.versions.commit(
-            advanced, number, [update.update_id for update in updates], {}, self.plan.keyframe_bytes
+            advanced,
+            number,
+            [update.update_id for update in updates],
+            {},
+            self.plan.keyframe_bytes,
+            self._public,
         )
         asked = number % self._every == 0 or number == self.job.rounds.count
         return RoundEnd(

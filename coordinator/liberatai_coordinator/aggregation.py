@@ -269,7 +269,7 @@ def _moved(
 
 
 def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late) -> NDArray[np.float64]:
-    """Return the samples of each class behind a structure; robust rules cap them as they cap samples.
+    """Return samples of each class behind a structure, capped as samples are; by robust rules at the median.
 
     A version of a buffered job hears of a few devices only: their counts take the place of as large a share
     of the counts before, so that the sum follows all devices.
@@ -278,9 +278,10 @@ def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late)
     usable = np.array([c for c in counts if len(c) == len(member.class_counts)], dtype=np.float64)
     if not usable.size:
         return member.class_counts
-    if job.aggregate.rule != "mean":
-        totals = usable.sum(axis=1, keepdims=True)
-        usable *= np.minimum(1.0, np.median(totals) / np.maximum(totals, 1.0))
+    totals = usable.sum(axis=1, keepdims=True)
+    robust = job.aggregate.rule != "mean"
+    most = min(job.aggregate.sample_cap, np.median(totals)) if robust else job.aggregate.sample_cap
+    usable *= np.minimum(1.0, most / np.maximum(totals, 1.0))
     devices = late.devices.get(member.structure.id, 0)
     older = max(0.0, 1.0 - len(usable) / devices) if devices else 0.0
     # Whole numbers, as manifests keep them: what is read back after a crash is the same.

@@ -122,6 +122,8 @@ def fit(
     are made; interrupted before, nothing is, and the same command goes on where it stopped.
     """
     wanted = _budgets(budgets, profiles)
+    if no_retrain and steps is not None:
+        raise ConfigError("--steps", ["goes without --no-retrain only: there is nothing to retrain"])
     if report is not None:
         from liberatai_coordinator import fit_report
 
@@ -173,7 +175,12 @@ def _data(unlabeled: Path | None, test: Path | None, data: DataContract) -> "tup
     from liberatai_core.learning.dataset import load_labelled, load_unlabeled
 
     x = None if unlabeled is None else load_unlabeled(unlabeled, data, keep_test=False)
-    return x, None if test is None else load_labelled(test, data)
+    samples = None if test is None else load_labelled(test, data)
+    same = unlabeled is not None and test is not None and unlabeled.resolve() == test.resolve()
+    if same and samples is not None and (samples.test is None or not samples.test.any()):
+        fault = "the same file as --unlabeled, and it marks no samples as test: what teaches cannot test"
+        raise ConfigError("--test", [fault])
+    return x, samples
 
 
 def _test_part(samples: "Samples | None") -> Any:
@@ -303,6 +310,7 @@ def _report(
     measured = None
     if labelled is not None:
         measured = fitting.accuracy(original.structure, original.data, original.weights, *labelled)
+    samples_given = 0 if x_unlabeled is None else len(x_unlabeled)
     return FitReport(
         model=original.view.model,
         version=original.view.version,
@@ -311,7 +319,9 @@ def _report(
         parameters=original.structure.parameters,
         float32_bytes=float32_bytes,
         seed=seed,
-        unlabeled_samples=0 if x_unlabeled is None else len(x_unlabeled),
+        unlabeled_samples=samples_given,
+        judged_samples=fitting.judging(samples_given) or samples_given,
+        judged_apart=fitting.judging(samples_given) > 0,
         test_samples=0 if labelled is None else len(labelled[0]),
         accuracy=measured,
         dry_run=dry_run,
@@ -333,6 +343,13 @@ def _show_fit(found: FitReport, output: Output) -> None:
     )
     if found.lost:
         print(f"{found.lost}.")
+    elif found.judged_apart:
+        print(f"agreement and divergence: on {found.judged_samples} unlabeled samples that taught nothing")
+    else:
+        print(
+            f"agreement and divergence: on the {found.judged_samples} samples that also taught: they say "
+            "little, but there are too few to keep some apart"
+        )
     print()
     show(found.points, _POINT_COLUMNS, output)
     print()
@@ -378,6 +395,9 @@ def pull(
     variant: Annotated[
         str | None, typer.Option("--variant", help="This variant: the beginning of its id.")
     ] = None,
+    structure: Annotated[
+        str | None, typer.Option("--structure", help="Only variants made from this structure.")
+    ] = None,
     version: Ref = "latest",
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -390,7 +410,7 @@ def pull(
             found = client.variant(name, variant)
         else:
             room = budget_of(budget, "--budget") if budget is not None else budget_of_profile(str(profile))
-            found = client.variant(name, _best(client, name, version, room).id)
+            found = client.variant(name, _best(client, name, version, room, structure).id)
         file = client.variant_file(found.variant)
     _write_checked(found, file, out)
     if output in (Output.JSON, Output.YAML):
@@ -399,18 +419,31 @@ def pull(
     print(f"{out}: {_variant_line(found.variant)}")
 
 
-def _best(client: Client, name: str, version: str, budget_bytes: int) -> VariantView:
+def _best(client: Client, name: str, version: str, budget_bytes: int, structure: str | None) -> VariantView:
     from liberatai_coordinator.plan import best_variant
 
     view = client.version(name, version)
-    variants = client.variants(name, str(view.version))
+    if structure is not None and structure not in view.digests:
+        known = ", ".join(sorted(view.digests))
+        raise ConfigError("--structure", [f"{name} version {view.version} has {known}"])
+    every = client.variants(name, str(view.version))
+    variants = [one for one in every if structure in (None, one.parent_structure)]
     found = best_variant(variants, budget_bytes)
     if found is None:
-        have = f"the smallest has {variants[0].bytes} bytes" if variants else "it has none"
+        have = f"the smallest has {min(one.bytes for one in variants)} bytes" if variants else "there is none"
         raise NotFoundError(
-            f"{name} version {view.version}: no variant of at most {budget_bytes} bytes ({have}); "
-            f"make one: `liberatai models fit {name} --budget {budget_bytes}`"
+            f"{name} version {view.version}: no variant of at most {budget_bytes} bytes ({have}); make one: "
+            f"`liberatai models fit {name} --structure {structure or min(view.digests)} "
+            f"--budget {budget_bytes} --unlabeled FILE.npz`"
         )
+    rivals = [one for one in variants if one.bytes <= budget_bytes]
+    origins = sorted({one.parent_structure for one in rivals})
+    if len(origins) > 1 and any(one.accuracy is None for one in rivals):
+        fault = (
+            f"missing: variants of {' and '.join(origins)} fit, and agreement with unlike originals "
+            "cannot be compared; name one, or fit them with --test"
+        )
+        raise ConfigError("--structure", [fault])
     return found
 
 

@@ -83,14 +83,20 @@ def models_export(
         str | None, typer.Option("--structure", help="Which one; may be left out if there is only one.")
     ] = None,
     file_format: Annotated[
-        Format, typer.Option("--format", help="safetensors, onnx or onnx-int8.")
-    ] = Format.SAFETENSORS,
+        Format | None,
+        typer.Option(
+            "--format",
+            help="safetensors, onnx or onnx-int8 [default: onnx for a file .onnx, else safetensors].",
+        ),
+    ] = None,
     unlabeled: Annotated[
         Path | None,
         typer.Option("--unlabeled", help="File (npz) with inputs that onnx-int8 is calibrated on."),
     ] = None,
 ) -> None:
     """Write the weights of one structure, exactly as devices hold them, to a file of a common format."""
+    if file_format is None:
+        file_format = Format.ONNX if out.suffix == ".onnx" else Format.SAFETENSORS
     int8 = file_format is Format.ONNX_INT8
     if int8 and unlabeled is None:
         raise ConfigError("--unlabeled", ["missing: onnx-int8 is calibrated on inputs like the devices'"])

@@ -347,13 +347,8 @@ def _across(job: JobSpec) -> list[str]:
         )
     if job.aggregate.rule not in ("mean", "norm_clip") and job.sparsify.method == "quantile_over_senders":
         found.append("aggregate.rule: quantile_over_senders goes with mean and norm_clip only")
-    deciding = {"aggregate.validation": job.aggregate.validation, "teach.unlabeled": job.teach.unlabeled}
-    if job.evaluate.test is not None:
-        found += [
-            f"evaluate.test: the same file as {key}: what decides or teaches cannot test"
-            for key, path in deciding.items()
-            if path is not None and PurePath(path) == PurePath(job.evaluate.test)
-        ]
+    if job.teach.validation == "labels" and job.aggregate.validation is None:
+        found.append("aggregate.validation: missing (teach.validation: labels teaches its labels)")
     if job.rounds.target is not None and job.rounds.min_devices > job.rounds.target * job.rounds.overselect:
         found.append("rounds.min_devices: more than rounds.target ever invites")
     found += _buffer_faults(job)

@@ -80,6 +80,7 @@ def run(
         devices=devices, rounds=rounds, seed=seed, broker=broker, report=report or DEFAULT_REPORT
     )
     try:
+        _require_folder(options.report)
         with _sigterm_as_interrupt():
             _run(options, folder, shown, started_s, keep=keep)
     except KeyboardInterrupt:
@@ -98,6 +99,11 @@ def run(
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def _require_folder(report: Path) -> None:
+    if report.exists() and not report.is_dir():
+        raise ConfigError("--report", [f"{report} is a file; give a folder"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.members import Floats, Member, Public, derive_seed, outputs
 from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, pooled
 from liberatai_core.aggregator.guard import divided, guard
-from liberatai_core.aggregator.methods import LABELLED, chosen, method_of
+from liberatai_core.aggregator.methods import LABELLED, chosen, method_of, replaced
 from liberatai_core.weights import Vector
 
 
@@ -94,13 +94,14 @@ def ensemble_of(
         kind=found.kind,
         guard="not checked: the job has no labelled validation data",
     )
+    instead = replaced(job.aggregate.ensemble, name, labels=len(fitted), counted=bool(counts.sum() > 0))
     if held_out is None:
-        return made
+        return msgspec.structs.replace(made, guard=made.guard + instead)
     judged = held_out[:, judging]
-    decision = guard(made.combine(judged), judged, labels[judging])
+    decision = guard(made.combine(judged), judged, labels[judging], ids)
     use = "ensemble" if decision.use == "ensemble" else ids[decision.use]
     told = f"; {len(fitted)} other labels found its weights" if name in LABELLED else ""
-    return msgspec.structs.replace(made, use=use, guard=decision.reason + told)
+    return msgspec.structs.replace(made, use=use, guard=decision.reason + told + instead)
 
 
 def _rows(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:

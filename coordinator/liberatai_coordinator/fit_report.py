@@ -57,6 +57,8 @@ class FitReport(msgspec.Struct, frozen=True, kw_only=True):
         parent: id of the version that was fitted.
         float32_bytes: the original without compression.
         unlabeled_samples: 0 if there were none; then `lost` says what that costs.
+        judged_samples: unlabeled ones behind divergence and agreement.
+        judged_apart: whether those taught nothing; with a few samples all teach and judge.
         accuracy: of the original on the test file; None if there was none.
     """
 
@@ -68,6 +70,8 @@ class FitReport(msgspec.Struct, frozen=True, kw_only=True):
     float32_bytes: int
     seed: int
     unlabeled_samples: int
+    judged_samples: int
+    judged_apart: bool
     test_samples: int
     accuracy: float | None
     dry_run: bool

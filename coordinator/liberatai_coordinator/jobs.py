@@ -1,5 +1,8 @@
 """What follows from a job's file: its structures, what tasks say, and the coordinator's own samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.members import Floats, Public, trained_part, trained_share
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract.messages import TaskSpec
-from liberatai_core.errors import DataError, StructureError
+from liberatai_core.errors import ConfigError, DataError, LiberataiError, StructureError
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
 from liberatai_core.learning.families import cost, statistics_of, structure_of
 from liberatai_core.structure import Structure
@@ -66,20 +69,90 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
     return candidates, structures
 
 
+def check(job: JobSpec, base_dir: Path) -> None:
+    """Look at everything that a job's file names.
+
+    Args:
+        job: settings.
+        base_dir: folder of the job's file: its paths are relative to it.
+
+    Raises:
+        StructureError, DataError: one thing is wrong.
+        ConfigError: several are, one line each, or one file has two uses.
+    """
+    found: list[LiberataiError] = []
+    for look in (
+        lambda: candidates_of(job),
+        lambda: _unlabeled(job, base_dir),
+        lambda: _validation(job, base_dir),
+        lambda: load_test(job, base_dir),
+        lambda: _require_apart(job, base_dir),
+    ):
+        try:
+            look()
+        except LiberataiError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ConfigError("job", [fault for error in found for fault in _faults(error)])
+
+
+def _faults(error: LiberataiError) -> list[str]:
+    return error.faults if isinstance(error, ConfigError) else [f"{error.code}: {error}"]
+
+
+def _require_apart(job: JobSpec, base_dir: Path) -> None:
+    """Raise ConfigError if one file has two uses, under whatever name."""
+    named = {
+        "evaluate.test": job.evaluate.test,
+        "aggregate.validation": job.aggregate.validation,
+        "teach.unlabeled": job.teach.unlabeled,
+    }
+    real = {key: (base_dir / path).resolve() for key, path in named.items() if path is not None}
+    reasons = {"evaluate.test": "what decides or teaches cannot test"}
+    faults = [
+        f"{first}: the same file as {second}: {reasons.get(first, 'what teaches cannot judge')}"
+        for first, second in combinations(real, 2)
+        if real[first] == real[second]
+    ]
+    if faults:
+        raise ConfigError("job", faults)
+
+
+@contextmanager
+def _of(key: str) -> Iterator[None]:
+    """Say in errors which key of the job named the file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
 def load_public(job: JobSpec, base_dir: Path) -> Public:
     """Return the coordinator's own data.
 
     Raises:
         DataError: a file is missing or not of the job's form.
     """
-    unlabeled = load_unlabeled(base_dir / job.teach.unlabeled, job.data) if job.teach.unlabeled else None
-    validation = None
-    if job.aggregate.validation:
+    return Public(unlabeled=_unlabeled(job, base_dir), validation=_validation(job, base_dir))
+
+
+def _unlabeled(job: JobSpec, base_dir: Path) -> Floats | None:
+    with _of("teach.unlabeled"):
+        return load_unlabeled(base_dir / job.teach.unlabeled, job.data) if job.teach.unlabeled else None
+
+
+def _validation(job: JobSpec, base_dir: Path) -> Labelled | None:
+    """Return the labelled samples but those that the file marks as test samples."""
+    if not job.aggregate.validation:
+        return None
+    with _of("aggregate.validation"):
         samples = load_npz(base_dir / job.aggregate.validation, job.data)
         if samples.y is None:
             raise DataError(f"{job.aggregate.validation}: validation data needs labels `y`")
-        validation = (samples.x, samples.y)
-    return Public(unlabeled=unlabeled, validation=validation)
+    rest = slice(None) if samples.test is None or samples.test.all() else ~samples.test
+    return samples.x[rest], samples.y[rest]
 
 
 def load_test(job: JobSpec, base_dir: Path) -> Labelled | None:
@@ -90,9 +163,10 @@ def load_test(job: JobSpec, base_dir: Path) -> Labelled | None:
     """
     if job.evaluate.test is None:
         return None
-    samples = load_npz(base_dir / job.evaluate.test, job.data)
-    if samples.y is None:
-        raise DataError(f"{job.evaluate.test}: test data needs labels `y`")
+    with _of("evaluate.test"):
+        samples = load_npz(base_dir / job.evaluate.test, job.data)
+        if samples.y is None:
+            raise DataError(f"{job.evaluate.test}: test data needs labels `y`")
     if samples.test is None or not samples.test.any():
         return samples.x, samples.y
     return samples.x[samples.test], samples.y[samples.test]

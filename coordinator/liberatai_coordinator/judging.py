@@ -1,6 +1,7 @@
 """What is measured of a version: on labels of the coordinator, on a test file, and on what devices held out.
 
-None of it decides anything here; the guard has its own labels (`ensembles`).
+None of it decides anything here. But the coordinator's labels are those by which the guard judges: a figure
+on them is a little hopeful, one on the test file is not.
 """
 
 import logging

@@ -124,7 +124,7 @@ def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> Ro
         teach_seconds=stats.teach_seconds,
         up_bytes=stats.up_bytes,
         down_bytes=stats.down_bytes,
-        reason=row.reason,
+        reason=row.reason or "; ".join(f"{sid} frozen: {why}" for sid, why in stats.frozen.items()),
         guard=stats.guard,
         merged=stats.merged,
         ensemble=stats.ensemble,

@@ -61,7 +61,13 @@ RECHECK_S = 60.0
 """While no device can take part: links and quotas recover with time, too, not only when a device says so."""
 
 COUNTERS = "counters"
-"""Name under which the ledger has `counters` of a job's newest round."""
+"""Name under which the ledger has `counters` as of a job's newest round."""
+
+MERGED = "merged"
+"""Name under which the ledger has what the aggregation of a job's newest round told, with its number."""
+
+JUDGED = ("guard", "ensemble", "use", "rule", "local", "central", "test")
+"""What `judging` finds out, also later."""
 
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
@@ -79,7 +85,7 @@ class Runner:
             said about an update: a refusal would throw away what the round is waiting for. In a buffered job
             it is cleared between two rounds: the next one takes what comes late.
         fleet_changed: set when a device came, went or changed.
-        counters: of every device's socket as its last update told them, (sent, received); all jobs share them.
+        counters: of every device's socket as its last update told them, (sent, received), for all jobs.
         public: the coordinator's own data.
         test: (inputs, labels) that decide nothing.
         paths: what devices surely hold: the files of the last update of theirs that was stored.
@@ -257,9 +263,9 @@ class Runner:
         if row.state == "closed" and self.versions.now.round == row.round:
             # The crash came between the version and its note in the round: it must not count twice.
             stored = await self._long(self.ledger.updates, self.job.name, row.round)
-            stats = await self._judged([decode_update(update.frame) for update in stored])
-            now = self.versions.now.id
-            self.ledger.set_aggregated(self.job.name, row.round, now, msgspec.msgpack.encode(stats))
+            updates = [decode_update(update.frame) for update in stored]
+            self._count_bytes(updates)
+            self._note_stats(row.round, await self._judged(updates), self.versions.now.id)
         elif row.state == "closed":
             try:
                 await self._aggregate(row.round, started)
@@ -480,6 +486,13 @@ class Runner:
         # What a finished job told it before a restart is not known any more, but that it was asked for is.
         if not again and (way is None or not way.held):
             return
+        now = self.open_round
+        if (
+            self._buffered
+            and now is not None
+            and now.phase in (deciding.Phase.CLOSED, deciding.Phase.ABANDONED)
+        ):
+            return  # its set is frozen: the device asks again, and the next round answers
         self.paths.pop(device, None)
         with contextlib.suppress(DiskError, BusyError):
             # Read again after a restart, it costs the device another question.
@@ -541,14 +554,8 @@ class Runner:
             self.public,
             self._late(number),
         )
-        ids = [update.update_id for update in updates]
-        made = await self._long(
-            self.versions.commit, advanced, number, ids, self.roster.tightest(), self.roster.keyframe_bytes
-        )
         up, down = self._count_bytes(updates)
-        stats = msgspec.structs.replace(
-            await self._judged(updates),
-            seconds=time.monotonic() - started,
+        told = Stats(
             train_seconds_max=max(update.train_seconds for update in updates),
             teach_seconds=advanced.teach_seconds,
             up_bytes=up,
@@ -557,7 +564,31 @@ class Runner:
             untaught=dict(advanced.untaught),
             contributions=kept(advanced.contributions),
         )
-        self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(stats))
+        # First, for after a crash it cannot be found out again: the version is there, the way to it is gone.
+        self.ledger.set_job_value(self.job.name, MERGED, msgspec.msgpack.encode((number, told)))
+        made = await self._long(
+            self.versions.commit,
+            advanced,
+            number,
+            [update.update_id for update in updates],
+            self.roster.tightest(),
+            self.roster.keyframe_bytes,
+            self.public,
+        )
+        self._note_stats(number, await self._judged(updates), made, started)
+
+    def _note_stats(self, number: int, judged: Stats, made: str, started: float | None = None) -> None:
+        """Note in the ledger that a round made a version, with what is known of both."""
+        stored = self.ledger.job_value(self.job.name, MERGED)
+        round_, told = msgspec.msgpack.decode(stored, type=tuple[int, Stats]) if stored else (0, Stats())
+        if round_ == number:
+            judged = msgspec.structs.replace(
+                told,
+                **{name: getattr(judged, name) for name in JUDGED},
+                seconds=0.0 if started is None else time.monotonic() - started,
+            )
+        self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(judged))
+        self.ledger.set_job_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))
 
     async def _judged(self, updates: Sequence[Update]) -> Stats:
         return await self._long(
@@ -585,8 +616,6 @@ class Runner:
             up += update.sent_bytes - sent
             down += update.received_bytes - received
             self.counters[update.device] = (update.sent_bytes, update.received_bytes)
-        told = {update.device: self.counters[update.device] for update in updates}
-        self.ledger.set_job_value(self.job.name, COUNTERS, msgspec.msgpack.encode(told))
         return up, down
 
     async def _finish(self) -> None:

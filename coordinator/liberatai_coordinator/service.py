@@ -583,9 +583,7 @@ class Service:
         """Start a job, or let it wait for its turn."""
         job = parse_job(yaml_text, "job")
         # Faults of the data, of families and parameters come now, not when devices are waiting.
-        await asyncio.to_thread(jobs.load_public, job, Path(base_dir))
-        await asyncio.to_thread(jobs.load_test, job, Path(base_dir))
-        await asyncio.to_thread(jobs.candidates_of, job)
+        await asyncio.to_thread(jobs.check, job, Path(base_dir))
         self.ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
         self._start_job(self.ledger.job(job.name))
         return await self.job(job.name)

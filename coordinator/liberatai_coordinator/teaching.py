@@ -33,7 +33,8 @@ class Lesson:
         y: labels of the last of them, shape (m,), m <= n.
         copies: changed ones of each, shape (n,).
         fitted: labelled samples that found the ensemble's weights; None if none did.
-        judging: labelled samples that find and teach nothing; None if there are none.
+        judging: labelled samples that teach nothing; None if there are none. They find nothing either, unless
+            no labelled sample teaches and the ensemble does.
     """
 
     x: Floats
@@ -125,7 +126,7 @@ def lesson_of(job: JobSpec, method: str, unlabeled: Floats, validation: Labelled
             shown.append(fitted[0])
             y = fitted[1]
         elif job.teach.method == "ensemble":
-            judging = validation  # all of them: no student has anything from a label
+            judging = validation  # all of them: students have nothing from a label but the teacher's weights
     given = job.teach.copies
     return Lesson(
         x=np.concatenate(shown),

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.members import trained_part
 from liberatai_core.contract.frame import HEADER_BYTES
-from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Update, work_seed
 from liberatai_core.errors import CodecError, NormError, SchemaError
 from liberatai_core.sparsifier import methods
@@ -60,7 +59,9 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     if np.abs(values).max(initial=0) > LARGEST:
         raise NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
-    if counts is not None and (len(counts) != job.data.classes or sum(counts) > MAX_SAMPLES):
+    if counts is not None and len(counts) != job.data.classes:
         raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
+    if counts is not None and sum(counts) > update.samples:
+        raise SchemaError(f"class counts of {sum(counts)} samples, the update has {update.samples}")
     if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
         raise SchemaError("more correct answers than questions")

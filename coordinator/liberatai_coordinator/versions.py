@@ -14,7 +14,7 @@ from liberatai_coordinator import aggregation, ensembles, members
 from liberatai_coordinator.aggregation import Advanced
 from liberatai_coordinator.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.ensembles import Ensemble
+from liberatai_coordinator.ensembles import Ensemble, combine
 from liberatai_coordinator.ledger import Ledger
 from liberatai_coordinator.members import Member, Public, derive_seed
 from liberatai_coordinator.repository import (
@@ -176,6 +176,7 @@ class Versions:
         updates: Sequence[bytes],
         storage_bytes: Mapping[str, int],
         keyframe_bytes: Mapping[str, int],
+        public: Public,
     ) -> str:
         """Write the version that round `number` made, and return its id.
 
@@ -185,15 +186,18 @@ class Versions:
             updates: ids of the frozen set.
             storage_bytes: per structure, what its chain may take on the tightest device.
             keyframe_bytes: per structure, what a new keyframe may take.
+            public: the coordinator's own data.
         """
         chains, deltas, blobs, members = self._extend(advanced, storage_bytes, keyframe_bytes)
+        renewed = any(member is not advanced.members[sid] for sid, member in members.items())
         made = Current(
             number=self.now.number + 1,
             id="",
             members=members,
             chains=chains,
             deltas=deltas,
-            ensemble=advanced.ensemble,
+            # What devices get may be coarser than what was aggregated; the ensemble is one of what they get.
+            ensemble=combine(self.job, members, public) if renewed else advanced.ensemble,
             round=number,
         )
         self._write(made, updates, blobs)

@@ -20,7 +20,8 @@ class ContributionView(View, frozen=True, kw_only=True):
     Attributes:
         norm: length of its difference.
         cosine: of the angle between it and what the round made of all.
-        verdict: accepted, clipped (shortened) or refused (nothing of it counts).
+        verdict: accepted, clipped (shortened), refused (nothing of it counts) or frozen (nobody's counts:
+            too few updates for the rule).
     """
 
     job: str

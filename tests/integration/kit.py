@@ -99,6 +99,7 @@ class ScriptedDevice:
     storage_bytes: int = 100_000
     path: tuple[Step, ...] = ()
     link_bits_s: tuple[float, float] | None = None
+    made: int = 0
     receipts: list[Receipt] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
@@ -213,6 +214,7 @@ class ScriptedDevice:
         noise = np.random.default_rng([task.round, len(self.name), ord(self.name[-1])])
         difference = noise.normal(0, 0.01, len(base)).astype(np.float32)
         _, body = sparsify(init(len(base)), difference, spec.structure, task.density)
+        self.made += 1
         return Update(
             update_id=update_id(self.name, task.job, task.round, task.base),
             device=self.name,
@@ -225,6 +227,8 @@ class ScriptedDevice:
             codec=spec.codec,
             body=body,
             class_counts=(4, 3, 3),
+            sent_bytes=1000 * self.made,
+            received_bytes=100 * self.made,
         )
 
 

@@ -55,10 +55,11 @@ def test_a_frozen_structure_stays_as_it_is_and_its_round_says_why(tmp_path: Path
             await service.create_job(yaml, str(tmp_path))
             await until(lambda: finished(service))
             (only,) = (await service.job("tiny")).rounds
-            assert only.merged.startswith("neighbour_vote: 2 refused; mlp")
+            assert only.merged.startswith("neighbour_vote: 2 frozen; mlp")
+            assert "frozen: 2 updates" in only.reason
             assert only.merged.endswith("frozen: 2 updates, 3 are needed against 1 hostile ones")
             (view,) = (await service.device("a")).contributions
-            assert (view.verdict, view.cosine) == ("refused", 0.0)
+            assert (view.verdict, view.cosine) == ("frozen", 0.0)
             before, after = [await service.version("tiny", version) for version in ("0", "1")]
             assert before.digests == after.digests
 

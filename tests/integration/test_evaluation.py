@@ -205,9 +205,25 @@ def test_a_test_file_without_labels_is_refused_before_any_device_hears_of_the_jo
                 await service.create_job(job_yaml() + "evaluate: {test: test.npz}\n", str(tmp_path))
             with pytest.raises(DataError, match="none"):
                 await service.create_job(job_yaml() + "evaluate: {test: none.npz}\n", str(tmp_path))
-            for key in ("aggregate: {validation: ./test.npz}", "teach: {unlabeled: test.npz}"):
+            np.savez(tmp_path / "test.npz", **samples(2, 10))
+            (tmp_path / "link.npz").symlink_to(tmp_path / "test.npz")
+            for key in (
+                "aggregate: {validation: ./test.npz}",
+                "teach: {unlabeled: test.npz}",
+                "aggregate: {validation: link.npz}",
+            ):
                 with pytest.raises(ConfigError, match="evaluate.test: the same file as"):
-                    await service.create_job(job_yaml() + f"evaluate: {{test: test.npz}}\n{key}\n", ".")
+                    await service.create_job(
+                        job_yaml() + f"evaluate: {{test: test.npz}}\n{key}\n", str(tmp_path)
+                    )
+            both = "aggregate: {validation: test.npz}\nteach: {unlabeled: link.npz}\n"
+            with pytest.raises(ConfigError, match="aggregate.validation: the same file as teach.unlabeled"):
+                await service.create_job(job_yaml() + both, str(tmp_path))
+            broken = job_yaml().replace("family: mlp", "family: owl")
+            with pytest.raises(ConfigError) as caught:
+                await service.create_job(broken + both.replace("test", "no"), str(tmp_path))
+            assert [fault.partition(":")[0] for fault in caught.value.faults] == ["E_STRUCTURE", "E_DATA"]
+            assert "aggregate.validation" in caught.value.faults[1]
             assert await service.jobs() == []
 
     run(scenario())

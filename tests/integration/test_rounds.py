@@ -783,3 +783,28 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
             assert job.spacing_s("stranger") == long.rounds.deadline_s
 
     run(scenario())
+
+
+def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
+            await service.create_job(job_yaml(rounds=1, devices=3), str(tmp_path))
+            await service.create_job(job_yaml(rounds=1, devices=1).replace("tiny", "next"), str(tmp_path))
+            await until(lambda: bool(service.runners["tiny"].waits and service.runners["next"].waits))
+            told = [(await service.job(name)).reason for name in ("tiny", "next")]
+            assert told[0] == "waits: 2 of 3 devices are online (rounds.min_devices)"
+            assert told[1] == "waits: its devices serve job tiny first"
+            await service.pause("next")
+            async with devices(broker, "c") as more:
+                await until(lambda: finished(service))
+                for device in (*fleet, *more):
+                    device.sent.clear()
+                await service.resume("next")
+                await until(lambda: service.ledger.job("next").state == "finished")
+            first, second = [await service.job(name) for name in ("tiny", "next")]
+            assert (first.up_bytes, first.down_bytes) == (3000, 300)
+            assert (second.up_bytes, second.down_bytes) == (3000, 300)
+            assert first.reason == second.reason == ""
+
+    run(scenario())

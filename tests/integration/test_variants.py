@@ -573,10 +573,10 @@ def test_a_dry_run_commits_nothing(
 def test_without_inputs_it_says_what_is_lost(
     place: Place, quick: QuickFit, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = fit_json(capsys, "--budget", "900", "--no-retrain", "--steps", "7")
+    found = fit_json(capsys, "--budget", "900", "--no-retrain")
     assert "nothing was retrained" in found.lost
     assert (found.points[0].agreement, found.points[0].divergence, found.points[0].accuracy) == (None,) * 3
-    assert (quick.asked["settings"].retrain, quick.asked["settings"].steps) == (False, 7)
+    assert quick.asked["settings"].retrain is False
     (made,) = place.client.variants("tiny")
     assert (made.agreement, made.divergence) == (None, None)
     assert main(["models", "fit", "tiny", "--structure", LARGE.id, "--budget", "900"]) == 0
@@ -710,6 +710,34 @@ def test_the_best_variant_that_fits_is_pulled_and_decodes_to_its_digest(
     assert list(tmp_path.glob("*.part")) == []
 
 
+def test_variants_of_unlike_originals_are_compared_by_accuracy_only(
+    place: Place, three: list[VariantView], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view, out = place.client.version("tiny"), tmp_path / "tiny.lam"
+    structure, _, content = place.client.weights("tiny", "0", SMALL.id)
+    file = compress(from_bytes(content), structure, 600)
+    other, _ = a_variant(
+        place.client,
+        600,
+        parent_structure=SMALL.id,
+        structure=structure,
+        file=hashlib.sha256(file).hexdigest(),
+        size=len(file),
+        digest=digest(restore(file, structure)).hex(),
+        agreement=0.99,
+    )
+    assert other.parent == view.id
+    small = place.client.commit_variant("0", other, file)
+    pull = ["models", "pull", "tiny", "--budget", "900", "--out", str(out)]
+    assert main(pull) == 2
+    assert "--structure: missing: variants of" in capsys.readouterr().err
+    for sid, wanted in ((SMALL.id, small.id), (LARGE.id, three[1].id)):
+        assert main([*pull, "--structure", sid]) == 0
+        assert wanted[:12] in capsys.readouterr().out
+    assert main([*pull, "--structure", "owl"]) == 2
+    assert SMALL.id in capsys.readouterr().err
+
+
 def test_what_cannot_be_pulled_writes_nothing(
     place: Place, three: list[VariantView], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -720,6 +748,7 @@ def test_what_cannot_be_pulled_writes_nothing(
         (["nothing", "--budget", "1KB"], 4, "E_NOT_FOUND"),
         (["tiny"], 2, "give one of"),
         (["tiny", "--budget", "1KB", "--variant", three[0].id], 2, "give one of"),
+        (["tiny", "--budget", "100", "--structure", LARGE.id], 4, f"--structure {LARGE.id} --budget 100"),
     ):
         assert main(["models", "pull", *arguments, "--out", str(out)]) == code
         assert says in capsys.readouterr().err

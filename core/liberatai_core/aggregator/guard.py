@@ -14,6 +14,7 @@ Labels that found the weights would flatter the ensemble: `divided` sets some ap
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,10 @@ Z = 1.645
 
 FITTED_SHARE = 2 / 3
 """Of the labels, for finding weights: that takes more of them than comparing two models on what is left."""
+
+
+LEAST_JUDGING = 0.75
+"""Of the guard's share of the labels, that it gets at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +53,9 @@ class Decision:
     reason: str
 
 
-def guard(ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64]) -> Decision:
+def guard(
+    ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64], names: Sequence[str] = ()
+) -> Decision:
     """Compare on held-out labels; the ensemble stays unless a member is better beyond chance.
 
     Args:
@@ -56,6 +63,7 @@ def guard(ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64]) -> De
         members: log-probabilities, shape (members, n, classes).
         y: labels that neither training nor the search for weights has seen, shape (n,). If there are
             none, this is `unguarded`.
+        names: of the members, for people; their numbers by default.
 
     Raises:
         SchemaError: shapes do not fit.
@@ -74,7 +82,7 @@ def guard(ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64]) -> De
     fall_back = only_member - only_ensemble > Z * math.sqrt(only_member + only_ensemble)
     text = f"ensemble {together:.1%}, best member {scores[best]:.1%} on {len(y)} held-out labels"
     if fall_back:
-        text += f": falling back to member {best}"
+        text += f": falling back to {names[best] if names else f'member {best}'}"
     elif together < scores[best]:
         text += ": no more than chance, the ensemble stays"
     return Decision(
@@ -88,8 +96,10 @@ def guard(ensemble: FloatArray, members: FloatArray, y: NDArray[np.int64]) -> De
 def divided(y: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows that may find the weights, and those that the guard judges by.
 
-    Every class is divided in the same shares, by lot: a class with one sample goes to the weights. The same
-    labels and seed give the same rows, so no sample changes sides from round to round.
+    Every class is divided in the same shares, by lot: a class with one sample goes to the weights. Where that
+    leaves the guard less than `LEAST_JUDGING` of its share, because classes have one or two samples, every
+    third of all is the guard's instead, class by class. The same labels and seed give the same rows, so no
+    sample changes sides from round to round.
 
     Args:
         y: labels, shape (n,).
@@ -104,8 +114,16 @@ def divided(y: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray
     place = np.arange(len(y)) - np.searchsorted(y[lot], y[lot])
     # The n-th sample of a class is one of the guard's if the share of those before it passes a whole number.
     rest = 1 - FITTED_SHARE
-    judging = np.floor((place + 1) * rest + 1e-9) > np.floor(place * rest + 1e-9)
+    judging = _passes(place, rest)
+    if judging.sum() < LEAST_JUDGING * rest * len(y):
+        judging = _passes(np.arange(len(y)), rest)
     return np.sort(lot[~judging]), np.sort(lot[judging])
+
+
+def _passes(place: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """Whether the share of those up to a place passes a whole number there."""
+    passes: NDArray[np.bool_] = np.floor((place + 1) * share + 1e-9) > np.floor(place * share + 1e-9)
+    return passes
 
 
 def unguarded(ensemble: FloatArray, members: FloatArray) -> Decision:

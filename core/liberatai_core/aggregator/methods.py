@@ -68,3 +68,22 @@ def chosen(asked: str, *, labels: int, counted: bool) -> str:
     if asked in ("auto", "stacking"):
         asked = "stacking" if labels >= FEW_LABELS else "label_free"
     return "uniform" if asked in COUNTED and not counted else asked
+
+
+def replaced(asked: str, used: str, *, labels: int, counted: bool) -> str:
+    """Return, for people, why another method than the one asked for is used; "" if it is the one.
+
+    Args:
+        asked: a name of `ENSEMBLES`, or "auto", which promises nothing.
+        used: what `chosen` returned for the rest.
+        labels: as of `chosen`.
+        counted: as of `chosen`.
+    """
+    if asked in ("auto", used):
+        return ""
+    lacks = []
+    if asked == "stacking":
+        lacks.append(f"stacking needs {FEW_LABELS} labels to find weights, {labels} are there")
+    if used == "uniform" and not counted:
+        lacks.append("no device told class counts (share_class_counts)")
+    return f"; {used} instead of {asked}: {' and '.join(lacks)}"

@@ -55,7 +55,7 @@ Name = Literal[
     "neighbour_vote",
     "screened_mean",
 ]
-Verdict = Literal["accepted", "clipped", "refused"]
+Verdict = Literal["accepted", "clipped", "refused", "frozen"]
 Doubles = NDArray[np.float64]
 
 ROBUST: Name = "screened_mean"
@@ -113,7 +113,8 @@ class Contribution:
         id: of the update.
         norm: length of its difference.
         cosine: of the angle between it and the result; 0 where one of them is zero.
-        verdict: "clipped": it was shortened; "refused": nothing of it counts, or what does was trimmed.
+        verdict: "clipped": it was shortened; "refused": nothing of it counts, or what does was trimmed;
+            "frozen": nobody's counts, there were too few.
     """
 
     id: str
@@ -248,7 +249,7 @@ def merge(settings: Settings, parameters: int, senders: Sequence[Sender]) -> Mer
     if len(ordered) < 2 * f + 1:
         frozen = f"{len(ordered)} updates, {2 * f + 1} are needed against {f} hostile ones"
         refused = tuple(
-            Contribution(id=sender.id, norm=length, cosine=0.0, verdict="refused")
+            Contribution(id=sender.id, norm=length, cosine=0.0, verdict="frozen")
             for sender, length in zip(ordered, group.norms, strict=True)
         )
         return Merged(difference=np.zeros(parameters, np.float32), contributions=refused, frozen=frozen)

@@ -39,6 +39,8 @@ HELD_SHARE = 10
 """… but at most a tenth of all."""
 FEW = 20
 """With fewer samples none is held out: the judgement is then about the samples that taught."""
+GUESSING = 1.5
+"""Times the share that guessing would get: who agrees no more often is told to be no better than that."""
 GOOD = 0.95
 """Agreement with the original from which no smaller member is tried: it would cost as much again."""
 DENSE = 4.0
@@ -164,9 +166,22 @@ def fit(
     shadow: Vector | None = None
     before: int | None = None
     for budget in sorted(set(budgets), reverse=True):
-        found[budget], shadow = bench.fitted(budget, shadow, before)
+        variant, shadow = bench.fitted(budget, shadow, before)
+        found[budget] = _warned(variant, data.classes)
         before = budget
     return [found[budget] for budget in budgets]
+
+
+def _warned(variant: Variant, classes: int) -> Variant:
+    if not variant.agreement <= GUESSING / classes:  # NaN without samples
+        return variant
+    told = "agrees hardly more often than guessing would: the budget is too small"
+    return replace(variant, why=f"{variant.why}; {told}" if variant.why else told)
+
+
+def judging(samples: int) -> int:
+    """Return how many of so many unlabeled samples judge and teach nothing; 0: those that teach judge."""
+    return min(HELD_OUT, max(1, samples // HELD_SHARE)) if samples >= FEW else 0
 
 
 def pareto(variants: Sequence[Variant]) -> list[Variant]:
@@ -220,9 +235,9 @@ class _Bench:
         if x is None:
             return
         require_inputs(data, x)
-        if len(x) >= FEW:
+        if judging(len(x)):
             order = np.random.default_rng(seed).permutation(len(x))
-            held = min(HELD_OUT, max(1, len(x) // HELD_SHARE))
+            held = judging(len(x))
             self.judging, self.teaching = x[np.sort(order[:held])], x[np.sort(order[held:])]
         self._say("measuring the sensitivity", 0, len(structure.tensors))
         self.sensitivity = self._measured(structure, weights)
@@ -277,13 +292,22 @@ class _Bench:
         if member is None or budget < codebook.smallest_bytes(member):
             return replace(variant, why=f"{self.structure.family} has no smaller member for this budget")
         rival = self._small_variant(member, budget, started)
-        better, worse = (rival, variant) if rival.divergence < variant.divergence else (variant, rival)
+        better, worse = (rival, variant) if self._closer(rival, variant) else (variant, rival)
         return replace(
             better,
-            why=f"{better.structure.id} agrees with the original on {better.agreement:.1%}, "
-            f"{worse.structure.id} in as many bytes on {worse.agreement:.1%}",
+            why=f"{better.structure.id} agrees with the original on {better.agreement:.1%} (divergence "
+            f"{better.divergence:.3g}), {worse.structure.id} in as many bytes on {worse.agreement:.1%} "
+            f"({worse.divergence:.3g})",
             seconds=time.perf_counter() - started,
         )
+
+    def _closer(self, one: Variant, other: Variant) -> bool:
+        """Whether one is closer to the original: agrees more often beyond chance, else diverges less."""
+        assert self.judging is not None  # noqa: S101 (only called with samples)
+        shares = np.array([one.agreement, other.agreement])
+        chance = 2 * math.sqrt(float((shares * (1 - shares)).sum()) / len(self.judging))
+        apart = one.agreement - other.agreement
+        return apart > 0 if abs(apart) > chance else one.divergence < other.divergence
 
     def _small_variant(self, member: Structure, budget: int, started: float) -> Variant:
         assert self.teaching is not None  # noqa: S101 (only called with samples)

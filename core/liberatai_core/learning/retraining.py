@@ -44,6 +44,11 @@ MILD = 8
 MIRRORED = 0.7
 """Agreement of the original with itself on mirrored images from which they are more samples of the same kind:
 a network that was taught pictures of things has about 0.8, one of digits or spectrograms far less."""
+UNEVEN = 0.75
+"""Share of the classes (exp of the entropy of what the original says) below which samples are drawn evenly:
+photos have about half of Fashion-MNIST's ten, its own pictures all."""
+EVEN_LOOK, EVEN_MOST = 512, 20_000
+"""Samples that show whether classes are even, and that are drawn from if not."""
 DRIFT = 0.004
 """Share of the budget that is kept free for what weights change after the last search."""
 LEAST_SENSITIVE = 2e-3
@@ -247,12 +252,16 @@ class _Course:
         teacher.module.eval()
         inputs = torch.from_numpy(np.ascontiguousarray(self.x, dtype=np.float32))
         varied = self._varied(teacher, inputs)
+        even = self._even(teacher, inputs)
         given = None if self.answers is None else torch.from_numpy(np.ascontiguousarray(self.answers))
 
         def batch_of(step: int) -> "tuple[torch.Tensor, torch.Tensor]":
             # A generator per step, so that an interrupted course goes on where it was.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
-            chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
+            if even is None:
+                chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
+            else:
+                chosen = torch.multinomial(even, settings.batch_size, replacement=True, generator=generator)
             batch = varied(inputs[chosen], generator)
             answers = None if given is None else given[chosen]
             if settings.mixup:
@@ -268,6 +277,29 @@ class _Course:
                 return batch, torch.softmax(teacher.module(batch) / settings.temperature, dim=1)
 
         return batch_of
+
+    def _even(self, teacher: FlatModule, inputs: "torch.Tensor") -> "torch.Tensor | None":
+        """Return weights by which classes come up alike, shape (n,), for drawing samples; None: no need.
+
+        Samples of another kind look like a few classes to the original, and teach little about the others.
+        """
+        import torch
+
+        def said(rows: "torch.Tensor") -> "torch.Tensor":
+            with torch.no_grad():
+                batches = [rows[first : first + 512] for first in range(0, len(rows), 512)]
+                parts = [teacher.module(batch.to(teacher.device)).cpu() for batch in batches]
+            return torch.softmax(torch.cat(parts), dim=1, dtype=torch.float64)
+
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(self.seed))
+        share = said(inputs[order[:EVEN_LOOK]]).mean(dim=0)
+        if float(torch.special.entr(share).sum().exp()) >= UNEVEN * self.data.classes:
+            return None
+        some = order[:EVEN_MOST]
+        probabilities = said(inputs[some])
+        weights = torch.zeros(len(inputs), dtype=torch.float64)
+        weights[some] = probabilities @ (1 / probabilities.sum(dim=0).clamp_min(torch.finfo().tiny))
+        return weights
 
     def _varied(
         self, teacher: FlatModule, inputs: "torch.Tensor"

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,7 +11,9 @@ from liberatai_coordinator import aggregation
 from liberatai_coordinator.aggregation import Advanced, Late
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
 from liberatai_coordinator.members import Member, Public
+from liberatai_coordinator.updates import check_update
 from liberatai_core.contract.messages import Update, update_id
+from liberatai_core.errors import SchemaError
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
 from liberatai_core.structure import DataContract
@@ -109,3 +112,12 @@ def test_class_counts_of_few_devices_replace_their_share_of_all() -> None:
 def test_class_counts_of_a_synchronous_round_are_those_of_the_round() -> None:
     made = advance(job(), [update("d0", 0, (10, 0, 0))], None, counts=(8, 40, 33))
     assert made.members[SID].class_counts.tolist() == [10.0, 0.0, 0.0]
+
+
+def test_no_device_counts_for_more_than_it_has_or_the_cap_allows() -> None:
+    with pytest.raises(SchemaError, match="class counts of 11 samples, the update has 10"):
+        check_update(update("a", 1, (4, 3, 4)), STRUCTURE, job())
+    check_update(update("a", 1), STRUCTURE, job())
+    given = msgspec.structs.replace(job(), aggregate=Aggregate(sample_cap=5, ensemble="uniform"))
+    made = advance(given, [update("a", 1, (10, 0, 0)), update("b", 2, (0, 2, 1))], None)
+    assert made.members[SID].class_counts.tolist() == [5.0, 2.0, 1.0]

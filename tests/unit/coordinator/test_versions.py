@@ -60,7 +60,7 @@ def commit(versions: Versions, storage_bytes: int = 0, density: float = 0.02, mo
         members={SID: after}, deltas={SID: delta}, keyframes={}, ensemble=now.ensemble, teach_seconds=0.0
     )
     limits = {SID: storage_bytes} if storage_bytes else {}
-    versions.commit(advanced, number, [bytes([number]) * 16], limits, {SID: 2000})
+    versions.commit(advanced, number, [bytes([number]) * 16], limits, {SID: 2000}, Public())
 
 
 def weights(versions: Versions, path: Files) -> Vector:
@@ -194,7 +194,7 @@ def test_a_renewal_does_not_touch_weights_that_are_never_trained(tmp_path: Path)
             ensemble=made.now.ensemble,
             teach_seconds=0.0,
         )
-        made.commit(advanced, number, [bytes([number]) * 16], {sid: limit}, {sid: 1000})
+        made.commit(advanced, number, [bytes([number]) * 16], {sid: limit}, {sid: 1000}, Public())
         renewed += sid not in made.now.deltas
         chain, view = made.now.chains[sid], made.now.members[sid].view
         assert chain[0] == keyframe

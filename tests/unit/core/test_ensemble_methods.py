@@ -1,5 +1,6 @@
 """Every way to find an ensemble's weights, by name: votes and shares by hand, searches by what they find."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from liberatai_core.aggregator.grid import _walk as grid_walk
 from liberatai_core.aggregator.guard import FITTED_SHARE, divided
 from liberatai_core.aggregator.label_free import class_weights
 from liberatai_core.aggregator.majority_vote import majority_vote
-from liberatai_core.aggregator.methods import COUNTED, ENSEMBLES, LABELLED, SEARCHES, chosen, method_of
+from liberatai_core.aggregator.methods import (
+    COUNTED,
+    ENSEMBLES,
+    LABELLED,
+    SEARCHES,
+    chosen,
+    method_of,
+    replaced,
+)
 from liberatai_core.aggregator.pso import _walk as pso_walk
 from liberatai_core.aggregator.random_search import _sampler as random_sampler
 from liberatai_core.aggregator.searches import (
@@ -381,6 +390,23 @@ def test_no_label_both_finds_weights_and_judges(samples: int) -> None:
     fitted, judging = divided(y, 5)
     assert np.concatenate([fitted, judging]).size == samples
     assert sorted([*fitted.tolist(), *judging.tolist()]) == list(range(samples))
+
+
+@pytest.mark.parametrize(("classes", "each"), [(100, 2), (150, 2), (60, 5), (300, 1)])
+def test_the_guard_gets_its_share_of_many_classes_with_few_labels(classes: int, each: int) -> None:
+    y = np.repeat(np.arange(classes), each)
+    fitted, judging = divided(y, 0)
+    assert len(judging) >= 0.75 * (1 - FITTED_SHARE) * len(y) - 1
+    assert np.bincount(y[judging]).max() <= math.ceil(each / 2)
+    assert sorted([*fitted, *judging]) == list(range(len(y)))
+
+
+def test_why_another_method_is_used_is_said() -> None:
+    assert replaced("auto", "label_free", labels=0, counted=True) == ""
+    assert replaced("tpe", "tpe", labels=9, counted=True) == ""
+    said = replaced("stacking", "label_free", labels=67, counted=True)
+    assert said == "; label_free instead of stacking: stacking needs 200 labels to find weights, 67 are there"
+    assert "share_class_counts" in replaced("label_free", "uniform", labels=0, counted=False)
 
 
 def test_every_class_is_divided_alike_and_by_lot() -> None:

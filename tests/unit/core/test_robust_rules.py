@@ -237,7 +237,7 @@ def test_a_structure_is_frozen_where_the_feared_could_be_the_majority(rule: str)
     frozen = merged(rule, senders([1, 2], [1, 2]), hostile=0.2)
     assert frozen.difference.tolist() == [0, 0]
     assert "3 are needed against 1" in frozen.frozen
-    assert [one.verdict for one in frozen.contributions] == ["refused"] * 2
+    assert [one.verdict for one in frozen.contributions] == ["frozen"] * 2
     three = merged(rule, senders([1, 2], [1, 2], [1, 2]), hostile=0.2)
     assert three.frozen == ""
     assert three.difference == pytest.approx([1, 2], rel=1e-6)
