@@ -458,19 +458,26 @@ def picture(pool: Pool, ids: list[str], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(ids)), layout="constrained")
-    drawn = axes.imshow(pool.weights, aspect="auto", cmap="viridis")
-    axes.set(xlabel="class", yticks=range(len(ids)), yticklabels=ids, title=title)
+    drawn = axes.imshow(pool.weights, aspect="auto", cmap="Blues", vmin=0)
+    classes = pool.weights.shape[1]
+    axes.set(xlabel="class", xticks=range(classes), yticks=range(len(ids)), yticklabels=ids, title=title)
+    for (row, column), weight in np.ndenumerate(pool.weights):
+        dark = weight > 0.6 * pool.weights.max()
+        color = "white" if dark else "black"
+        axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=color, fontsize=7)
     figure.colorbar(drawn, ax=axes, label="weight")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The module's text as it is, and every default."""
+
+
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--data", help=".npz with x and y; default: the digits of scikit-learn")
     parser.add_argument("--alpha", default="0.3", help='label skew of artificial devices, or "natural"')
     parser.add_argument("--structures", type=int, default=4, help="2 to 6 unlike ones")
@@ -482,7 +489,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=2_000, help="test samples")
     parser.add_argument("--unlabeled", default="same", help="same, none (no teaching), or other:FILE.npz")
     parser.add_argument("--epochs", type=int, default=2, help="local epochs")
-    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=0.05, help="of the devices")
     parser.add_argument("--balance", type=float, default=1.0, help="of all federated arms, see docs/jobs.md")
     parser.add_argument("--augment", type=float, default=0.0, help="of the devices' training")
     parser.add_argument("--teach-every", type=int, default=1, help="rounds")
@@ -501,21 +508,30 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what of the labelled samples teaches, of those that find the ensemble's weights",
     )
     parser.add_argument("--method", choices=("auto", *ENSEMBLES), default="auto", help="of the teacher")
-    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=50, help="of every search")
     parser.add_argument(
         "--only",
         nargs="*",
-        help="beside family and taught: all, centralised; all-ends, centralised-ends: of two structures",
+        choices=("all", "centralised", "all-ends", "centralised-ends"),
+        metavar="ARM",
+        help="arms beside family and taught: all, centralised, all-ends, centralised-ends (the smallest and "
+        "the largest structure); none given: only those two; without it: all, centralised",
     )
     parser.add_argument("--members", type=Path, help="write the members' predictions to this .npz")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of data, devices and training")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="arms at a time")
-    parser.add_argument("--picture", type=Path, default=Path("aggregator.png"))
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument(
+        "--picture", type=Path, default=Path(".cache/aggregator.png"), help="heat map of the weights"
+    )
     parser.add_argument("--quick", action="store_true", help="few samples and rounds")
     options = parser.parse_args(arguments)
     options.natural = options.alpha == "natural"
-    options.alpha = None if options.natural else float(options.alpha)
+    try:
+        options.alpha = None if options.natural else float(options.alpha)
+    except ValueError:
+        parser.error(f"--alpha: a number above 0 or natural, not {options.alpha}")
+    if options.alpha is not None and not 0 < options.alpha <= 1e6:
+        parser.error("--alpha: a number above 0 or natural")
     if not 2 <= options.structures <= 6 or options.devices < options.structures:
         parser.error("--structures: 2 to 6, and at most as many as devices")
     if options.rounds is None:

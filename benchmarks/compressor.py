@@ -47,7 +47,7 @@ from benchmarks.teachers import (
 from liberatai_core.compressor import artifact, codebook_access2022, codebook_ijcnn2020, fixed_width, int8
 from liberatai_core.compressor.artifact import Coding
 from liberatai_core.compressor.codebook import smallest_bytes
-from liberatai_core.errors import LiberataiError
+from liberatai_core.errors import BudgetError, LiberataiError
 from liberatai_core.learning.baselines import LEARNING_RATE, agreement, retrained, retrained_with_labels
 from liberatai_core.learning.device import computing_on
 from liberatai_core.learning.distillation import DistillSettings
@@ -164,7 +164,11 @@ def ours(bench: Bench) -> Iterator[Row]:
     budgets = [int(whole / ratio) for ratio in options.budgets]
     possible = [budget for budget in budgets if budget >= smallest_bytes(bench.structure)]
     if len(possible) < len(budgets):
-        bench.say(f"{OURS}: {len(budgets) - len(possible)} budgets are below the smallest possible file")
+        least = smallest_bytes(bench.structure)
+        bench.say(
+            f"{OURS}: {len(budgets) - len(possible)} of {len(budgets)} budgets left out: the smallest "
+            f"possible file has {least} bytes, {whole / least:.0f} times less than float32"
+        )
     rows = _fitted(bench, possible) if possible else []
     yield from rows
     for _ in range(SEARCHES if options.search else 0):
@@ -410,6 +414,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(options=options, world=given, structure=made, weights=weights, accuracy=top)
     bench.say(f"teacher: {top:.2%}, {4 * made.parameters:,d} bytes")
     rows = list(_rows(bench, options.only or METHODS))
+    if not rows:
+        raise BudgetError("nothing was measured: no method has a budget that it can meet")
     if options.picture is not None:
         picture(rows, top, f"{made.id}, {given.name}, seed {options.seed}", options.picture)
     return summary(bench, rows) | {"seconds": round(time.perf_counter() - began, 1)}
