@@ -203,7 +203,7 @@ def _given(
 ) -> Assignment:
     size = keyframe_budget(job, candidate, device.storage_bytes)
     limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
-    fits = f"{candidate.id} fits: {_kib(size)} keyframe in {limit}"
+    fits = f"{candidate.id} fits: a keyframe of at most {_kib(size)} in {limit}"
     return Assignment(
         device=device.device,
         structure=candidate.id,

@@ -225,7 +225,7 @@ class Service:
             case State() | Capability() | Report() | Telemetry() | Event() if (
                 place.leaf == LEAF[type(message)]
             ):
-                self._hear(message, opened.public_key)
+                self._hear(message, opened.public_key, retained=event.retained)
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
         self.link.ack(event.token)
@@ -242,9 +242,11 @@ class Service:
         if owner != device and not isinstance(message, Capability):
             raise SignatureError(f"{owner} signed in the name of {device}")
 
-    def _hear(self, message: Message, key: bytes) -> None:
+    def _hear(self, message: Message, key: bytes, *, retained: bool) -> None:
         before = self.fleet.devices.get(getattr(message, "device", ""))
-        device, lasting = self.fleet.hear(message, key, time.time())
+        # What the broker had in store is no sign of life.
+        now_s = before.last_seen_s if retained and before is not None else 0.0
+        device, lasting = self.fleet.hear(message, key, now_s or time.time())
         # A stranger that waits for approval may say what it likes; it is written down once.
         if lasting and (before is None or device.status != "pending"):
             self.ledger.upsert_device(_row(device))

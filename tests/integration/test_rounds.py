@@ -808,3 +808,18 @@ def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -
             assert first.reason == second.reason == ""
 
     run(scenario())
+
+
+def test_what_the_broker_had_in_store_is_no_sign_of_life(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with coordinator(broker, tmp_path) as service:
+            async with devices(broker, "a", "b"):
+                await until(lambda: len(service.fleet.ready()) == 2)
+            seen = {row.id: row.last_seen_s for row in service.ledger.devices()}
+        await asyncio.sleep(0.05)
+        async with devices(broker, "b"), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 2)  # as the broker has them
+            assert service.fleet.devices["a"].last_seen_s == seen["a"]
+
+    run(scenario())
