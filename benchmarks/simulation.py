@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
-from liberatai_agent.trainer_child import Memory, work
-from liberatai_agent.trainer_messages import Failed, File, Work
+from liberatai_agent.children.messages import Failed, File, Work
+from liberatai_agent.children.trainer_child import Memory, work
 from liberatai_coordinator import aggregation
 from liberatai_coordinator import round as deciding
 from liberatai_coordinator.aggregation import Late

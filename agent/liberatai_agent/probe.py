@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 
+from liberatai_agent.children.messages import CHILD_ENVIRONMENT
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.events import Tier
 from liberatai_agent.link_meter import NOTHING, Announced
 from liberatai_agent.session import CODECS
-from liberatai_agent.trainer_messages import CHILD_ENVIRONMENT
 from liberatai_core import __version__
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Capability
@@ -301,7 +301,7 @@ def _write_cache(cache: Path, kept: dict[str, Any]) -> None:
 
 
 def _run_bench(data: str | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "liberatai_agent.bench", *(("--data", data) if data else ())]
+    command = [sys.executable, "-m", "liberatai_agent.children.bench", *(("--data", data) if data else ())]
     try:
         done = subprocess.run(
             command,

@@ -29,11 +29,11 @@ from liberatai_agent import events as on
 from liberatai_agent import gate, probe
 from liberatai_agent import session as s
 from liberatai_agent.blobs import BlobStore, Fetcher
+from liberatai_agent.children.messages import File, Work
+from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, load_profile
 from liberatai_agent.link_watch import LinkWatch
 from liberatai_agent.outbox import Outbox, StateLock, device_seed, mark_of
-from liberatai_agent.trainer import Trainer
-from liberatai_agent.trainer_messages import File, Work
 from liberatai_core import __version__
 from liberatai_core.contract import chunks, topics
 from liberatai_core.contract.frame import Opened, Signer, decode_spec, key_id, open_frame, seal

@@ -15,11 +15,11 @@ import pytest
 from msgspec.structs import replace
 
 from liberatai_agent import probe
+from liberatai_agent.children.messages import Work
+from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, GateSettings
 from liberatai_agent.events import Returned, TrainingResult
 from liberatai_agent.service import Service, read_status
-from liberatai_agent.trainer import Trainer
-from liberatai_agent.trainer_messages import Work
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, encode_spec, open_frame, seal

@@ -30,8 +30,8 @@ def imported(code: str, names: tuple[str, ...]) -> str:
         "outbox",
         "blobs",
         "probe",
-        "trainer",
-        "trainer_messages",
+        "children.trainer",
+        "children.messages",
         "service",
     ],
 )

@@ -223,7 +223,7 @@ def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_fault_of_the_data_has_its_sentence(
     tmp_path: Path, make: Callable[[Path], object], complaint: str
 ) -> None:
-    from liberatai_agent.bench import look_at_data
+    from liberatai_agent.children.bench import look_at_data
 
     make(tmp_path / "d.npz")
     found = look_at_data(tmp_path / "d.npz")
@@ -232,7 +232,7 @@ def test_every_fault_of_the_data_has_its_sentence(
 
 
 def test_one_class_only_is_a_warning_not_a_fault(tmp_path: Path) -> None:
-    from liberatai_agent.bench import look_at_data
+    from liberatai_agent.children.bench import look_at_data
 
     np.savez(tmp_path / "d.npz", x=np.zeros((3, 4)), y=[1, 1, 1])
     found = look_at_data(tmp_path / "d.npz")

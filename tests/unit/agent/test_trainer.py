@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
+from liberatai_agent.children.messages import Answer, Done, Failed, File, Work
+from liberatai_agent.children.trainer import Trainer, TrainerDiedError
+from liberatai_agent.children.trainer_child import Memory, base_weights, holdout, work
 from liberatai_agent.events import Returned, TrainingResult
-from liberatai_agent.trainer import Trainer, TrainerDiedError
-from liberatai_agent.trainer_child import Memory, base_weights, holdout, work
-from liberatai_agent.trainer_messages import Answer, Done, Failed, File, Work
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract.messages import Training, weights_name, work_seed
@@ -424,7 +424,7 @@ def test_a_cancelled_training_leaves_no_process(chain: Chain, data: Path) -> Non
 
 PARENT = """
 import asyncio, sys, time
-from liberatai_agent.trainer import Trainer
+from liberatai_agent.children.trainer import Trainer
 async def main():
     trainer = Trainer(600.0)
     await trainer.warm()

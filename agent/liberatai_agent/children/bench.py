@@ -1,8 +1,8 @@
 """Looks at data and arithmetic in a process of its own, so that the agent never loads numpy.
 
-`python -m liberatai_agent.bench [--data FILE]` prints one JSON object: float32 matrix product in Gflop/s of
-one thread, the families that can be built here, and what the data file holds. Nothing of a single record
-is printed.
+`python -m liberatai_agent.children.bench [--data FILE]` prints one JSON object: float32 matrix product in
+Gflop/s of one thread, the families that can be built here, and what the data file holds. Nothing of a single
+record is printed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def families() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found as one JSON object."""
-    parser = argparse.ArgumentParser(prog="liberatai_agent.bench")
+    parser = argparse.ArgumentParser(prog="liberatai_agent.children.bench")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--no-arithmetic", action="store_true")
     args = parser.parse_args(argv)

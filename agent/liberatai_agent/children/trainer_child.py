@@ -1,15 +1,13 @@
 """The training process: restores the base, trains on local data, answers with a sparse update.
 
-`python -m liberatai_agent.trainer_child PARENT_PID` reads Work from stdin and writes Done or Failed to
-stdout, until stdin ends. It dies with its parent. Everything is a function of (task, device, round, data,
-left-overs), so a training repeated after a crash gives the same bytes. P9: only sums, counts and the
+`python -m liberatai_agent.children.trainer_child PARENT_PID` reads Work from stdin and writes Done or
+Failed to stdout, until stdin ends. It dies with its parent. Everything is a function of (task, device, round,
+data, left-overs), so a training repeated after a crash gives the same bytes. P9: only sums, counts and the
 sparse difference leave this process.
 """
 
-import ctypes
 import hashlib
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -19,8 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from liberatai_agent.events import Returned, TrainingResult
-from liberatai_agent.trainer_messages import (
+from liberatai_agent.children.confine import confine
+from liberatai_agent.children.messages import (
     LENGTH,
     Answer,
     Done,
@@ -31,6 +29,7 @@ from liberatai_agent.trainer_messages import (
     encode,
     require_length,
 )
+from liberatai_agent.events import Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.contract.messages import part_seed, weights_name, work_seed
 from liberatai_core.errors import (
@@ -53,12 +52,6 @@ if TYPE_CHECKING:
     from liberatai_core.sparsifier.top_k import State
     from liberatai_core.structure import Structure
     from liberatai_core.weights import Vector
-
-NICE = 10
-OPEN_FILES = 256
-FILE_BYTES = 64 << 20
-"""The process writes no files; this bounds what a faulty library may leave behind."""
-PR_SET_PDEATHSIG = 1
 
 MIN_SAMPLES_FOR_HOLDOUT = 40
 HOLDOUT_SHARE = 0.15
@@ -307,23 +300,6 @@ def _number(*parts: str) -> int:
 
 
 # --- the process -------------------------------------------------------------------------------
-
-
-def confine(parent: int) -> None:
-    """Die with the parent, be nice, and stay inside small limits."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        # It died before the line above.
-        os._exit(1)
-    os.nice(NICE)
-    for what, limit in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_FSIZE, FILE_BYTES),
-    ):
-        hard = resource.getrlimit(what)[1]
-        wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(what, (wanted, wanted))
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:

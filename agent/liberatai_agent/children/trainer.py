@@ -15,8 +15,7 @@ from typing import Any
 
 import msgspec
 
-from liberatai_agent.events import TrainingResult
-from liberatai_agent.trainer_messages import (
+from liberatai_agent.children.messages import (
     CHILD_ENVIRONMENT,
     LENGTH,
     Failed,
@@ -25,6 +24,7 @@ from liberatai_agent.trainer_messages import (
     encode,
     require_length,
 )
+from liberatai_agent.events import TrainingResult
 from liberatai_core.errors import BY_CODE, BusyError, LiberataiError, TooLargeError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Trainer:
 
     def __init__(self, idle_s: float, command: Sequence[str] | None = None) -> None:
         self._idle_s = idle_s
-        self._command = list(command or (sys.executable, "-m", "liberatai_agent.trainer_child"))
+        self._command = list(command or (sys.executable, "-m", "liberatai_agent.children.trainer_child"))
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
