@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from benchmarks.simulation import Floats, Labels, Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
-from liberatai_coordinator.members import Public, derive_seed
+from liberatai_coordinator.models.members import Public, derive_seed
 from liberatai_core.aggregator.ensemble import Evidence, Pool, accuracy, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, chosen, method_of

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_coordinator import digits
+from liberatai_coordinator.demo import digits
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.dataset import contract_of, load_npz
 from liberatai_core.learning.export import INPUT, require_onnxruntime, session_of, to_onnx

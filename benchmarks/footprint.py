@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from liberatai_coordinator import digits
+from liberatai_coordinator.demo import digits
 from liberatai_coordinator.local import LocalDevice, LocalFleet
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,9 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from liberatai_coordinator import digits, report
+from liberatai_coordinator.demo import digits
 from liberatai_coordinator.local import LocalDevice, LocalFleet
-from liberatai_coordinator.repository import decode_manifest
+from liberatai_coordinator.pictures import report
+from liberatai_coordinator.store.repository import decode_manifest
 from liberatai_core.errors import LiberataiError
 
 JOB = """

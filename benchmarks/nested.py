@@ -26,7 +26,7 @@ import torch
 from benchmarks.simulation import Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
-from liberatai_coordinator.members import Public
+from liberatai_coordinator.models.members import Public
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import LiberataiError

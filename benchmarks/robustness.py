@@ -35,8 +35,8 @@ import numpy as np
 from benchmarks.simulation import Floats, Labels, Population, Simulation, Tamper
 from benchmarks.sparsifier import population, structure_choice
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
-from liberatai_coordinator.members import trained_part
-from liberatai_coordinator.updates import difference
+from liberatai_coordinator.models.members import trained_part
+from liberatai_coordinator.models.updates import difference
 from liberatai_core.aggregator.rules import ROBUST, RULES, Name, feared
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Training, Update

@@ -23,18 +23,18 @@ from liberatai_agent import events as on
 from liberatai_agent import session as s
 from liberatai_agent.children.messages import Failed, File, Work
 from liberatai_agent.children.trainer_child import Memory, work
-from liberatai_coordinator import aggregation
-from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Late
-from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.jobs import candidates_of, spec_of
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.members import Public, derive_seed
-from liberatai_coordinator.plan import Candidate, Plan, make_plan, warmed
-from liberatai_coordinator.repository import Repository
-from liberatai_coordinator.updates import check_update
-from liberatai_coordinator.versions import Current, Versions
+from liberatai_coordinator.fleet.plan import Candidate, Plan, make_plan, warmed
+from liberatai_coordinator.jobs.materials import candidates_of, spec_of
+from liberatai_coordinator.models import aggregation
+from liberatai_coordinator.models.aggregation import Late
+from liberatai_coordinator.models.members import Public, derive_seed
+from liberatai_coordinator.models.updates import check_update
+from liberatai_coordinator.models.versions import Current, Versions
+from liberatai_coordinator.rounds import round as deciding
+from liberatai_coordinator.rounds.catch_up import Way
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, decode_spec, encode_spec, seal
 from liberatai_core.contract.limits import CHUNK_BYTES, MAX_SINGLE_BYTES, WINDOW_CHUNKS

@@ -34,7 +34,7 @@ from liberatai_coordinator.config import (
     Sparsify,
     StructureChoice,
 )
-from liberatai_coordinator.members import trained_part
+from liberatai_coordinator.models.members import trained_part
 from liberatai_core.contract.messages import Step, Training, weights_name
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.dataset import load_npz

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_coordinator import digits
+from liberatai_coordinator.demo import digits
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, train
 from liberatai_core.sparsifier import codec, top_k

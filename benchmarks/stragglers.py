@@ -30,9 +30,9 @@ import torch
 
 from benchmarks.simulation import Population, Simulation
 from benchmarks.sparsifier import population
-from liberatai_coordinator import round as deciding
-from liberatai_coordinator.aggregation import Late
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
+from liberatai_coordinator.models.aggregation import Late
+from liberatai_coordinator.rounds import round as deciding
 from liberatai_core.contract.messages import Training, Update
 
 ARMS = ("waiting", "dropping", "buffered")

@@ -2,6 +2,6 @@
 
 import sys
 
-from liberatai_coordinator.cli import main
+from liberatai_coordinator.cli.app import main
 
 sys.exit(main())

@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from liberatai_coordinator.brokers import RunningBroker, start_broker
-from liberatai_coordinator.client import Client
+from liberatai_coordinator.brokers.start import RunningBroker, start_broker
+from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.views import JobView, VersionView
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, TrainingError

@@ -16,20 +16,29 @@ from typing import Any
 
 import msgspec
 
-from liberatai_coordinator import jobs, plan, variants
-from liberatai_coordinator import round as deciding
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
-from liberatai_coordinator.fleet import Device, DeviceTraffic, Fleet, Status
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.plan import Assignment
-from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.records import contribution_views, round_views
-from liberatai_coordinator.repository import Repository, VariantManifest, decode_manifest
-from liberatai_coordinator.rows import DeviceRow, JobRow, StoredUpdate, TrafficRow, VariantRow, VersionRow
-from liberatai_coordinator.runner import COUNTERS, Runner
-from liberatai_coordinator.updates import check_update
-from liberatai_coordinator.uploads import Uploads
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.fleet import plan
+from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.intake.uploads import Uploads
+from liberatai_coordinator.jobs import materials as jobs
+from liberatai_coordinator.jobs.publisher import Publisher
+from liberatai_coordinator.jobs.records import contribution_views, round_views
+from liberatai_coordinator.jobs.runner import COUNTERS, Runner
+from liberatai_coordinator.models import variants
+from liberatai_coordinator.models.updates import check_update
+from liberatai_coordinator.models.versions import Versions
+from liberatai_coordinator.rounds import round as deciding
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import Repository, VariantManifest, decode_manifest
+from liberatai_coordinator.store.rows import (
+    DeviceRow,
+    JobRow,
+    StoredUpdate,
+    TrafficRow,
+    VariantRow,
+    VersionRow,
+)
 from liberatai_coordinator.views import (
     AssignmentView,
     DeviceView,

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from liberatai_coordinator.api import make_app, serve_uds
+from liberatai_coordinator.api.routes import make_app, serve_uds
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_coordinator.fleet import Fleet
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.repository import Repository
+from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from liberatai_coordinator import report as reports
-from liberatai_coordinator.brokers import find_mosquitto
-from liberatai_coordinator.demo import dense_bytes
+from liberatai_coordinator.brokers.start import find_mosquitto
+from liberatai_coordinator.demo.demo import dense_bytes
+from liberatai_coordinator.pictures import report as reports
 
 BROKERS = ["amqtt", "mosquitto"]
 

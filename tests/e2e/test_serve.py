@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_coordinator.client import Client
+from liberatai_coordinator.client.client import Client
 from liberatai_core.errors import LiberataiError
 
 

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_coordinator.fleet import Fleet
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.repository import Repository
+from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.contract.frame import Signer, decode_spec, open_frame, seal
 from liberatai_core.contract.messages import (

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks import aggregator as bench
 
-from liberatai_coordinator.members import Public
+from liberatai_coordinator.models.members import Public
 from liberatai_core.aggregator.methods import ENSEMBLES
 from liberatai_core.structure import DataContract
 

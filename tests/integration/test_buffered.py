@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tests.integration.kit import ScriptedDevice, coordinator, job_yaml, until
 
-from liberatai_coordinator import records
-from liberatai_coordinator.repository import decode_manifest
+from liberatai_coordinator.jobs import records
+from liberatai_coordinator.models.updates import decode_update
+from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.updates import decode_update
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.store.repository import decode_manifest
 from liberatai_core.contract.messages import Event, Task
 from liberatai_core.errors import ConfigError
 from liberatai_core.link.memory import MemoryBroker

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.integration.kit import coordinator, devices, job_yaml, until
 
-from liberatai_coordinator.records import Stats
+from liberatai_coordinator.jobs.records import Stats
 from liberatai_coordinator.service import Service
 from liberatai_core.link.memory import MemoryBroker
 

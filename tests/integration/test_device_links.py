@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from tests.integration.kit import ScriptedDevice, coordinator, devices, job_yaml, until
 
-from liberatai_coordinator.plan import OVERHEAD_BYTES, density
+from liberatai_coordinator.fleet.plan import OVERHEAD_BYTES, density
 from liberatai_coordinator.service import Service
 from liberatai_core.contract.messages import Capability, State, Telemetry
 from liberatai_core.link.memory import MemoryBroker

@@ -12,10 +12,10 @@ from benchmarks import nested as benchmark
 from benchmarks.simulation import Population, Simulation
 from msgspec.structs import replace
 
-from liberatai_coordinator import aggregation, members
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
-from liberatai_coordinator.members import Public
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.models import aggregation, members
+from liberatai_coordinator.models.members import Public
+from liberatai_coordinator.models.versions import Versions
 from liberatai_core.aggregator import nested
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.contract.messages import Training

@@ -24,13 +24,13 @@ from tests.integration.kit import (
     until,
 )
 
-from liberatai_coordinator import roster as roster_module
 from liberatai_coordinator import service as service_module
-from liberatai_coordinator import versions as versions_module
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.rows import VersionRow
+from liberatai_coordinator.jobs import roster as roster_module
+from liberatai_coordinator.models import versions as versions_module
+from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Event, Head, Offer, Report, State
 from liberatai_core.contract.topics import blob_id

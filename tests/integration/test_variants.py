@@ -17,17 +17,20 @@ import numpy as np
 import pytest
 from tests.unit.coordinator.api_kit import served
 
-from liberatai_coordinator import api, fit_report
-from liberatai_coordinator.cli import main
-from liberatai_coordinator.cli_kit import budget_of, budget_of_profile
-from liberatai_coordinator.client import Client, VariantUpload
+from liberatai_coordinator.api import routes as api
+from liberatai_coordinator.cli.app import main
+from liberatai_coordinator.cli.kit import budget_of, budget_of_profile
+from liberatai_coordinator.client.client import Client, VariantUpload
 from liberatai_coordinator.config import CoordinatorConfig, parse_job
-from liberatai_coordinator.fleet import Fleet
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.members import Public
-from liberatai_coordinator.plan import best_variant
-from liberatai_coordinator.publisher import Publisher
-from liberatai_coordinator.repository import (
+from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.fleet.plan import best_variant
+from liberatai_coordinator.jobs.publisher import Publisher
+from liberatai_coordinator.models.members import Public
+from liberatai_coordinator.models.versions import Versions
+from liberatai_coordinator.pictures import fit_report
+from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import (
     Repository,
     VariantManifest,
     decode_manifest,
@@ -35,8 +38,6 @@ from liberatai_coordinator.repository import (
     encode_manifest,
     version_id,
 )
-from liberatai_coordinator.service import Service
-from liberatai_coordinator.versions import Versions
 from liberatai_coordinator.views import VariantView
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress, smallest_bytes

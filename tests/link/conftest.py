@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from liberatai_coordinator.brokers import RunningBroker, find_mosquitto, start_broker
+from liberatai_coordinator.brokers.start import RunningBroker, find_mosquitto, start_broker
 from liberatai_core.link.link import Connected, Link, LinkEvent, Received, Will
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
 from liberatai_core.link.mqtt import MqttLink, MqttSettings

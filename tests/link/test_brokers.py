@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from liberatai_coordinator import brokers
-from liberatai_coordinator.brokers import find_mosquitto, start_broker
+from liberatai_coordinator.brokers import start as brokers
+from liberatai_coordinator.brokers.start import find_mosquitto, start_broker
 from liberatai_core.errors import ConfigError, LinkError, NotFoundError
 
 STARTER = """
 import sys, time
 from pathlib import Path
-from liberatai_coordinator.brokers import start_broker
+from liberatai_coordinator.brokers.start import start_broker
 
 broker = start_broker(sys.argv[1], Path(sys.argv[2]), {"coordinator": "coordinator-password"}, "f")
 print(broker.pid, flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from liberatai_coordinator.brokers import find_mosquitto
+from liberatai_coordinator.brokers.start import find_mosquitto
 from liberatai_core.errors import LinkError
 from liberatai_core.link.link import Connected, Disconnected, Received
 from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings

@@ -17,7 +17,7 @@ import typer
 
 from liberatai_agent import cli as agent_cli
 from liberatai_agent.config import AgentConfig, parse_config
-from liberatai_coordinator import cli as coordinator_cli
+from liberatai_coordinator.cli import app as coordinator_cli
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
 from liberatai_core import settings
 from liberatai_core.contract import messages

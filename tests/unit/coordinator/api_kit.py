@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from liberatai_coordinator.api import Operations, make_app, serve_uds
+from liberatai_coordinator.api.routes import Operations, make_app, serve_uds
 from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.repository import VariantManifest, version_id
+from liberatai_coordinator.store.repository import VariantManifest, version_id
 from liberatai_coordinator.views import (
     AssignmentView,
     DeviceView,

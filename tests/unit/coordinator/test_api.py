@@ -14,9 +14,9 @@ import msgspec
 import pytest
 from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGHTS, MemoryOperations, served
 
-from liberatai_coordinator import client as client_module
-from liberatai_coordinator.api import MAX_BODY_BYTES, STATUS, Operations, make_app, problem, serve_uds
-from liberatai_coordinator.client import Client, CoordinatorError
+from liberatai_coordinator.api.routes import MAX_BODY_BYTES, STATUS, Operations, make_app, problem, serve_uds
+from liberatai_coordinator.client import client as client_module
+from liberatai_coordinator.client.client import Client, CoordinatorError
 from liberatai_core.errors import (
     BY_CODE,
     ConfigError,

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator import aggregation
-from liberatai_coordinator.aggregation import Advanced, Late
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
-from liberatai_coordinator.members import Member, Public
-from liberatai_coordinator.updates import check_update
+from liberatai_coordinator.models import aggregation
+from liberatai_coordinator.models.aggregation import Advanced, Late
+from liberatai_coordinator.models.members import Member, Public
+from liberatai_coordinator.models.updates import check_update
 from liberatai_core.contract.messages import Update, update_id
 from liberatai_core.errors import SchemaError
 from liberatai_core.learning.families import initial_weights, structure_of

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from liberatai_coordinator.round import (
+from liberatai_coordinator.rounds.round import (
     Abandon,
     Accept,
     Action,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liberatai_coordinator.catch_up import FILE_BYTES, MAX_FILES, Path, Way, choose, size_of
+from liberatai_coordinator.rounds.catch_up import FILE_BYTES, MAX_FILES, Path, Way, choose, size_of
 from liberatai_core.contract.messages import BlobRef, Step
 from liberatai_core.contract.topics import blob_id
 

@@ -27,8 +27,8 @@ from tests.unit.coordinator.api_kit import (
     served,
 )
 
-from liberatai_coordinator import cli
-from liberatai_coordinator.cli import main
+from liberatai_coordinator.cli import app as cli
+from liberatai_coordinator.cli.app import main
 from liberatai_coordinator.views import (
     CentralView,
     ContributionView,
@@ -123,7 +123,7 @@ def test_every_list_takes_an_output_format() -> None:
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     script = (
-        "import sys, liberatai_coordinator.cli as c; code = c.main(['--help']);"
+        "import sys, liberatai_coordinator.cli.app as c; code = c.main(['--help']);"
         "heavy = {'torch', 'fastapi', 'uvicorn', 'sqlalchemy', 'httpx', 'optuna', 'onnx', 'rich', 'yaml'};"
         "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
@@ -669,9 +669,7 @@ def test_the_module_and_the_console_script_exit_with_the_code(tmp_path: Path) ->
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("liberatai: E_LINK: ")
-    script = (
-        "import sys; from liberatai_coordinator.cli import main; sys.argv[1:] = ['version']; sys.exit(main())"
-    )
+    script = "import sys; from liberatai_coordinator.cli.app import main; sys.argv[1:] = ['version']; sys.exit(main())"
     done = run([sys.executable, "-c", script])
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"liberatai \S+ \(protocol 1, Python [\d.]+\S*\)\n", done.stdout)
@@ -724,10 +722,10 @@ def test_demo_passes_its_options_on_and_returns_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    demo = ModuleType("liberatai_coordinator.demo")
+    demo = ModuleType("liberatai_coordinator.demo.demo")
     demo.run = answering(seen, 3)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "liberatai_coordinator.demo", demo)
-    monkeypatch.setattr("liberatai_coordinator.demo", demo, raising=False)
+    monkeypatch.setitem(sys.modules, "liberatai_coordinator.demo.demo", demo)
+    monkeypatch.setattr("liberatai_coordinator.demo.demo", demo, raising=False)
     assert main(["demo", "--devices", "4", "--rounds", "2", "--report", str(tmp_path), "--keep"]) == 3
     options = {"devices": 4, "rounds": 2, "seed": 0, "broker": "auto", "report": tmp_path, "keep": True}
     assert seen == [(options,)]

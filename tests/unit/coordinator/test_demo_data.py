@@ -5,7 +5,7 @@ import stat
 import numpy as np
 import pytest
 
-from liberatai_coordinator import digits
+from liberatai_coordinator.demo import digits
 from liberatai_core.errors import ConfigError
 
 

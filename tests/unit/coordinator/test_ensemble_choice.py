@@ -7,7 +7,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator import aggregation, ensembles, teaching
 from liberatai_coordinator.config import (
     NEED_LABELS,
     Aggregate,
@@ -17,9 +16,10 @@ from liberatai_coordinator.config import (
     Teach,
     parse_job,
 )
-from liberatai_coordinator.ensembles import Ensemble
-from liberatai_coordinator.members import Public, derive_seed, outputs
-from liberatai_coordinator.repository import EnsembleRecord
+from liberatai_coordinator.models import aggregation, ensembles, teaching
+from liberatai_coordinator.models.ensembles import Ensemble
+from liberatai_coordinator.models.members import Public, derive_seed, outputs
+from liberatai_coordinator.store.repository import EnsembleRecord
 from liberatai_core.aggregator.ensemble import Evidence
 from liberatai_core.aggregator.guard import divided
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, TRIALS, method_of

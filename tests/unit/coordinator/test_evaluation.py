@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from liberatai_coordinator import evaluation
-from liberatai_coordinator.evaluation import (
+from liberatai_coordinator.models import evaluation
+from liberatai_coordinator.models.evaluation import (
     MAX_PROFILES,
     MIN_TOTAL,
     Told,

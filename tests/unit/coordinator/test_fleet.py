@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from liberatai_coordinator.fleet import MAX_PENDING, MAX_TOTAL, Device, DeviceTraffic, Fleet
+from liberatai_coordinator.fleet.devices import MAX_PENDING, MAX_TOTAL, Device, DeviceTraffic, Fleet
 from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.messages import Capability, Report, State, Telemetry
 from liberatai_core.errors import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_coordinator import heat_map
+from liberatai_coordinator.pictures import heat_map
 from liberatai_coordinator.views import EnsembleView
 from liberatai_core.errors import ConfigError, DiskError
 

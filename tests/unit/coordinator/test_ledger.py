@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from liberatai_coordinator import ledger as module
-from liberatai_coordinator.ledger import Ledger, Outcome
-from liberatai_coordinator.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
+from liberatai_coordinator.store import ledger as module
+from liberatai_coordinator.store.ledger import Ledger, Outcome
+from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
 from liberatai_core.errors import (
     BusyError,
     ConfigError,
@@ -211,7 +211,7 @@ def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
 CHILD = """
 import asyncio, hashlib, sys
 from pathlib import Path
-from liberatai_coordinator.ledger import Ledger, StoredUpdate
+from liberatai_coordinator.store.ledger import Ledger, StoredUpdate
 
 ledger = Ledger.open(Path(sys.argv[1]), reserve_bytes=0)
 

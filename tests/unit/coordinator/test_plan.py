@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from liberatai_coordinator.config import JobSpec, Rounds, Sparsify, parse_job
-from liberatai_coordinator.plan import (
+from liberatai_coordinator.fleet.plan import (
     LINK_SHARE,
     MIN_DENSITY,
     OVERHEAD_BYTES,

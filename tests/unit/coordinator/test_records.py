@@ -4,15 +4,15 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.records import (
+from liberatai_coordinator.jobs.records import (
     MAX_CONTRIBUTIONS,
     Contribution,
     Stats,
     contribution_views,
     round_views,
 )
-from liberatai_coordinator.rows import RoundRow
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import RoundRow
 from liberatai_coordinator.views import CentralView, LocalView, ScoreView, WorstView
 
 LOCAL = LocalView(

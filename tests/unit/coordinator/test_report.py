@@ -6,7 +6,7 @@ import re
 import msgspec
 import pytest
 
-from liberatai_coordinator import report as reports
+from liberatai_coordinator.pictures import report as reports
 from liberatai_coordinator.views import EnsembleView, LocalView, ScoreView, WorstView
 
 STRUCTURES = {"cnn-width16": 9978, "ds_cnn-width32": 6922, "mlp-hidden64": 4874}

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator.repository import (
+from liberatai_coordinator.store.repository import (
     EnsembleRecord,
     Manifest,
     Member,

@@ -5,7 +5,7 @@ import dataclasses
 import msgspec
 import pytest
 
-from liberatai_coordinator.round import (
+from liberatai_coordinator.rounds.round import (
     Abandon,
     Accept,
     Action,

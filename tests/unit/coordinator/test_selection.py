@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from liberatai_coordinator.selection import Past, choose
+from liberatai_coordinator.rounds.selection import Past, choose
 
 NAMES = [f"d{n:02d}" for n in range(20)]
 

@@ -12,7 +12,7 @@ from liberatai_coordinator.config import (
     StructureChoice,
     Teach,
 )
-from liberatai_coordinator.members import trained_part, trained_share
+from liberatai_coordinator.models.members import trained_part, trained_share
 from liberatai_core.learning.families import structure_of
 from liberatai_core.structure import DataContract
 

@@ -8,16 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator import aggregation, members
-from liberatai_coordinator import versions as versions_module
-from liberatai_coordinator.aggregation import Advanced
-from liberatai_coordinator.catch_up import Path as Files
-from liberatai_coordinator.catch_up import Way
 from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.ledger import Ledger
-from liberatai_coordinator.members import Public
-from liberatai_coordinator.repository import Repository, decode_manifest
-from liberatai_coordinator.versions import Versions
+from liberatai_coordinator.models import aggregation, members
+from liberatai_coordinator.models import versions as versions_module
+from liberatai_coordinator.models.aggregation import Advanced
+from liberatai_coordinator.models.members import Public
+from liberatai_coordinator.models.versions import Versions
+from liberatai_coordinator.rounds.catch_up import Path as Files
+from liberatai_coordinator.rounds.catch_up import Way
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.repository import Repository, decode_manifest
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.contract.messages import weights_name
 from liberatai_core.learning.families import structure_of

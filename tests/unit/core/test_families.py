@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.jobs import candidates_of
+from liberatai_coordinator.jobs.materials import candidates_of
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.drawn import draw
 from liberatai_core.errors import DataError, NonFiniteError, StructureError

@@ -1,0 +1,521 @@
+"""The coordinator's HTTP API: JSON under /v1, errors as {code, message}, described by /openapi.json.
+
+It decides nothing: every route is one call of `Operations`, which the service implements. The default
+listener is a Unix socket that only its owner can open, so no password travels.
+"""
+
+import asyncio
+import hashlib
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from liberatai_coordinator.client.client import (
+    JobRequest,
+    PlanRequest,
+    Problem,
+    Reason,
+    VariantUpload,
+    Weights,
+)
+from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_coordinator.views import (
+    DeviceView,
+    EnsembleView,
+    JobView,
+    PlanView,
+    SizesView,
+    VariantDetail,
+    VariantView,
+    VersionView,
+)
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES
+from liberatai_core.errors import (
+    ConfigError,
+    DigestError,
+    LiberataiError,
+    LockedError,
+    NotFoundError,
+    SchemaError,
+    TooLargeError,
+)
+from liberatai_core.structure import DataContract, Structure
+
+MAX_BODY_BYTES: Final = 2 * 1024 * 1024
+"""A job's YAML has at most 1 MiB, and JSON may escape it."""
+MAX_VARIANT_BYTES: Final = MAX_OBJECT_BYTES + MAX_BODY_BYTES
+"""A file, and a manifest with 4096 tensors."""
+MAX_SOCKET_PATH: Final = 107
+"""Linux: sizeof(sun_path) - 1."""
+SHUTDOWN_S: Final = 2
+"""Longest wait for answers that are under way when the coordinator stops."""
+
+STATUS: Final[dict[str, HTTPStatus]] = {
+    "E_NOT_FOUND": HTTPStatus.NOT_FOUND,
+    "E_UNKNOWN_DEVICE": HTTPStatus.NOT_FOUND,
+    "E_ROUND_UNKNOWN": HTTPStatus.NOT_FOUND,
+    "E_CONFIG": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_SCHEMA": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_STRUCTURE": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_DATA": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_BUDGET": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_TOPIC": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_CODEC": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_BOMB": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_NONFINITE": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "E_SIZE": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "E_DUP": HTTPStatus.CONFLICT,
+    "E_DUP_CONFLICT": HTTPStatus.CONFLICT,
+    "E_ROUND_CLOSED": HTTPStatus.CONFLICT,
+    "E_STATE": HTTPStatus.CONFLICT,
+    "E_REVOKED": HTTPStatus.CONFLICT,
+    "E_LOCKED": HTTPStatus.CONFLICT,
+    "E_BUSY": HTTPStatus.SERVICE_UNAVAILABLE,
+    "E_DISK": HTTPStatus.SERVICE_UNAVAILABLE,
+    "E_LINK": HTTPStatus.SERVICE_UNAVAILABLE,
+    "E_EXTRA": HTTPStatus.NOT_IMPLEMENTED,
+}
+"""Error code to HTTP status; any other code is a fault of the coordinator (500)."""
+
+Body = TypeVar("Body")
+
+
+class Operations(Protocol):
+    """What an operator can ask of a coordinator. Every method raises LiberataiErrors only.
+
+    Unknown names raise NotFoundError; settings with faults raise ConfigError.
+    """
+
+    async def health(self) -> dict[str, Any]:
+        """Return what the coordinator says about itself: fleet, epoch, link, counts."""
+
+    async def devices(self) -> list[DeviceView]:
+        """Return all devices, sorted by name."""
+
+    async def device(self, device: str, /) -> DeviceView:
+        """Return one device."""
+
+    async def approve(self, device: str, /) -> DeviceView:
+        """Let a pending device in; idempotent."""
+
+    async def quarantine(self, device: str, reason: str, /) -> DeviceView:
+        """Shut a device out: what it sends is refused from now on."""
+
+    async def release(self, device: str, /) -> DeviceView:
+        """Let a quarantined device in again."""
+
+    async def create_job(self, yaml_text: str, base_dir: str, /) -> JobView:
+        """Create and start a job; relative paths in its YAML start from `base_dir`."""
+
+    async def jobs(self) -> list[JobView]:
+        """Return all jobs, oldest first."""
+
+    async def job(self, name: str, /) -> JobView:
+        """Return one job with its rounds."""
+
+    async def pause(self, name: str, /) -> JobView:
+        """Open no further round of this job until `resume`."""
+
+    async def resume(self, name: str, /) -> JobView:
+        """Go on with a paused job."""
+
+    async def abort(self, name: str, /) -> JobView:
+        """End a job for good; its versions stay."""
+
+    async def plan(self, job_name: str | None, yaml_text: str | None, /) -> PlanView:
+        """Return a job's plan, or (dry run) that of one only described; the newest job's if none is given."""
+
+    async def models(self) -> list[VersionView]:
+        """Return the newest version of every model."""
+
+    async def log(self, model: str, /) -> list[VersionView]:
+        """Return all versions of a model, newest first."""
+
+    async def version(self, model: str, ref: str, /) -> VersionView:
+        """Return one version by number, tag or "latest"."""
+
+    async def ensemble(self, model: str, ref: str, /) -> EnsembleView:
+        """Return how the structures of a version are combined."""
+
+    async def weights(self, model: str, ref: str, structure: str, /) -> tuple[Structure, DataContract, bytes]:
+        """Return one structure of a version: float32, little-endian, in the order of the flat vector."""
+
+    async def sizes(self, model: str, ref: str, structure: str, /) -> SizesView:
+        """Return where the bytes of one structure's files go."""
+
+    async def commit_variant(
+        self, model: str, ref: str, manifest: VariantManifest, file: bytes, /
+    ) -> VariantView:
+        """Check a variant of a version and store it; the same one again is stored once."""
+
+    async def variants(self, model: str, ref: str, /) -> list[VariantView]:
+        """Return the variants of a version, the smallest first."""
+
+    async def variant(self, model: str, prefix: str, /) -> VariantDetail:
+        """Return one variant by the beginning of its id."""
+
+    async def variant_file(self, model: str, prefix: str, /) -> bytes:
+        """Return the file of a variant, by the beginning of its id."""
+
+
+def make_app(operations: Operations) -> FastAPI:
+    """Return the web application that answers from `operations`."""
+    app = FastAPI(title="LiberatAI coordinator", version="1", docs_url=None, redoc_url=None)
+    _add_errors(app)
+    _add_devices(app, operations)
+    _add_jobs(app, operations)
+    _add_models(app, operations)
+    _add_variants(app, operations)
+
+    @app.get("/v1/health", **_shows(dict[str, Any]))
+    async def health() -> Response:
+        """What the coordinator says about itself."""
+        return _json(await operations.health())
+
+    _add_schemas(app)
+    return app
+
+
+def _add_devices(app: FastAPI, operations: Operations) -> None:
+    @app.get("/v1/devices", **_shows(list[DeviceView]))
+    async def devices() -> Response:
+        """All devices."""
+        return _json(await operations.devices())
+
+    @app.get("/v1/devices/{name}", **_shows(DeviceView))
+    async def device(name: str) -> Response:
+        """One device."""
+        return _json(await operations.device(name))
+
+    @app.post("/v1/devices/{name}/approve", **_shows(DeviceView))
+    async def approve(name: str) -> Response:
+        """Let a device in."""
+        return _json(await operations.approve(name))
+
+    @app.post("/v1/devices/{name}/quarantine", **_shows(DeviceView, Reason))
+    async def quarantine(name: str, request: Request) -> Response:
+        """Shut a device out."""
+        wanted = await _body(request, Reason)
+        return _json(await operations.quarantine(name, wanted.reason))
+
+    @app.post("/v1/devices/{name}/release", **_shows(DeviceView))
+    async def release(name: str) -> Response:
+        """Let a quarantined device in again."""
+        return _json(await operations.release(name))
+
+
+def _add_jobs(app: FastAPI, operations: Operations) -> None:
+    @app.get("/v1/jobs", **_shows(list[JobView]))
+    async def jobs() -> Response:
+        """All jobs."""
+        return _json(await operations.jobs())
+
+    @app.post("/v1/jobs", **_shows(JobView, JobRequest, status=HTTPStatus.CREATED))
+    async def create_job(request: Request) -> Response:
+        """Create a job from its YAML."""
+        wanted = await _body(request, JobRequest)
+        return _json(await operations.create_job(wanted.yaml, wanted.base_dir), HTTPStatus.CREATED)
+
+    @app.get("/v1/jobs/{name}", **_shows(JobView))
+    async def job(name: str) -> Response:
+        """One job with its rounds."""
+        return _json(await operations.job(name))
+
+    @app.post("/v1/jobs/{name}/pause", **_shows(JobView))
+    async def pause(name: str) -> Response:
+        """Open no further round."""
+        return _json(await operations.pause(name))
+
+    @app.post("/v1/jobs/{name}/resume", **_shows(JobView))
+    async def resume(name: str) -> Response:
+        """Go on with a paused job."""
+        return _json(await operations.resume(name))
+
+    @app.post("/v1/jobs/{name}/abort", **_shows(JobView))
+    async def abort(name: str) -> Response:
+        """End a job for good."""
+        return _json(await operations.abort(name))
+
+    @app.post("/v1/plan", **_shows(PlanView, PlanRequest))
+    async def plan(request: Request) -> Response:
+        """Which device gets which variant, and why."""
+        wanted = await _body(request, PlanRequest)
+        if wanted.job is not None and wanted.yaml is not None:
+            raise SchemaError("plan: give a job or a yaml, not both")
+        return _json(await operations.plan(wanted.job, wanted.yaml))
+
+
+def _add_models(app: FastAPI, operations: Operations) -> None:
+    @app.get("/v1/models", **_shows(list[VersionView]))
+    async def models() -> Response:
+        """The newest version of every model."""
+        return _json(await operations.models())
+
+    @app.get("/v1/models/{model}/versions", **_shows(list[VersionView]))
+    async def log(model: str) -> Response:
+        """All versions of a model."""
+        return _json(await operations.log(model))
+
+    @app.get("/v1/models/{model}/versions/{ref}", **_shows(VersionView))
+    async def version(model: str, ref: str) -> Response:
+        """One version by number, tag or "latest"."""
+        return _json(await operations.version(model, ref))
+
+    @app.get("/v1/models/{model}/versions/{ref}/ensemble", **_shows(EnsembleView))
+    async def ensemble(model: str, ref: str) -> Response:
+        """How the structures of a version are combined."""
+        return _json(await operations.ensemble(model, ref))
+
+    @app.get("/v1/models/{model}/versions/{ref}/structures/{structure}/weights")
+    async def weights(model: str, ref: str, structure: str) -> Response:
+        """Weights of one structure: a msgpack map with structure, data, sha256 and float32 weights."""
+        shape, data, content = await operations.weights(model, ref, structure)
+        sha256 = hashlib.sha256(content).digest()
+        envelope = Weights(structure=shape, data=data, sha256=sha256, weights=content)
+        return Response(msgspec.msgpack.encode(envelope), media_type="application/octet-stream")
+
+
+def _add_variants(app: FastAPI, operations: Operations) -> None:
+    @app.get("/v1/models/{model}/versions/{ref}/structures/{structure}/sizes", **_shows(SizesView))
+    async def sizes(model: str, ref: str, structure: str) -> Response:
+        """Where the bytes of one structure's files go."""
+        return _json(await operations.sizes(model, ref, structure))
+
+    @app.get("/v1/models/{model}/versions/{ref}/variants", **_shows(list[VariantView]))
+    async def variants(model: str, ref: str) -> Response:
+        """Variants of a version, the smallest first."""
+        return _json(await operations.variants(model, ref))
+
+    @app.post(
+        "/v1/models/{model}/versions/{ref}/variants",
+        **_shows(VariantView, VariantUpload, takes="application/msgpack", status=HTTPStatus.CREATED),
+    )
+    async def commit_variant(model: str, ref: str, request: Request) -> Response:
+        """Add a variant: a msgpack map with its manifest and its file."""
+        wanted = await _body(request, VariantUpload, MAX_VARIANT_BYTES, msgspec.msgpack.decode)
+        try:
+            made = await operations.commit_variant(model, ref, wanted.manifest, wanted.file)
+        except DigestError as error:
+            # Elsewhere a wrong digest means a damaged repository; here it came in.
+            return _json(problem(error), HTTPStatus.UNPROCESSABLE_ENTITY)
+        return _json(made, HTTPStatus.CREATED)
+
+    @app.get("/v1/models/{model}/variants/{prefix}", **_shows(VariantDetail))
+    async def variant(model: str, prefix: str) -> Response:
+        """One variant by the beginning of its id, with its structure and where its bytes go."""
+        return _json(await operations.variant(model, prefix))
+
+    @app.get("/v1/models/{model}/variants/{prefix}/file", **_BYTES)
+    async def variant_file(model: str, prefix: str) -> Response:
+        """The file of a variant."""
+        content = await operations.variant_file(model, prefix)
+        return Response(content, media_type="application/octet-stream")
+
+
+# --- answers and errors --------------------------------------------------------------------------
+
+
+def _json(value: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+def problem(error: LiberataiError) -> Problem:
+    """Return an error as it is shown."""
+    if isinstance(error, ConfigError):
+        return Problem(code=error.code, message=str(error), where=error.where, faults=tuple(error.faults))
+    return Problem(code=error.code, message=str(error))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(LiberataiError)
+    async def known(_request: Request, error: LiberataiError) -> Response:
+        return _json(problem(error), STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        code = NotFoundError.code if error.status_code == HTTPStatus.NOT_FOUND else SchemaError.code
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        return _json(Problem(code=code, message=text), HTTPStatus(error.status_code))
+
+    @app.exception_handler(Exception)
+    async def unknown(_request: Request, error: Exception) -> Response:
+        # The server logs the traceback; the text alone may hold what is nobody's business.
+        text = f"the coordinator failed ({type(error).__name__}); its log has the reason"
+        return _json(Problem(code=LiberataiError.code, message=text), HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+async def _body(
+    request: Request,
+    wanted: type[Body],
+    max_bytes: int = MAX_BODY_BYTES,
+    decode: Callable[..., Any] = msgspec.json.decode,
+) -> Body:
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > max_bytes:
+            raise TooLargeError(f"request of more than {max_bytes} bytes")
+    empty = msgspec.json.encode({}) if decode is msgspec.json.decode else msgspec.msgpack.encode({})
+    try:
+        body: Body = decode(bytes(content) or empty, type=wanted)
+    except LiberataiError:
+        raise
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
+        raise SchemaError(f"request: {error}") from None
+    return body
+
+
+# --- OpenAPI: FastAPI reads pydantic models; ours are msgspec Structs ----------------------------
+
+_REFERENCE = "#/components/schemas/{name}"
+
+
+_PROBLEM = {
+    "description": "Error",
+    "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(name="Problem")}}},
+}
+_BYTES: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        "default": _PROBLEM,
+    },
+}
+"""Arguments of a route that answers with bytes."""
+
+
+def _shows(
+    answer: Any,
+    body: Any = None,
+    *,
+    takes: str = "application/json",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> dict[str, Any]:
+    """Return the arguments of a route that describe its answer and its body."""
+    (schema, *bodies), _ = msgspec.json.schema_components(
+        [answer] if body is None else [answer, body], ref_template=_REFERENCE
+    )
+    described: dict[str, Any] = {
+        "response_class": Response,
+        "status_code": int(status),
+        "responses": {
+            int(status): {"content": {"application/json": {"schema": schema}}},
+            "default": _PROBLEM,
+        },
+    }
+    if bodies:
+        content = {takes: {"schema": bodies[0]}}
+        described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+    return described
+
+
+def _add_schemas(app: FastAPI) -> None:
+    types = [
+        DeviceView,
+        EnsembleView,
+        JobView,
+        PlanView,
+        SizesView,
+        VariantDetail,
+        VariantView,
+        VersionView,
+        Problem,
+        Reason,
+        JobRequest,
+        PlanRequest,
+        VariantUpload,
+    ]
+    _, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    described = app.openapi()
+    described.setdefault("components", {}).setdefault("schemas", {}).update(components)
+
+
+# --- the listener --------------------------------------------------------------------------------
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: stopping is the service's decision."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+async def serve_uds(app: FastAPI, path: Path) -> None:
+    """Answer on a Unix socket of mode 0600 until cancelled; then finish what is under way.
+
+    Raises:
+        LockedError: somebody answers on this socket already.
+        ConfigError: the path is too long, or is no socket.
+    """
+    listener = _bind(path)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await task
+        raise
+    finally:
+        listener.close()
+        _remove(path)
+
+
+def _bind(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise ConfigError("socket", [f"{path}: longer than {MAX_SOCKET_PATH} bytes; choose a shorter path"])
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # On Linux the mode of the open descriptor becomes the mode of the file that bind makes: there is
+        # no moment in which anybody else could connect, and the process's umask stays alone.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(str(path))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError("socket", [f"{path}: {error.strerror}"]) from None
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError("socket", [f"{path}: is there already and is no socket; remove it"])
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            _remove(path)  # left behind by a coordinator that was killed
+            return
+        except OSError as error:
+            raise ConfigError("socket", [f"{path}: {error.strerror or error}"]) from None
+    raise LockedError(f"{path}: another coordinator answers on this socket; stop it first")
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The brokers that a demo or a test starts: Mosquitto, or the embedded one."""

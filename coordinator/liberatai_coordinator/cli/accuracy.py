@@ -1,0 +1,134 @@
+"""What `liberatai jobs show` says of accuracy on devices and on the coordinator's labels, and who decided."""
+
+from dataclasses import dataclass
+
+from liberatai_coordinator.cli.kit import Column, Output, clean, show
+from liberatai_coordinator.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table. None: not measured."""
+
+    what: str
+    name: str = ""
+    devices: str = ""
+    held_out: int | None = None
+    local: float | None = None
+    central: float | None = None
+    test: float | None = None
+
+
+def explained(job: JobView) -> list[str]:
+    """Return how the newest version came about: by which rule, which ensemble, what the guard decided.
+
+    And what the job goes without.
+    """
+    lacks = [f"without {one}" for one in job.lacks]
+    made = next((one for one in reversed(job.rounds) if one.ensemble), None)
+    if made is None:
+        return lacks
+    answers = "all structures together" if made.use == "ensemble" else f"{made.use} alone"
+    return [
+        f"round {made.round} merged by {clean(made.merged)}",
+        f"ensemble: {made.ensemble}; answers: {clean(answers)}",
+        f"guard: {clean(made.guard)}",
+        *lacks,
+    ]
+
+
+def show_accuracy(job: JobView, output: Output) -> None:
+    """Write the newest figures as a table; nothing if there are none."""
+    local, central, test = newest(job.rounds)
+    found = rows(local, central, test)
+    if not found:
+        return
+    print()
+    print("; ".join(_sources(local, central, test)))
+    show(found, _columns(local, central, test), output)
+
+
+def rows(local: LocalView | None, central: CentralView | None, test: CentralView | None) -> list[Row]:
+    """Return the lines of the table: structures, the ensemble, all devices, profiles, the worst tenth."""
+    ids = {sid for one in (local, central, test) if one for sid in one.structures}
+    told = local.structures if local else {}
+    found = [
+        _row("structure", sid, told.get(sid), central=_of(central, sid), test=_of(test, sid))
+        for sid in sorted(ids)
+    ]
+    if central or test:
+        found.append(
+            Row(
+                what="ensemble",
+                central=central.ensemble if central else None,
+                test=test.ensemble if test else None,
+            )
+        )
+    if local:
+        found.append(_row("all devices", "", local.all))
+        found += [_row("profile", name, one) for name, one in sorted(local.profiles.items())]
+        if local.worst:
+            count = f"{local.worst.devices} of {local.worst.of}"
+            found.append(Row(what="worst 10 %", devices=count, local=local.worst.accuracy))
+    return found
+
+
+def _row(
+    what: str, name: str, told: ScoreView | None, *, central: float | None = None, test: float | None = None
+) -> Row:
+    return Row(
+        what=what,
+        name=name,
+        devices=str(told.devices) if told else "",
+        held_out=told.total if told else None,
+        local=told.accuracy if told else None,
+        central=central,
+        test=test,
+    )
+
+
+def _of(found: CentralView | None, sid: str) -> float | None:
+    return found.structures.get(sid) if found else None
+
+
+def _sources(local: LocalView | None, central: CentralView | None, test: CentralView | None) -> list[str]:
+    told = []
+    if local:
+        late = f" ({local.late} of {local.all.devices} devices: an older one)" if local.late else ""
+        told.append(f"local: version {local.version}{late} on what devices hold out")
+    if central:
+        told.append(f"central: version {central.version} on the guard's {central.samples} labels")
+    if test:
+        told.append(f"test: version {test.version} on {test.samples} labels that decide nothing")
+    return told
+
+
+def _columns(
+    local: LocalView | None, central: CentralView | None, test: CentralView | None
+) -> list[Column[Row]]:
+    columns: list[Column[Row]] = [
+        Column("ACCURACY OF", lambda row: row.what),
+        Column("NAME", lambda row: row.name),
+    ]
+    if local:
+        columns += [
+            Column("DEVICES", lambda row: row.devices, right=True),
+            Column("HELD OUT", lambda row: "" if row.held_out is None else str(row.held_out), right=True),
+            Column("LOCAL", lambda row: percent(row.local), right=True),
+        ]
+    if central:
+        columns.append(Column("CENTRAL", lambda row: percent(row.central), right=True))
+    if test:
+        columns.append(Column("TEST", lambda row: percent(row.test), right=True))
+    return columns
+
+
+def percent(share: float | None) -> str:
+    """Return an accuracy for people; "" if there is none."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def of_round(view: RoundView) -> float | None:
+    """Return what the version of a round answers right: on test labels, else on the guard's."""
+    best = view.test or view.central
+    return best.ensemble if best else None

@@ -1,0 +1,1 @@
+"""What any client of the API imports."""

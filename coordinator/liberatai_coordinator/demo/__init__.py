@@ -1,0 +1,1 @@
+"""The demo: eight unlike devices on this machine."""

@@ -1,0 +1,1 @@
+"""What devices say: checked, decided, stored, answered."""

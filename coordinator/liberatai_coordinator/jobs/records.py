@@ -1,0 +1,169 @@
+"""What the ledger keeps for a job beside its own columns, and how the API shows it."""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Final
+
+import msgspec
+
+from liberatai_coordinator.models.updates import decode_update
+from liberatai_coordinator.rounds import round as deciding
+from liberatai_coordinator.rounds import selection
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import RoundRow, StoredUpdate
+from liberatai_coordinator.views import CentralView, ContributionView, LocalView, RoundView
+from liberatai_core.aggregator import rules
+
+MAX_CONTRIBUTIONS: Final = 20
+"""Shown of one device: enough to see a habit, and the rest of a long job stays in the ledger."""
+
+
+class Contribution(msgspec.Struct, frozen=True, array_like=True):
+    """`aggregator.rules.Contribution` of one device; some 30 bytes."""
+
+    verdict: str
+    norm: float
+    cosine: float
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished round took, and how it was merged.
+
+    Attributes:
+        rule: by which updates were merged.
+        ensemble, use: method that found the weights, and what the guard chose.
+        frozen: per structure that merged nothing, why.
+        untaught: per structure that teaching made worse, by how much.
+        contributions: per device.
+        local, central, test: see `RoundView`; absent in rounds of a release that did not know them.
+    """
+
+    seconds: float = 0.0
+    train_seconds_max: float = 0.0
+    teach_seconds: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    guard: str = ""
+    rule: str = ""
+    ensemble: str = ""
+    use: str = ""
+    frozen: dict[str, str] = {}
+    untaught: dict[str, str] = {}
+    contributions: dict[str, Contribution] = {}
+    local: LocalView | None = None
+    central: CentralView | None = None
+    test: CentralView | None = None
+
+    @property
+    def merged(self) -> str:
+        """How the round was merged, in words."""
+        if not self.rule:
+            return ""
+        counts = Counter(one.verdict for one in self.contributions.values())
+        told = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
+        return "; ".join(
+            [
+                f"{self.rule}: {told}",
+                *(f"{sid} frozen: {why}" for sid, why in self.frozen.items()),
+                *(f"{sid} not taught: {why}" for sid, why in self.untaught.items()),
+            ]
+        )
+
+
+def kept(contributions: Mapping[str, rules.Contribution]) -> dict[str, Contribution]:
+    """Return what the ledger keeps of contributions, by device: seven digits, as float32 has."""
+    return {
+        device: Contribution(one.verdict, float(f"{one.norm:.7g}"), round(one.cosine, 6))
+        for device, one in sorted(contributions.items())
+    }
+
+
+def contribution_views(ledger: Ledger, device: str) -> tuple[ContributionView, ...]:
+    """Return what a device's newest merged updates gave, the newest first; (): none was merged yet."""
+    by_job = [_contributions(ledger, job.name, device) for job in ledger.jobs()]
+    newest = heapq.merge(*by_job, key=lambda found: found[0], reverse=True)
+    return tuple(view for _, view in islice(newest, MAX_CONTRIBUTIONS))
+
+
+def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, ContributionView]]:
+    """Yield (time of its round, what it gave) of one job, the newest first."""
+    for row in reversed(ledger.rounds(job)):
+        given = _stats(row).contributions.get(device)
+        if given is not None:
+            yield (
+                row.opened_s,
+                ContributionView(
+                    job=job, round=row.round, verdict=given.verdict, norm=given.norm, cosine=given.cosine
+                ),
+            )
+
+
+def _stats(row: RoundRow) -> Stats:
+    return msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
+
+
+def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> tuple[RoundView, ...]:
+    """Return a job's rounds; `now` is the one that is open."""
+    return tuple(_round_view(ledger, row, now) for row in ledger.rounds(job))
+
+
+def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> RoundView:
+    stats = _stats(row)
+    invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    is_open = now is not None and now.number == row.round
+    updates = len(now.stored) if now is not None and is_open else len(ledger.update_ids(row.job, row.round))
+    return RoundView(
+        round=row.round,
+        state=row.state,
+        invited=len(invited),
+        updates=updates,
+        seconds=stats.seconds,
+        train_seconds_max=stats.train_seconds_max,
+        teach_seconds=stats.teach_seconds,
+        up_bytes=stats.up_bytes,
+        down_bytes=stats.down_bytes,
+        reason=row.reason or "; ".join(f"{sid} frozen: {why}" for sid, why in stats.frozen.items()),
+        guard=stats.guard,
+        merged=stats.merged,
+        ensemble=stats.ensemble,
+        use=stats.use,
+        local=stats.local,
+        central=stats.central,
+        test=stats.test,
+    )
+
+
+def invited_in(row: RoundRow) -> list[deciding.Invitation]:
+    """Return the invitations that a round made itself."""
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    return [one for one in listed if one.round in (0, row.round)]
+
+
+def with_round(
+    history: selection.History, row: RoundRow, stored: Sequence[StoredUpdate]
+) -> selection.History:
+    """Return a history with one round more.
+
+    Args:
+        history: up to the round before.
+        row: the round.
+        stored: its updates, with their frames.
+    """
+    devices = dict(history.devices)
+    for one in invited_in(row):
+        past = devices.get(one.device, selection.Past())
+        devices[one.device] = msgspec.structs.replace(past, invited=past.invited + 1)
+    listed = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+    opened = {one.device: one.opened_s or row.opened_s for one in listed}
+    for found in stored:
+        update = decode_update(found.frame)
+        devices[found.device] = msgspec.structs.replace(
+            devices.get(found.device, selection.Past()),
+            round=row.round,
+            loss=update.loss,
+            samples=update.samples,
+            seconds=max(0.0, found.received_s - opened.get(found.device, row.opened_s)),
+        )
+    return selection.History(round=row.round, devices=devices)

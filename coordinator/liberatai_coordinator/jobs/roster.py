@@ -1,0 +1,286 @@
+"""Who takes part in a job: what every device was given, whom a round may invite, and how much each may send.
+
+What must outlive a restart is in the ledger: the plan, the sizes of keyframes, the history of participations.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.fleet import plan
+from liberatai_coordinator.fleet.devices import Device, Fleet
+from liberatai_coordinator.jobs.records import invited_in, with_round
+from liberatai_coordinator.models.members import derive_seed
+from liberatai_coordinator.rounds import round as deciding
+from liberatai_coordinator.rounds import selection
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import RoundRow
+from liberatai_core.errors import DataError, NotFoundError
+
+log = logging.getLogger(__name__)
+
+LINK_ROUNDS, LINK_S = 20, 3600.0
+"""A device whose measured link is too slow is invited all the same after so many rounds or seconds: only
+transfers show whether the link has recovered."""
+
+GAPS = 20
+"""Participations behind the mean time between them."""
+
+MAX_TOLD = 5
+"""Devices named where a job says what it waits for."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Roster:
+    """The devices of one job.
+
+    Attributes:
+        published: returns the number of the newest version.
+        candidates: what the plan knows of the job's structures, by id.
+        assigned: who got what, by device.
+        keyframe_bytes: per structure, what a keyframe may take.
+        history: of participations, for selection.
+        trying: invited to the open round although their links were too slow when last measured.
+    """
+
+    job: JobSpec
+    ledger: Ledger
+    fleet: Fleet
+    published: Callable[[], int]
+    candidates: dict[str, plan.Candidate] = field(default_factory=dict)
+    assigned: dict[str, plan.Assignment] = field(default_factory=dict)
+    keyframe_bytes: dict[str, int] = field(default_factory=dict)
+    history: selection.History = field(default_factory=selection.History)
+    trying: set[str] = field(default_factory=set)
+    _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
+    _tried: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    # --- the plan ------------------------------------------------------------------------------
+
+    def recall(self) -> None:
+        """Read the plan from the ledger."""
+        stored = self.ledger.job_value(self.job.name, "plan")
+        if stored is not None:
+            for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
+                self.assigned[assigned.device] = assigned
+        sizes = self.ledger.job_value(self.job.name, "keyframes")
+        if sizes is not None:
+            self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
+
+    def recall_rounds(self, rows: Sequence[RoundRow]) -> None:
+        """Read from these rounds and from the ledger who was invited when."""
+        self._invited_s = {}
+        for row in rows[-GAPS * GAPS :]:
+            self.note_invited(row)
+        history = self.ledger.job_value(self.job.name, "history")
+        if history is not None:
+            self.history = msgspec.msgpack.decode(history, type=selection.History)
+
+    def make(self) -> None:
+        """Give every device that is there a structure, and store that.
+
+        Raises:
+            DataError: no device can take part; says why for each.
+        """
+        known = [device.capability for device in self.fleet.ready() if device.capability]
+        made = plan.make_plan(self.job, list(self.candidates.values()), known)
+        self.assigned = dict(made.assignments)
+        if not made.keyframe_bytes:
+            reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
+            raise DataError(f"no device can take part: {reasons}")
+        self.keyframe_bytes = dict(made.keyframe_bytes)
+        self._store()
+
+    def _store(self) -> None:
+        plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
+        self.ledger.set_job_value(self.job.name, "plan", plan_bytes)
+        self.ledger.set_job_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
+
+    def assign_newcomers(self) -> None:
+        """Give devices that came later, or could not take part, one of the structures that the job has."""
+        present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
+        changed = False
+        for device in self.fleet.ready():
+            before = self.assigned.get(device.id)
+            if device.capability is None or (before is not None and before.structure):
+                continue
+            made = plan.assign(self.job, present, device.capability)
+            room = made.budget_bytes or self.keyframe_bytes.get(made.structure, 0)
+            if made.structure and self.keyframe_bytes[made.structure] > room:
+                why = f"the keyframe is larger than its storage: {made.why}"
+                made = replace(made, structure="", why=why)
+            self.assigned[device.id] = made
+            changed = changed or made != before
+        if changed:
+            self._store()
+
+    def taking(self) -> list[tuple[str, str]]:
+        """Return every (device, structure) of the plan."""
+        return [(device, one.structure) for device, one in self.assigned.items() if one.structure]
+
+    # --- what a device can bear ----------------------------------------------------------------
+
+    def room(self, device: str) -> int:
+        """Return what a device's files may take: as planned, or less if it has less now; 0: no limit."""
+        known = self.fleet.devices.get(device)
+        now = known.capability.storage_bytes if known and known.capability else 0
+        return min((size for size in (self.assigned[device].budget_bytes, now) if size), default=0)
+
+    def tightest(self) -> dict[str, int]:
+        """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
+        limits: dict[str, int] = {}
+        for assigned in self.assigned.values():
+            if assigned.structure and assigned.budget_bytes:
+                least = limits.get(assigned.structure, assigned.budget_bytes)
+                limits[assigned.structure] = min(least, assigned.budget_bytes)
+        return limits
+
+    def spacing_s(self, device: str) -> float:
+        """Return the time between two participations of a device, for its quota: measured if it took part."""
+        times = self._invited_s.get(device)
+        gap_s = max(0.0, time.time() - times[0]) / len(times) if times else None
+        # A gap of no time at all is none that was measured.
+        return plan.spacing_s(self.job, self.job.rounds.count - self.published(), gap_s or None)
+
+    def task_density(self, device: str, download_bytes: int) -> float:
+        """Return the share of the parameters that an invited device sends, above 0.
+
+        Args:
+            device: with a structure.
+            download_bytes: that it fetches first.
+        """
+        assigned = self.assigned[device]
+        candidate = self.candidates.get(assigned.structure)
+        return (
+            # A download that is too much for now is no reason to let an invited device send nothing.
+            self._density(device, download_bytes, warm=True)
+            or self._density(device)
+            or (plan.least_density(candidate) if candidate else assigned.density)
+        )
+
+    def _density(self, device: str, download_bytes: int | None = None, *, warm: bool = False) -> float:
+        """Return the share of the parameters that a device's link carries now; 0: it cannot take part.
+
+        Args:
+            device: with a structure.
+            download_bytes: see `plan.density`.
+            warm: whether it may be more than usual in the job's first rounds.
+        """
+        assigned, known = self.assigned[device], self.fleet.devices.get(device)
+        candidate = self.candidates.get(assigned.structure)
+        if candidate is None or known is None or known.capability is None:
+            return assigned.density
+        if warm:
+            candidate = plan.warmed(self.job, candidate, self.published() + 1)
+        return plan.density(
+            self.job,
+            candidate,
+            known.capability,
+            download_bytes=download_bytes,
+            round_s=self.spacing_s(device),
+        )[0]
+
+    # --- whom a round invites ------------------------------------------------------------------
+
+    def ready(self, number: int) -> list[Device]:
+        """Return the devices that may be invited to this round.
+
+        Warm-up does not matter: it only raises densities.
+        """
+        return [device for device in self.fleet.ready() if self._takes_part(device.id, number)]
+
+    def _takes_part(self, device: str, number: int) -> bool:
+        assigned = self.assigned.get(device)
+        if assigned is None or not assigned.structure:
+            return False
+        if self._density(device) > 0:
+            self._tried.pop(device, None)
+            return True
+        return self._is_due(device, number)
+
+    def _is_due(self, device: str, number: int) -> bool:
+        """Whether it is time to try a link again that was measured to be too slow."""
+        known = self.fleet.devices[device].capability
+        candidate = self.candidates.get(self.assigned[device].structure)
+        if known is None or candidate is None or not plan.may_recover(known):
+            return False
+        unmetered = msgspec.structs.replace(known, day_quota_bytes=0)
+        if plan.density(self.job, candidate, unmetered)[0] > 0:
+            return False  # the quota is too small, not the link
+        since, since_s = self._tried.setdefault(device, (number, time.monotonic()))
+        return number - since >= LINK_ROUNDS or time.monotonic() - since_s >= LINK_S
+
+    def remember(self, number: int) -> None:
+        """Add the rounds before this one to the history, from what the ledger has of them."""
+        rows = [r for r in self.ledger.rounds(self.job.name) if self.history.round < r.round < number]
+        for row in rows:
+            try:
+                stored = self.ledger.updates(self.job.name, row.round)
+            except NotFoundError:  # pruned: only rounds from before a long pause of this record
+                stored = []
+            self.history = with_round(self.history, row, stored)
+        if rows:
+            self.ledger.set_job_value(self.job.name, "history", msgspec.msgpack.encode(self.history))
+
+    def choose(self, number: int, ready: Iterable[Device], wanted: int) -> list[Device]:
+        """Return so many of those that are ready, and note which links are only tried again."""
+        names = selection.choose(
+            self.job.rounds.select,
+            [device.id for device in ready],
+            wanted,
+            past=self.history.devices,
+            seed=derive_seed(self.job.seed, "participants", number),
+            number=number,
+            sample_cap=self.job.aggregate.sample_cap,
+            preferred_s=self.job.rounds.deadline_s * plan.DEADLINE_SHARE,
+        )
+        self.trying = {name for name in names if name in self._tried}
+        self._tried |= dict.fromkeys(self.trying, (number, time.monotonic()))
+        return [self.fleet.devices[name] for name in names]
+
+    def note_invited(self, row: RoundRow) -> None:
+        """Note when the devices of a round were invited to it."""
+        for one in invited_in(row):
+            self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
+
+    def standing(self, version: int, ready: set[str]) -> list[deciding.Invitation]:
+        """Return the invitations of the newest round that are still to be answered (buffered jobs).
+
+        Args:
+            version: the newest.
+            ready: devices that could take another task.
+        """
+        rows = self.ledger.rounds(self.job.name)
+        if not rows:
+            return []
+        approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
+        invited = msgspec.msgpack.decode(rows[-1].invited, type=list[deciding.Invitation])
+        return deciding.standing(
+            [one for one in invited if one.device in approved],
+            set(self.ledger.update_ids(self.job.name, rows[-1].round)),
+            version=version,
+            max_staleness=self.job.rounds.max_staleness,
+            free=ready,
+            opened_after_s=time.time() - self.job.rounds.deadline_s,
+        )
+
+    def waiting(self) -> str:
+        """Return what speaks against every device that is there."""
+        told = []
+        for device in self.fleet.ready()[:MAX_TOLD]:
+            given = self.assigned.get(device.id)
+            if given is not None:
+                now = plan.by_link(
+                    self.job,
+                    list(self.candidates.values()),
+                    given,
+                    device.capability,
+                    round_s=self.spacing_s(device.id),
+                )
+                told.append(f"{device.id}: {now.link if now.structure else now.why}")
+        return "waits: no device can take part" + (f" ({'; '.join(told)})" if told else "")

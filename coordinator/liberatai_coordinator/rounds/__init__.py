@@ -1,0 +1,1 @@
+"""One round: who is asked, what is refused, when it closes; pure decisions."""

@@ -1,0 +1,1 @@
+"""What survives every crash: the ledger and the repository."""
