@@ -62,6 +62,7 @@ MINIMAL: dict[type[m.Message], m.Message] = {
     m.Report: m.Report(device="dev-1", session=7, phase="idle"),
     m.Telemetry: m.Telemetry(device="dev-1", session=7),
     m.Event: m.Event(device="dev-1", session=7, number=0, name="started"),
+    m.EpochSeen: m.EpochSeen(device="dev-1", session=7, word=b"\x00\x01\x02\xff"),
     m.Offer: m.Offer(
         device="dev-1",
         transfer=BLOB,
@@ -98,6 +99,7 @@ MINIMAL: dict[type[m.Message], m.Message] = {
     m.Cancel: m.Cancel(device="dev-1", epoch=2, coordinator="co1", job="digits", round=5),
     m.Credit: m.Credit(device="dev-1", transfer=BLOB, have=b"\x05", chunks=4),
     m.Receipt: m.Receipt(device="dev-1", update_id=ID16, accepted=True),
+    m.SessionSeen: m.SessionSeen(device="dev-1", session=41),
     m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000),
     m.Head: m.Head(job="digits", epoch=2, version=4, state="running", chains={}),
     m.CoordinatorState: m.CoordinatorState(coordinator="co1", state="online", epoch=2),
@@ -131,6 +133,7 @@ FULL: dict[type[m.Message], m.Message] = {
         link_measured=True,
         day_quota_bytes=50 * 2**20,
         quota_spent=True,
+        telemetry_s=300.0,
     ),
     m.Report: m.Report(
         device="dev-1", session=7, phase="training", job="digits", round=5, reason="epoch 1 of 5"

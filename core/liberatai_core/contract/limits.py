@@ -41,6 +41,12 @@ MAX_ROUND: Final = 1_000_000
 MAX_SECONDS: Final = 30 * 86_400.0
 """No deadline or duration of a round is longer than a month."""
 
+MAX_SESSION: Final = 2**52
+"""Sessions of a device: half of what a counter holds, so whoever is told of so many can still go above."""
+
+MAX_WORD_BYTES: Final = 1152
+"""The frame of a coordinator's presence, carried inside another message."""
+
 MAX_TEXT: Final = 512
 """Reasons and names: one line on an operator's screen."""
 

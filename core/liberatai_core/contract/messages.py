@@ -129,6 +129,8 @@ class Capability(Message, frozen=True, kw_only=True):
         link_measured: `up_bits_s` comes from real transfers; otherwise from the profile or the settings.
         day_quota_bytes: what the link may move in a day, both ways together; 0: no quota.
         quota_spent: today's quota is used up: no task until this changes.
+        telemetry_s: a Telemetry comes about so often: who is silent for much longer is not there, whatever
+            stands at the broker.
     """
 
     device: DeviceId
@@ -155,6 +157,7 @@ class Capability(Message, frozen=True, kw_only=True):
     link_measured: bool = False
     day_quota_bytes: Counter = 0
     quota_spent: bool = False
+    telemetry_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
 
 
 class Report(Message, frozen=True, kw_only=True, array_like=True):
@@ -190,6 +193,19 @@ class Event(Message, frozen=True, kw_only=True):
     name: Annotated[str, Meta(max_length=64)]
     code: Annotated[str, Meta(max_length=32)] = ""
     text: Text = ""
+
+
+class EpochSeen(Message, frozen=True, kw_only=True, array_like=True):
+    """Answer to a coordinator whose epoch is lower than one that its own key has signed before.
+
+    Attributes:
+        word: the whole frame of the CoordinatorState with the highest epoch that the device believes: the
+            coordinator believes its own signature, not the device.
+    """
+
+    device: DeviceId
+    session: Counter
+    word: Annotated[bytes, Meta(min_length=1, max_length=limits.MAX_WORD_BYTES)]
 
 
 class Update(Message, frozen=True, kw_only=True, array_like=True):
@@ -278,6 +294,18 @@ class Receipt(Message, frozen=True, kw_only=True, array_like=True):
     code: Annotated[str, Meta(max_length=32)] = ""
     text: Text = ""
     retry: bool = False
+
+
+class SessionSeen(Message, frozen=True, kw_only=True, array_like=True):
+    """Answer to what came from an older session than one heard before: the device was put back from a copy.
+
+    Attributes:
+        session: highest number that was heard of the device: it goes on above it. Bounded, so that room to
+            grow is left for ever.
+    """
+
+    device: DeviceId
+    session: Annotated[int, Meta(ge=1, le=limits.MAX_SESSION)]
 
 
 class BlobRef(Message, frozen=True, kw_only=True, array_like=True):
@@ -462,10 +490,12 @@ KINDS: Final[dict[int, type[Message]]] = {
     5: Event,
     6: Offer,
     7: Update,
+    8: EpochSeen,
     16: Task,
     17: Cancel,
     18: Credit,
     19: Receipt,
+    20: SessionSeen,
     32: BlobManifest,
     33: Head,
     48: CoordinatorState,
@@ -483,6 +513,8 @@ MAX_BYTES: Final[dict[type[Message], int]] = dict.fromkeys(KIND_OF, limits.MAX_C
     Report: 4096,
     Receipt: 4096,
     Credit: 2048,
+    EpochSeen: 2048,
+    SessionSeen: 1024,
     CoordinatorState: 1024,
 }
 """Largest body per kind, checked before the signature. A Text of 512 characters may take 2048 bytes."""

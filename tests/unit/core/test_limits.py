@@ -30,7 +30,11 @@ def _longest() -> Iterator[Any]:
     yield m.Credit(
         device=device, transfer=blob, have=bytes(limits.MAX_CHUNKS // 8), chunks=limits.WINDOW_CHUNKS
     )
-    yield m.CoordinatorState(coordinator=device, state="offline", epoch=big)
+    presence = m.CoordinatorState(coordinator=device, state="offline", epoch=big)
+    yield presence
+    yield m.EpochSeen(device=device, session=big, word=seal(presence, make.SIGNER))
+    yield m.EpochSeen(device=device, session=big, word=bytes(limits.MAX_WORD_BYTES))
+    yield m.SessionSeen(device=device, session=limits.MAX_SESSION)
     yield m.Capability(
         device=device,
         public_key=make.SIGNER.public_key,
@@ -67,6 +71,10 @@ def test_the_longest_message_that_its_fields_allow_fits_its_kind(message: Any) -
 @pytest.mark.parametrize("kind", [k for k in m.KIND_OF if k is not m.Update], ids=lambda kind: kind.__name__)
 def test_every_message_but_an_update_fits_into_one_packet(kind: Any) -> None:
     assert m.MAX_BYTES[kind] + HEADER_BYTES + 256 + 16 <= limits.MAX_PACKET_BYTES
+
+
+def test_every_presence_of_a_coordinator_fits_where_a_device_shows_it() -> None:
+    assert HEADER_BYTES + m.MAX_BYTES[m.CoordinatorState] <= limits.MAX_WORD_BYTES
 
 
 def test_a_single_update_and_the_largest_chunk_fit_into_one_packet() -> None:
