@@ -376,7 +376,7 @@ class Service:
                     self._coordinator = message.state
             case ("task", Task()):
                 self._require_own(message.device)
-                wanted = update_id(message.device, message.job, message.round, message.base)
+                wanted = update_id(message.device, message.job, message.round, message.base, message.run)
                 if message.task_id != wanted:
                     raise SchemaError("task_id does not name this work")
                 self._happen(on.TaskArrived(task=message))

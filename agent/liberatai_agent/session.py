@@ -163,7 +163,7 @@ class Session(Value, frozen=True, kw_only=True):
     def update_id(self) -> bytes:
         """Id of the update that the current task will give, empty without a task."""
         task = self.task
-        return b"" if task is None else update_id(self.device, task.job, task.round, task.base)
+        return b"" if task is None else update_id(self.device, task.job, task.round, task.base, task.run)
 
 
 Stepped = tuple[Session, tuple[Action, ...]]
@@ -318,7 +318,7 @@ def _assigned(s: Session, task: Task) -> Stepped:
 
 
 def _newest_task(s: Session, task: Task) -> Stepped:
-    wanted = update_id(s.device, task.job, task.round, task.base)
+    wanted = update_id(s.device, task.job, task.round, task.base, task.run)
     if any(p.update_id == wanted for p in s.pending):
         s, stopped = (s, ()) if s.update_id == wanted else _stop(s, "its update waits to be sent")
         s, sends = _send(s, wanted)

@@ -158,7 +158,9 @@ FULL: dict[type[m.Message], m.Message] = {
         sent_bytes=1000,
         received_bytes=2000,
     ),
-    m.Task: msgspec.structs.replace(MINIMAL[m.Task], held=BASE, steps=(DELTA,)),
+    m.Task: msgspec.structs.replace(
+        MINIMAL[m.Task], held=BASE, steps=(DELTA,), run=b"\x01\x02\x03\x04\x05\x06\x07\x08"
+    ),
     m.Cancel: msgspec.structs.replace(MINIMAL[m.Cancel], held=BASE, final=(DELTA,)),
     m.Receipt: m.Receipt(
         device="dev-1", update_id=ID16, accepted=False, code="E_BUSY", text="try again later", retry=True

@@ -216,7 +216,7 @@ class ScriptedDevice:
         _, body = sparsify(init(len(base)), difference, spec.structure, task.density)
         self.made += 1
         return Update(
-            update_id=update_id(self.name, task.job, task.round, task.base),
+            update_id=update_id(self.name, task.job, task.round, task.base, task.run),
             device=self.name,
             job=task.job,
             round=task.round,

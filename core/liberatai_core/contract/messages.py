@@ -78,12 +78,17 @@ def weights_name(digest: bytes) -> bytes:
     return digest[: limits.DIGEST_BYTES]
 
 
-def update_id(device: str, job: str, number: int, base: bytes) -> bytes:
+RUN_BYTES = 8
+"""Of the random name of a job's creation."""
+
+
+def update_id(device: str, job: str, number: int, base: bytes, run: bytes = b"") -> bytes:
     """Return the 16 bytes that name a device's work in a round: repeated work has the same name.
 
-    `base` names the weights that the work starts from (`weights_name`).
+    `base` names the weights that the work starts from (`weights_name`), `run` the creation of the job: a job
+    that was deleted and created again asks for new work, also where it starts from equal weights.
     """
-    return hashlib.sha256(f"{device}|{job}|{number}|".encode() + base).digest()[:16]
+    return hashlib.sha256(f"{device}|{job}|{number}|".encode() + base + run).digest()[:16]
 
 
 def work_seed(seed: int, device: str, job: str, number: int) -> int:
@@ -212,7 +217,7 @@ class Update(Message, frozen=True, kw_only=True, array_like=True):
     """A sparse, quantised difference against an exactly named base version.
 
     Attributes:
-        update_id: `update_id(device, job, round, base)`: the same work has the same id, sent ever so often.
+        update_id: `update_id(device, job, round, base, run)`: the same work has the same id, sent ever so often.
         base: name of the decoded weights that training started from.
         samples: local samples used (self-reported; the coordinator caps it).
         class_counts: samples per class, only if the job asks for it; sums, never per record.
@@ -383,13 +388,14 @@ class Task(_Path, frozen=True, kw_only=True, array_like=True):
     """Retained, one slot per device: train on this version until the deadline.
 
     Attributes:
-        task_id: names this assignment; equals `update_id(device, job, round, base)` of the answer.
+        task_id: names this assignment; equals `update_id(device, job, round, base, run)` of the answer.
         epoch: generation of the coordinator that gave it (fencing): lower ones are ignored.
         spec: the TaskSpec.
         density: share of the parameters that the update may carry.
         held: name of weights that the device holds already, from which `steps` go on; empty: the first step
             is a keyframe. A device that does not hold them says so (E_BASE).
         steps: what leads from there to the base, in order; none if the device is there already.
+        run: drawn when the job was created; empty in jobs of a release that did not draw it.
     """
 
     task_id: UpdateId
@@ -402,6 +408,7 @@ class Task(_Path, frozen=True, kw_only=True, array_like=True):
     density: Fraction
     held: Annotated[bytes, Meta(max_length=limits.DIGEST_BYTES)] = b""
     steps: Annotated[tuple[Step, ...], Meta(max_length=limits.MAX_CHAIN)] = ()
+    run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
 
     def __post_init__(self) -> None:
         """Refuse a task that leads nowhere."""
