@@ -11,48 +11,27 @@ import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
-from liberatai_coordinator.fleet import plan
+from liberatai_coordinator.config import CoordinatorConfig, JobSpec
 from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.intake.uploads import Uploads
-from liberatai_coordinator.jobs import materials as jobs
 from liberatai_coordinator.jobs.publisher import Publisher
-from liberatai_coordinator.jobs.records import contribution_views, round_views
 from liberatai_coordinator.jobs.runner import COUNTERS, Runner
-from liberatai_coordinator.models import variants
 from liberatai_coordinator.models.updates import check_update
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.repository import Repository, VariantManifest, decode_manifest
+from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import (
     DeviceRow,
     JobRow,
     StoredUpdate,
     TrafficRow,
-    VariantRow,
-    VersionRow,
 )
-from liberatai_coordinator.views import (
-    AssignmentView,
-    DeviceView,
-    EnsembleView,
-    JobState,
-    JobView,
-    PlanView,
-    SizesView,
-    StructureView,
-    VariantDetail,
-    VariantView,
-    VersionView,
-)
-from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract import limits
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, open_frame, seal
 from liberatai_core.contract.messages import (
@@ -76,15 +55,11 @@ from liberatai_core.errors import (
     DiskError,
     FrameError,
     LiberataiError,
-    NotFoundError,
     RoundUnknownError,
     SignatureError,
-    StateError,
     TopicError,
 )
 from liberatai_core.link.link import Connected, Disconnected, Link, Received
-from liberatai_core.profile import form_of
-from liberatai_core.structure import DataContract, Structure
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +124,7 @@ class Service:
                 self._counters |= msgspec.msgpack.decode(told, type=dict[str, tuple[int, int]])
         for row in rows:
             if row.state in {"waiting", "running", "paused"}:
-                self._start_job(row)
+                self.start_job(row)
         try:
             async for event in self.link.events():
                 match event:
@@ -494,7 +469,8 @@ class Service:
             counters=self._counters,
         )
 
-    def _start_job(self, row: JobRow) -> None:
+    def start_job(self, row: JobRow) -> None:
+        """Run a job of the ledger, or let it wait for its turn."""
         made = self._runner(row)
         if row.state != "paused":
             made.running.set()
@@ -545,347 +521,36 @@ class Service:
         except LiberataiError:
             log.exception("job %s could not be ended cleanly; a restart tries it again", job.job.name)
 
-    # --- operations (the API) ------------------------------------------------------------------
-
-    async def health(self) -> dict[str, Any]:
-        """Return whether the coordinator is well."""
-        return {
-            "ok": True,
-            "fleet": self.config.fleet,
-            "coordinator": self.config.coordinator,
-            "epoch": self.ledger.epoch,
-            "public_key": self.signer.public_key.hex(),
-            "broker": self.config.broker,
-            "protocol": self.connected,
-            "devices_online": len(self.fleet.ready()),
-            "uptime_s": time.time() - self.started_s,
-        }
-
-    async def devices(self) -> list[DeviceView]:
-        """Return all devices by name."""
-        return [self._device_view(device) for _, device in sorted(self.fleet.devices.items())]
-
-    async def device(self, device: str) -> DeviceView:
-        """Return one device."""
-        view = self._device_view(self.fleet.require(device))
-        given = await asyncio.to_thread(contribution_views, self.ledger, device)
-        return msgspec.structs.replace(view, contributions=given)
-
-    async def approve(self, device: str) -> DeviceView:
-        """Let a pending device in."""
-        return await self._set_status(device, "approved", "")
-
-    async def quarantine(self, device: str, reason: str) -> DeviceView:
-        """Shut a device out: nothing it sends counts from now on."""
-        return await self._set_status(device, "quarantined", reason)
-
-    async def release(self, device: str) -> DeviceView:
-        """Let a quarantined device in again."""
-        return await self._set_status(device, "approved", "")
-
-    async def _set_status(self, device: str, status: Any, reason: str) -> DeviceView:
-        changed = self.fleet.set_status(device, status, reason)
-        self.ledger.upsert_device(_row(changed))
-        self.ledger.set_device_status(device, status, reason)
-        self._fleet_changed(changed)
-        return self._device_view(changed)
-
-    async def create_job(self, yaml_text: str, base_dir: str) -> JobView:
-        """Start a job, or let it wait for its turn."""
-        job = parse_job(yaml_text, "job")
-        # Faults of the data, of families and parameters come now, not when devices are waiting.
-        await asyncio.to_thread(jobs.check, job, Path(base_dir))
-        self.ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
-        self._start_job(self.ledger.job(job.name))
-        return await self.job(job.name)
-
-    async def jobs(self) -> list[JobView]:
-        """Return all jobs, oldest first."""
-        return [self._job_view(row) for row in self.ledger.jobs()]
-
-    async def job(self, name: str) -> JobView:
-        """Return one job with its rounds."""
-        return self._job_view(self.ledger.job(name))
-
-    async def pause(self, name: str) -> JobView:
-        """Pause a job after the round that is open now."""
-        self._require_state(name, {"waiting", "running"}, "paused")
+    def pause_job(self, name: str) -> None:
+        """Open no further round of a job."""
         self.runners[name].running.clear()
         self.ledger.set_job_state(name, "paused")
-        return await self.job(name)
 
-    async def resume(self, name: str) -> JobView:
+    def resume_job(self, name: str) -> None:
         """Go on with a paused job."""
-        self._require_state(name, {"paused"}, "resumed")
         self.ledger.set_job_state(name, "running")
         self.runners[name].running.set()
-        return await self.job(name)
 
-    async def abort(self, name: str) -> JobView:
+    async def abort_job(self, name: str) -> None:
         """End a job now; its versions stay."""
-        self._require_state(name, {"waiting", "running", "paused"}, "aborted")
         self._jobs[name].cancel()
         await asyncio.gather(self._jobs[name], return_exceptions=True)
         self.ledger.set_job_state(name, "aborted", "aborted by an operator")
         await self.runners[name].stop("aborted")
-        return await self.job(name)
 
-    def _require_state(self, name: str, allowed: set[str], what: str) -> None:
-        state = self.ledger.job(name).state
-        if state not in allowed:
-            raise StateError(f"job {name} is {state}: it cannot be {what}")
+    # --- devices -------------------------------------------------------------------------------
 
-    async def plan(self, job_name: str | None, yaml_text: str | None) -> PlanView:
-        """Return a job's plan, or what a job would get now (dry run)."""
-        if yaml_text is not None:
-            return await self._dry_run(parse_job(yaml_text, "job"))
-        name = job_name or (self.ledger.jobs()[-1].name if self.ledger.jobs() else "")
-        row = self.ledger.job(name)
-        stored = self.ledger.job_value(name, "plan")
-        if stored is None:
-            return await self._dry_run(msgspec.json.decode(row.spec, type=JobSpec))
-        assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
-        sizes = self._model_sizes(name)
-        job = msgspec.json.decode(row.spec, type=JobSpec)
-        candidates = list(self.runners[name].roster.candidates.values()) if name in self.runners else []
-        if not candidates:
-            candidates, _ = await asyncio.to_thread(jobs.candidates_of, job)
-        running = self.runners.get(name)
-        current = [
-            plan.by_link(
-                job,
-                candidates,
-                a,
-                self._capability(a.device),
-                round_s=running.roster.spacing_s(a.device) if running else None,
-            )
-            for a in assigned
-        ]
-        return PlanView(
-            job=name,
-            assignments=tuple(self._assignment_view(a, sizes) for a in current),
-            structures=self._structure_views(row, assigned),
-        )
+    def set_status(self, device: str, status: Status, reason: str) -> Device:
+        """Let a device in, or shut it out.
 
-    async def _dry_run(self, job: JobSpec) -> PlanView:
-        candidates, _ = await asyncio.to_thread(jobs.candidates_of, job)
-        known = [d.capability for d in self.fleet.devices.values() if d.capability and d.status == "approved"]
-        made = plan.make_plan(job, candidates, known)
-        assigned = list(made.assignments.values())
-        views = tuple(
-            StructureView(
-                id=c.id,
-                family=c.family,
-                parameters=c.parameters,
-                smallest_bytes=c.smallest_bytes,
-                keyframe_bytes=made.keyframe_bytes.get(c.id, 0),
-                devices=sum(a.structure == c.id for a in assigned),
-            )
-            for c in candidates
-        )
-        return PlanView(
-            job=job.name,
-            assignments=tuple(self._assignment_view(a, dict(made.keyframe_bytes)) for a in assigned),
-            structures=views,
-            dry_run=True,
-        )
-
-    def _assignment_view(self, assigned: Assignment, sizes: dict[str, int]) -> AssignmentView:
-        capability = self._capability(assigned.device)
-        return AssignmentView(
-            device=assigned.device,
-            profile=capability.profile if capability else "",
-            tier=capability.tier if capability else "",
-            structure=assigned.structure,
-            variant_bytes=sizes.get(assigned.structure, 0),
-            budget_bytes=assigned.budget_bytes,
-            density=assigned.density,
-            why=assigned.why,
-            link=assigned.link,
-        )
-
-    def _capability(self, name: str) -> Capability | None:
-        device = self.fleet.devices.get(name)
-        return device.capability if device else None
-
-    def _model_sizes(self, name: str) -> dict[str, int]:
-        """Return per structure what the newest version's files take on a device; before one, the budget."""
-        versions = self.ledger.versions(name)
-        if not versions:
-            budgets = self.ledger.job_value(name, "keyframes") or b"\x80"
-            return msgspec.msgpack.decode(budgets, type=dict[str, int])
-        records = decode_manifest(max(versions, key=lambda row: row.number).manifest).structures
-        return {
-            sid: record.keyframe.size + sum(delta.size for delta in record.deltas)
-            for sid, record in records.items()
-        }
-
-    def _structure_views(self, row: JobRow, assigned: list[Assignment]) -> tuple[StructureView, ...]:
-        versions = self.ledger.versions(row.name)
-        if not versions:
-            return ()
-        records = decode_manifest(versions[-1].manifest).structures
-        return tuple(
-            StructureView(
-                id=sid,
-                family=record.structure.family,
-                parameters=record.structure.parameters,
-                smallest_bytes=smallest_bytes(record.structure),
-                keyframe_bytes=record.keyframe.size,
-                devices=sum(a.structure == sid for a in assigned),
-            )
-            for sid, record in sorted(records.items())
-        )
-
-    async def models(self) -> list[VersionView]:
-        """Return the newest version of each model."""
-        return [self._version_view(self.ledger.version(model)) for model in self.ledger.models()]
-
-    async def log(self, model: str) -> list[VersionView]:
-        """Return all versions of a model, newest first."""
-        rows = self.ledger.versions(model)
-        if not rows:
-            raise NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
-        return [self._version_view(row) for row in reversed(rows)]
-
-    async def version(self, model: str, ref: str) -> VersionView:
-        """Return one version by number, tag or "latest"."""
-        return self._version_view(self._version_row(model, ref))
-
-    async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
-        """Return a structure's weights as devices hold them: little-endian float32."""
-        manifest = decode_manifest(self._version_row(model, ref).manifest)
-        if structure not in manifest.structures:
-            raise NotFoundError(f"{model} has no structure {structure!r}: {', '.join(manifest.structures)}")
-        record = manifest.structures[structure]
-        content = await asyncio.to_thread(self.repository.get, record.view)
-        return record.structure, manifest.data, content
-
-    async def ensemble(self, model: str, ref: str) -> EnsembleView:
-        """Return how a version's structures are combined."""
-        record = decode_manifest(self._version_row(model, ref).manifest).ensemble
-        return msgspec.convert(msgspec.structs.asdict(record), EnsembleView)
-
-    async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
-        """Return where the bytes of one structure's files go."""
-        row = self._version_row(model, ref)
-        return await asyncio.to_thread(variants.sizes, self.repository, row, structure)
-
-    async def commit_variant(
-        self, model: str, ref: str, manifest: VariantManifest, file: bytes
-    ) -> VariantView:
-        """Check and store a variant of a version."""
-        row = self._version_row(model, ref)
-        made = await asyncio.to_thread(
-            variants.commit, self.ledger, self.repository, model, row, manifest, file
-        )
-        return variants.view(made)
-
-    async def variants(self, model: str, ref: str) -> list[VariantView]:
-        """Return the variants of a version, the smallest first."""
-        number = self._version_row(model, ref).number
-        return [variants.view(row) for row in self.ledger.variants(model, number)]
-
-    async def variant(self, model: str, prefix: str) -> VariantDetail:
-        """Return one variant by the beginning of its id."""
-        row = self._variant_row(model, prefix)
-        return await asyncio.to_thread(variants.detail, self.repository, row)
-
-    async def variant_file(self, model: str, prefix: str) -> bytes:
-        """Return the file of a variant."""
-        row = self._variant_row(model, prefix)
-        return await asyncio.to_thread(variants.file_of, self.repository, row)
-
-    def _variant_row(self, model: str, prefix: str) -> VariantRow:
-        self.ledger.version(model)  # an unknown model is told as such
-        return self.ledger.variant(model, prefix)
-
-    def _version_row(self, model: str, ref: str) -> VersionRow:
-        return self.ledger.version(model, int(ref) if ref.isdigit() else ref)
-
-    def _version_view(self, row: VersionRow) -> VersionView:
-        manifest = decode_manifest(row.manifest)
-        return VersionView(
-            model=row.model,
-            version=row.number,
-            id=row.id,
-            parent=row.parent,
-            created_s=row.created_s,
-            round=manifest.round,
-            updates=len(manifest.updates),
-            digests={sid: record.digest for sid, record in manifest.structures.items()},
-            bytes={
-                sid: record.keyframe.size + sum(step.size for step in record.deltas)
-                for sid, record in manifest.structures.items()
-            },
-            ensemble=manifest.ensemble.method,
-            guard=manifest.ensemble.guard,
-            tags=row.tags,
-        )
-
-    def _job_view(self, row: JobRow) -> JobView:
-        job = msgspec.json.decode(row.spec, type=JobSpec)
-        made = self.runners.get(row.name)
-        rounds = tuple(made.round_views()) if made else round_views(self.ledger, row.name)
-        stored = self.ledger.job_value(row.name, "plan")
-        assigned = msgspec.msgpack.decode(stored, type=list[Assignment]) if stored else []
-        versions = self.ledger.versions(row.name)
-        return JobView(
-            name=row.name,
-            state=msgspec.convert(row.state, JobState),
-            rounds_done=versions[-1].number if versions else 0,
-            rounds_total=job.rounds.count,
-            created_s=row.created_s,
-            reason=row.reason or (made.waits if made else ""),
-            version=versions[-1].number if versions else 0,
-            structures=self._structure_views(row, assigned),
-            rounds=rounds,
-            updates=sum(view.updates for view in rounds),
-            up_bytes=sum(view.up_bytes for view in rounds),
-            down_bytes=sum(view.down_bytes for view in rounds),
-            lacks=job.lacks,
-        )
-
-    def _device_view(self, device: Device) -> DeviceView:
-        capability, report = device.capability, device.report
-        structure = ""
-        for made in self.runners.values():
-            if device.id in made.roster.assigned:
-                structure = made.roster.assigned[device.id].structure
-        return DeviceView(
-            id=device.id,
-            status=device.status,
-            state=device.state,
-            phase=report.phase if report else "",
-            reason=device.reason or (report.reason if report else ""),
-            profile=capability.profile if capability else "",
-            tier=capability.tier if capability else "",
-            form=form_of(capability.tier, capability.runtimes) if capability else "",
-            arch=capability.arch if capability else "",
-            cores=capability.cores if capability else 0,
-            cpu_share=capability.cpu_share if capability else 0.0,
-            memory_bytes=capability.memory_bytes if capability else 0,
-            storage_bytes=capability.storage_bytes if capability else 0,
-            gflops=capability.gflops if capability else None,
-            up_bits_s=capability.up_bits_s if capability else None,
-            down_bits_s=capability.down_bits_s if capability else None,
-            link_measured=capability.link_measured if capability else False,
-            metered=capability.metered if capability else False,
-            day_quota_bytes=capability.day_quota_bytes if capability else 0,
-            quota_spent=capability.quota_spent if capability else False,
-            samples=capability.samples if capability else 0,
-            job=report.job if report else "",
-            structure=structure,
-            round=report.round if report else 0,
-            last_seen_s=device.last_seen_s,
-            agent_version=capability.agent_version if capability else "",
-            sent_bytes=device.traffic.sent_bytes,
-            received_bytes=device.traffic.received_bytes,
-            updates=device.updates,
-            round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
-            round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
-            refusals=dict(self.fleet.refusals.get(device.id, {})),
-        )
+        Raises:
+            UnknownDeviceError: nobody has heard of it.
+        """
+        changed = self.fleet.set_status(device, status, reason)
+        self.ledger.upsert_device(_row(changed))
+        self.ledger.set_device_status(device, status, reason)
+        self._fleet_changed(changed)
+        return changed
 
 
 LEAF: dict[type[Message], str] = {

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app, serve_uds
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Fleet
@@ -140,7 +141,7 @@ async def _serve(config: CoordinatorConfig) -> int:
         )
         running = asyncio.create_task(service.run())
         socket = Path(config.state_dir) / config.socket
-        api = asyncio.create_task(serve_uds(make_app(service), socket))
+        api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.integration.kit import ScriptedDevice, coordinator, job_yaml, until
 
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.jobs import records
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.models.versions import Versions
@@ -97,10 +98,10 @@ def test_the_slow_device_gates_nobody_and_its_late_update_counts_once_for_less(t
     async def scenario() -> None:
         broker = MemoryBroker()
         async with fleet_of(broker, a=3, b=3, c=0) as fleet, coordinator(broker, tmp_path) as service:
-            await service.create_job(buffered(), str(tmp_path))
+            await Operations.of(service).jobs.create(buffered(), str(tmp_path))
             await drive(fleet)
             await until(lambda: finished(service))
-            versions = await service.log("tiny")
+            versions = await Operations.of(service).models.log("tiny")
             assert [v.updates for v in versions] == [2, 2, 2, 2, 2, 0]
             counted = [decode_manifest(row.manifest).updates for row in service.ledger.versions("tiny")]
             late = fleet[2].receipts[0].update_id.hex()
@@ -136,10 +137,10 @@ def assert_version_counts(service: Service, number: int, staleness: dict[str, in
 async def undisturbed(folder: Path) -> dict[str, str]:
     broker = MemoryBroker()
     async with fleet_of(broker, a=3, b=3, c=0) as fleet, coordinator(broker, folder) as service:
-        await service.create_job(buffered(), str(folder))
+        await Operations.of(service).jobs.create(buffered(), str(folder))
         await drive(fleet)
         await until(lambda: finished(service))
-        return (await service.version("tiny", "latest")).digests
+        return (await Operations.of(service).models.version("tiny", "latest")).digests
 
 
 class Crash(BaseException):
@@ -184,14 +185,21 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
             driver = asyncio.create_task(drive(fleet))
             async with coordinator(broker, folder) as service:
                 crash_at(service, name, call, after=after)
-                await service.create_job(buffered(), str(folder))
+                await Operations.of(service).jobs.create(buffered(), str(folder))
                 await until(lambda: service._jobs["tiny"].done())
                 assert isinstance(service._jobs["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
                 await driver
-                assert (await service.version("tiny", "latest")).digests == wanted
-                assert [v.updates for v in await service.log("tiny")] == [2, 2, 2, 2, 2, 0]
+                assert (await Operations.of(service).models.version("tiny", "latest")).digests == wanted
+                assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [
+                    2,
+                    2,
+                    2,
+                    2,
+                    2,
+                    0,
+                ]
                 assert [device.accepted for device in fleet] == [4, 4, 2]
 
     run(scenario())
@@ -204,14 +212,14 @@ def test_a_kill_after_the_late_update_was_receipted_counts_it_all_the_same(tmp_p
         async with fleet_of(broker, a=3, b=3, c=0) as fleet:
             a, b, c = fleet
             async with coordinator(broker, folder) as service:
-                await service.create_job(buffered(), str(folder))
+                await Operations.of(service).jobs.create(buffered(), str(folder))
                 await until(lambda: a.round == b.round == 4)
                 await c.go(1)
                 await until(lambda: c.accepted == 1)
             async with coordinator(broker, folder) as service:
                 await drive(fleet)
                 await until(lambda: finished(service))
-                assert (await service.version("tiny", "latest")).digests == wanted
+                assert (await Operations.of(service).models.version("tiny", "latest")).digests == wanted
 
     run(scenario())
 
@@ -231,7 +239,7 @@ def test_a_late_update_that_comes_between_two_rounds_waits_for_the_next(tmp_path
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Versions, "commit", commit)
             async with fleet_of(broker, a=3, b=3, c=0) as fleet, coordinator(broker, tmp_path) as service:
-                await service.create_job(buffered(rounds=4), str(tmp_path))
+                await Operations.of(service).jobs.create(buffered(rounds=4), str(tmp_path))
                 await aggregating.wait()
                 await fleet[2].go(1)
                 await until(lambda: fleet[2].accepted == 1)
@@ -246,7 +254,9 @@ def test_an_update_that_is_too_late_is_refused_and_its_device_has_a_newer_task(t
     async def scenario() -> None:
         broker = MemoryBroker()
         async with fleet_of(broker, a=3, b=3, c=0) as fleet, coordinator(broker, tmp_path) as service:
-            await service.create_job(buffered(rounds=4, more="max_staleness: 1, "), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                buffered(rounds=4, more="max_staleness: 1, "), str(tmp_path)
+            )
             a, _, c = fleet
             await until(lambda: a.round == 4 and c.round == 3)
             first, second = c.tasks[0], c.tasks[-1]
@@ -269,7 +279,7 @@ def test_a_busy_device_that_lost_its_files_is_asked_for_the_newest_version(tmp_p
         broker = MemoryBroker()
         async with fleet_of(broker, a=0, b=1, c=1) as fleet, coordinator(broker, tmp_path) as service:
             a, b, c = fleet
-            await service.create_job(buffered(rounds=3), str(tmp_path))
+            await Operations.of(service).jobs.create(buffered(rounds=3), str(tmp_path))
             await until(lambda: b.round == c.round == 2)
             await a.go(1)
             await b.go(2)
@@ -297,7 +307,7 @@ def test_files_that_a_busy_device_was_told_to_fetch_are_made_again_after_a_resta
         async with fleet_of(broker, a=3, b=3, c=0) as fleet:
             a, b, c = fleet
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(buffered(rounds=8), str(tmp_path))
+                await Operations.of(service).jobs.create(buffered(rounds=8), str(tmp_path))
                 await until(lambda: a.round == b.round == 4)
                 await c.go(1)
                 await until(lambda: c.accepted == 1)
@@ -326,9 +336,9 @@ def test_a_version_is_made_of_what_has_come_when_the_deadline_passes(tmp_path: P
     async def scenario() -> None:
         broker = MemoryBroker()
         async with fleet_of(broker, a=99, b=0, c=0) as _, coordinator(broker, tmp_path) as service:
-            await service.create_job(buffered(rounds=2, deadline_s=1), str(tmp_path))
+            await Operations.of(service).jobs.create(buffered(rounds=2, deadline_s=1), str(tmp_path))
             await until(lambda: finished(service))
-            assert [v.updates for v in await service.log("tiny")] == [1, 1, 0]
+            assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [1, 1, 0]
 
     run(scenario())
 
@@ -338,9 +348,9 @@ def test_no_more_devices_than_the_target_have_a_task_at_a_time(tmp_path: Path) -
         broker = MemoryBroker()
         async with fleet_of(broker, a=99, b=99, c=99) as _, coordinator(broker, tmp_path) as service:
             text = buffered(rounds=6, buffer=1, devices=2, more="target: 2, select: fair, ")
-            await service.create_job(text, str(tmp_path))
+            await Operations.of(service).jobs.create(text, str(tmp_path))
             await until(lambda: finished(service))
-            job = await service.job("tiny")
+            job = await Operations.of(service).jobs.show("tiny")
             assert {r.invited for r in job.rounds} == {2}
             assert all(1 <= r.updates <= 2 for r in job.rounds)
 
@@ -356,7 +366,9 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
         )
         async with fleet_of(broker, a=99, b=99, c=99):
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(text.replace("min_devices: 3", "min_devices: 1"), str(tmp_path))
+                await Operations.of(service).jobs.create(
+                    text.replace("min_devices: 3", "min_devices: 1"), str(tmp_path)
+                )
                 crash_at(service, "close_round", 4, after=True)
                 await until(lambda: service._jobs["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
@@ -388,10 +400,10 @@ def test_faults_of_a_buffer_come_when_the_job_is_created(tmp_path: Path, rounds:
             text = job_yaml().splitlines()
             text = [f"rounds: {rounds}" if line.startswith("rounds:") else line for line in text]
             with pytest.raises(ConfigError, match=fault):
-                await service.create_job("\n".join(text), str(tmp_path))
+                await Operations.of(service).jobs.create("\n".join(text), str(tmp_path))
             robust = "rounds: {mode: buffered, buffer: 2}\naggregate: {rule: median}"
             text = [robust if line.startswith("rounds:") else line for line in text]
             with pytest.raises(ConfigError, match="needs 3 updates against 1 hostile"):
-                await service.create_job("\n".join(text), str(tmp_path))
+                await Operations.of(service).jobs.create("\n".join(text), str(tmp_path))
 
     run(scenario())

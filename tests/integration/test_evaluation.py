@@ -13,6 +13,7 @@ import pytest
 from tests.integration.kit import DATA, ScriptedDevice, coordinator, job_yaml, replaced, until
 from tests.integration.test_rounds import Crash, crash_at
 
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.jobs.judging import local
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.service import Service
@@ -92,8 +93,8 @@ def yaml_with_data(folder: Path) -> str:
 
 async def right(service: Service, version: int, data: dict[str, np.ndarray]) -> float:
     """Return what a version answers right, by its published weights alone."""
-    (sid,) = (await service.version("tiny", str(version))).digests
-    structure, contract, content = await service.weights("tiny", str(version), sid)
+    (sid,) = (await Operations.of(service).models.version("tiny", str(version))).digests
+    structure, contract, content = await Operations.of(service).models.weights("tiny", str(version), sid)
     return accuracy(log_probabilities(structure, contract, from_bytes(content), data["x"]), data["y"])
 
 
@@ -120,9 +121,9 @@ def test_every_round_has_its_figures_and_keeps_them_over_a_restart(tmp_path: Pat
         test = {name: value[1::2] for name, value in samples(2, 80).items()}
         async with fleet(broker):
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(text, str(tmp_path))
+                await Operations.of(service).jobs.create(text, str(tmp_path))
                 await until(lambda: finished(service))
-                rounds = (await service.job("tiny")).rounds
+                rounds = (await Operations.of(service).jobs.show("tiny")).rounds
                 require_figures(rounds)
                 for number, view in enumerate(rounds, start=1):
                     assert view.central is not None
@@ -135,7 +136,7 @@ def test_every_round_has_its_figures_and_keeps_them_over_a_restart(tmp_path: Pat
                     assert (view.ensemble, view.use) == ("uniform", "ensemble")
                     assert view.guard.startswith(f"ensemble {view.central.ensemble:.1%}, ")
             async with coordinator(broker, tmp_path) as service:
-                assert (await service.job("tiny")).rounds == rounds
+                assert (await Operations.of(service).jobs.show("tiny")).rounds == rounds
 
     run(scenario())
 
@@ -146,12 +147,12 @@ def test_a_crash_between_a_version_and_its_note_loses_no_figure(tmp_path: Path) 
         async with fleet(broker):
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "set_aggregated", 2, after=False)
-                await service.create_job(text, str(tmp_path))
+                await Operations.of(service).jobs.create(text, str(tmp_path))
                 await until(lambda: service._jobs["tiny"].done())
                 assert isinstance(service._jobs["tiny"].exception(), Crash)
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
-                rounds = (await service.job("tiny")).rounds
+                rounds = (await Operations.of(service).jobs.show("tiny")).rounds
                 require_figures(rounds)
                 assert rounds[1].central is not None
                 assert rounds[1].central.ensemble == await right(service, 2, samples(1, 60))
@@ -164,7 +165,7 @@ def test_who_scored_an_older_version_counts_and_is_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()
         async with fleet(broker), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=2, devices=4), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=2, devices=4), str(tmp_path))
             await until(lambda: finished(service))
             (first, second) = (
                 [decode_update(update.frame) for update in service.ledger.updates("tiny", number)]
@@ -185,9 +186,9 @@ def test_a_job_without_labels_and_a_fleet_without_hold_outs_have_no_figures(tmp_
         device = ScriptedDevice(broker, "a")
         running = asyncio.create_task(device.run())
         async with coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=1, devices=1), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1, devices=1), str(tmp_path))
             await until(lambda: finished(service))
-            (view,) = (await service.job("tiny")).rounds
+            (view,) = (await Operations.of(service).jobs.show("tiny")).rounds
             assert (view.local, view.central, view.test) == (None, None, None)
             assert view.guard.startswith("not checked")
         await device.link.close()
@@ -202,9 +203,13 @@ def test_a_test_file_without_labels_is_refused_before_any_device_hears_of_the_jo
         np.savez(tmp_path / "test.npz", x=samples(2, 10)["x"])
         async with coordinator(MemoryBroker(), tmp_path) as service:
             with pytest.raises(DataError, match="needs labels"):
-                await service.create_job(job_yaml() + "evaluate: {test: test.npz}\n", str(tmp_path))
+                await Operations.of(service).jobs.create(
+                    job_yaml() + "evaluate: {test: test.npz}\n", str(tmp_path)
+                )
             with pytest.raises(DataError, match="none"):
-                await service.create_job(job_yaml() + "evaluate: {test: none.npz}\n", str(tmp_path))
+                await Operations.of(service).jobs.create(
+                    job_yaml() + "evaluate: {test: none.npz}\n", str(tmp_path)
+                )
             np.savez(tmp_path / "test.npz", **samples(2, 10))
             (tmp_path / "link.npz").symlink_to(tmp_path / "test.npz")
             for key in (
@@ -213,17 +218,17 @@ def test_a_test_file_without_labels_is_refused_before_any_device_hears_of_the_jo
                 "aggregate: {validation: link.npz}",
             ):
                 with pytest.raises(ConfigError, match="evaluate.test: the same file as"):
-                    await service.create_job(
+                    await Operations.of(service).jobs.create(
                         job_yaml() + f"evaluate: {{test: test.npz}}\n{key}\n", str(tmp_path)
                     )
             both = "aggregate: {validation: test.npz}\nteach: {unlabeled: link.npz}\n"
             with pytest.raises(ConfigError, match="aggregate.validation: the same file as teach.unlabeled"):
-                await service.create_job(job_yaml() + both, str(tmp_path))
+                await Operations.of(service).jobs.create(job_yaml() + both, str(tmp_path))
             broken = job_yaml().replace("family: mlp", "family: owl")
             with pytest.raises(ConfigError) as caught:
-                await service.create_job(broken + both.replace("test", "no"), str(tmp_path))
+                await Operations.of(service).jobs.create(broken + both.replace("test", "no"), str(tmp_path))
             assert [fault.partition(":")[0] for fault in caught.value.faults] == ["E_STRUCTURE", "E_DATA"]
             assert "aggregate.validation" in caught.value.faults[1]
-            assert await service.jobs() == []
+            assert await Operations.of(service).jobs.list() == ()
 
     run(scenario())

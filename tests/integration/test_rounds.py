@@ -25,6 +25,7 @@ from tests.integration.kit import (
 )
 
 from liberatai_coordinator import service as service_module
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.jobs import roster as roster_module
 from liberatai_coordinator.models import versions as versions_module
 from liberatai_coordinator.models.versions import Versions
@@ -48,13 +49,13 @@ def finished(service: Service) -> bool:
 
 
 async def final_digests(service: Service) -> dict[str, str]:
-    return (await service.version("tiny", "latest")).digests
+    return (await Operations.of(service).models.version("tiny", "latest")).digests
 
 
 async def undisturbed(folder: Path, rounds: int = 3) -> dict[str, str]:
     broker = MemoryBroker()
     async with devices(broker, "a", "b", "c"), coordinator(broker, folder) as service:
-        await service.create_job(job_yaml(rounds=rounds), str(folder))
+        await Operations.of(service).jobs.create(job_yaml(rounds=rounds), str(folder))
         await until(lambda: finished(service))
         return await final_digests(service)
 
@@ -63,9 +64,9 @@ def test_a_job_runs_to_its_end_and_every_update_is_counted_once(tmp_path: Path) 
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=3), str(tmp_path))
             await until(lambda: finished(service))
-            versions = await service.log("tiny")
+            versions = await Operations.of(service).models.log("tiny")
             assert [v.version for v in versions] == [3, 2, 1, 0]
             assert [v.parent for v in versions] == [*(v.id for v in versions[1:]), None]
             assert [v.updates for v in versions] == [3, 3, 3, 0]
@@ -83,22 +84,24 @@ def test_the_job_shows_its_rounds_its_plan_and_its_weights(tmp_path: Path) -> No
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=2), str(tmp_path))
             await until(lambda: finished(service))
-            job = await service.job("tiny")
+            job = await Operations.of(service).jobs.show("tiny")
             assert [(r.round, r.state, r.updates) for r in job.rounds] == [
                 (1, "published", 3),
                 (2, "published", 3),
             ]
-            plan = await service.plan("tiny", None)
+            plan = await Operations.of(service).plans.show("tiny", None)
             assert {a.structure for a in plan.assignments} == {"mlp-hidden8"}
-            structure, data, weights = await service.weights("tiny", "latest", "mlp-hidden8")
+            structure, data, weights = await Operations.of(service).models.weights(
+                "tiny", "latest", "mlp-hidden8"
+            )
             assert len(weights) == 4 * structure.parameters
             assert data.classes == 3
             with pytest.raises(NotFoundError):
-                await service.weights("tiny", "latest", "cnn")
+                await Operations.of(service).models.weights("tiny", "latest", "cnn")
             with pytest.raises(StateError):
-                await service.pause("tiny")
+                await Operations.of(service).jobs.pause("tiny")
 
     run(scenario())
 
@@ -148,13 +151,13 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
         async with devices(broker, "a", "b", "c"):
             async with coordinator(broker, folder) as service:
                 crash_at(service.ledger, name, call, after=after)
-                await service.create_job(job_yaml(rounds=3), str(folder))
+                await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
                 await until(lambda: service._jobs["tiny"].done())
                 assert isinstance(service._jobs["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
                 assert await final_digests(service) == wanted
-                assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+                assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 3, 3, 0]
 
     run(scenario())
 
@@ -168,7 +171,7 @@ def test_an_update_that_comes_while_the_coordinator_resumes_is_not_refused(tmp_p
         async with devices(broker, "a", "b", "c") as fleet:
             fleet[2].answers = False
             async with coordinator(broker, folder) as service:
-                await service.create_job(job_yaml(rounds=3), str(folder))
+                await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
                 await until(lambda: bool(fleet[2].tasks) and len(fleet[2].blobs) > 0)
             fleet[2].answers = True
             await fleet[2]._answer(fleet[2].tasks[-1])
@@ -194,7 +197,7 @@ def test_a_broker_that_forgets_everything_is_told_again(tmp_path: Path) -> None:
         broker, folder = MemoryBroker(), tmp_path / "wiped"
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, folder) as service:
             fleet[2].answers = False
-            await service.create_job(job_yaml(rounds=3), str(folder))
+            await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
             await until(lambda: bool(fleet[2].tasks))
             broker.stop(forget=True)
             fleet[2].answers = True
@@ -210,11 +213,13 @@ def test_a_round_without_quorum_is_abandoned_and_the_next_one_goes_on(tmp_path: 
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[0].answers = fleet[1].answers = False
-            await service.create_job(job_yaml(rounds=1, quorum=0.6, deadline_s=1), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                job_yaml(rounds=1, quorum=0.6, deadline_s=1), str(tmp_path)
+            )
             await until(lambda: any(row.state == "abandoned" for row in service.ledger.rounds("tiny")))
             fleet[0].answers = fleet[1].answers = True
             await until(lambda: finished(service))
-            first, *_, last = (await service.job("tiny")).rounds
+            first, *_, last = (await Operations.of(service).jobs.show("tiny")).rounds
             assert first.state == "abandoned"
             assert "1 of 2" in first.reason
             assert (last.state, last.updates) == ("published", 3)
@@ -227,9 +232,11 @@ def test_one_silent_device_does_not_hold_up_a_round_with_quorum(tmp_path: Path) 
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[1].answers = False
-            await service.create_job(job_yaml(rounds=2, quorum=0.6, deadline_s=1), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                job_yaml(rounds=2, quorum=0.6, deadline_s=1), str(tmp_path)
+            )
             await until(lambda: finished(service))
-            assert [r.updates for r in (await service.job("tiny")).rounds] == [2, 2]
+            assert [r.updates for r in (await Operations.of(service).jobs.show("tiny")).rounds] == [2, 2]
 
     run(scenario())
 
@@ -242,7 +249,7 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             bad = fleet[2]
             bad.answers = False
-            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1), str(tmp_path))
             await until(lambda: bool(bad.tasks) and len(bad.blobs) > 0)
             honest = bad.train(bad.tasks[-1])
             hostile = {
@@ -282,12 +289,12 @@ def test_hostile_updates_are_refused_with_a_code_and_the_round_goes_on(tmp_path:
             ):
                 await bad.link.publish(place, payload)
             await bad.say(bad.topics.up(bad.name, "rep"), Report(device=bad.name, session=0, phase="idle"))
-            assert (await service.health())["ok"]
+            assert (await Operations.of(service).health())["ok"]
             bad.receipts.clear()
             for _ in range(3):
                 await bad.say(topic, honest)
             await until(lambda: finished(service))
-            assert [v.updates for v in await service.log("tiny")] == [3, 0]
+            assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 0]
             await until(lambda: len(bad.receipts) >= 1)
             assert all(receipt.accepted for receipt in bad.receipts)
             refused = service.fleet.refusals
@@ -306,7 +313,7 @@ def test_no_device_can_answer_in_the_name_of_another(tmp_path: Path) -> None:
         async with devices(broker, "a", "b", "evil") as fleet, coordinator(broker, tmp_path) as service:
             victim, evil = fleet[0], fleet[2]
             victim.answers = False
-            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1), str(tmp_path))
             await until(lambda: bool(victim.tasks) and len(victim.blobs) > 0)
             forged = seal(victim.train(victim.tasks[-1]), evil.signer)
             await evil.link.publish(victim.topics.upload("a", "d" * 26), forged)
@@ -339,7 +346,7 @@ def test_a_replay_after_the_job_is_receipted_as_a_duplicate_and_counts_nowhere(t
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=2), str(tmp_path))
             await until(lambda: finished(service))
             before = await final_digests(service)
             fleet[0].receipts.clear()
@@ -362,12 +369,12 @@ def test_deltas_without_an_exact_sum_are_followed_one_by_one_until_a_keyframe_re
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(versions_module, "MAX_STEPS", 3)
                 patch.setattr(versions_module, "exact_deltas", lambda *_: None)
-                await service.create_job(job_yaml(rounds=5), str(tmp_path))
+                await Operations.of(service).jobs.create(job_yaml(rounds=5), str(tmp_path))
                 await until(lambda: finished(service))
             await until(lambda: all(device.cancels for device in fleet))
             told = [(bool(task.held), [step.version for step in task.steps]) for task in fleet[0].tasks]
             assert told == [(False, [0]), (True, [1]), (True, [2]), (False, [3]), (True, [4])]
-            assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 3, 3, 0]
+            assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 3, 3, 3, 3, 0]
 
     run(scenario())
 
@@ -379,10 +386,12 @@ def test_a_device_that_was_away_gets_one_delta_for_all_versions_that_it_missed(t
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             text = job_yaml(rounds=9, devices=1).replace("rounds: {", "rounds: {target: 1, overselect: 1, ")
-            await service.create_job(text, str(tmp_path))
+            await Operations.of(service).jobs.create(text, str(tmp_path))
             await until(lambda: finished(service))
             await until(lambda: all(device.cancels for device in fleet))
-            digests = {v.version: v.digests["mlp-hidden8"] for v in await service.log("tiny")}
+            digests = {
+                v.version: v.digests["mlp-hidden8"] for v in await Operations.of(service).models.log("tiny")
+            }
             jumps = []
             for device in fleet:
                 first, *later = device.tasks
@@ -404,7 +413,7 @@ def test_a_device_that_lost_its_files_gets_the_whole_path_again(tmp_path: Path) 
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[1].answers = False
-            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=3), str(tmp_path))
             await until(lambda: bool(fleet[1].tasks) and len(fleet[1].blobs) == 2)
             fleet[1].answers = True
             await fleet[1]._answer(fleet[1].tasks[-1])
@@ -413,7 +422,7 @@ def test_a_device_that_lost_its_files_gets_the_whole_path_again(tmp_path: Path) 
             told = [(task.round, bool(task.held)) for task in fleet[1].tasks]
             assert told == [(1, False), (2, True), (2, False), (3, True)]
             assert fleet[1].tasks[1].task_id == fleet[1].tasks[2].task_id
-            assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+            assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 3, 3, 0]
 
     run(scenario())
 
@@ -425,7 +434,7 @@ def test_a_device_without_files_is_not_believed_twice_in_one_round(tmp_path: Pat
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[1].answers = False
-            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1), str(tmp_path))
             await until(lambda: bool(fleet[1].tasks))
             for number in range(5):
                 missing = Event(device="b", session=1, number=number, name="base_missing", code="E_BASE")
@@ -446,7 +455,7 @@ def test_what_devices_hold_is_known_after_a_crash(tmp_path: Path) -> None:
         async with devices(broker, "a", "b", "c") as fleet:
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "close_round", 2, after=False)
-                await service.create_job(job_yaml(rounds=4), str(tmp_path))
+                await Operations.of(service).jobs.create(job_yaml(rounds=4), str(tmp_path))
                 await until(lambda: service._jobs["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
@@ -462,7 +471,7 @@ def test_the_broker_holds_the_newest_version_and_nothing_of_older_ones(tmp_path:
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=6), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=6), str(tmp_path))
             await until(lambda: finished(service))
             head = decode(broker.retained["lai/v1/test/pub/head/tiny"])
             assert isinstance(head, Head)
@@ -487,7 +496,7 @@ def test_the_state_of_a_server_optimiser_survives_a_restart(tmp_path: Path, rule
                 async with coordinator(broker, folder) as service:
                     if name == "crashed":
                         crash_at(service.ledger, "open_round", 3, after=False)
-                    await service.create_job(text, str(folder))
+                    await Operations.of(service).jobs.create(text, str(folder))
                     await until(lambda: service._jobs["tiny"].done())
                 async with coordinator(broker, folder) as service:
                     await until(lambda: finished(service))
@@ -515,11 +524,11 @@ def test_a_full_disk_pauses_a_job_and_changes_nothing(tmp_path: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(service.repository, "put", put)
                 patch.setattr(service_module, "DISK_RETRY_S", 0.05)
-                await service.create_job(job_yaml(rounds=3), str(folder))
+                await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
                 await until(lambda: finished(service))
             assert next(calls) > 14
             assert await final_digests(service) == wanted
-            assert [v.updates for v in await service.log("tiny")] == [3, 3, 3, 0]
+            assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 3, 3, 0]
 
     run(scenario())
 
@@ -529,14 +538,14 @@ def test_a_paused_job_opens_no_round_and_goes_on_when_resumed(tmp_path: Path) ->
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[0].answers = False
-            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=2), str(tmp_path))
             await until(lambda: bool(fleet[0].tasks))
-            assert (await service.pause("tiny")).state == "paused"
+            assert (await Operations.of(service).jobs.pause("tiny")).state == "paused"
             fleet[0].answers = True
             await fleet[0]._answer(fleet[0].tasks[-1])
             await until(lambda: service.ledger.rounds("tiny")[0].state == "published")
             assert len(service.ledger.rounds("tiny")) == 1
-            await service.resume("tiny")
+            await Operations.of(service).jobs.resume("tiny")
             await until(lambda: finished(service))
 
     run(scenario())
@@ -547,11 +556,11 @@ def test_an_aborted_job_takes_its_tasks_away_and_keeps_its_versions(tmp_path: Pa
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[0].answers = False
-            await service.create_job(job_yaml(rounds=2), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=2), str(tmp_path))
             await until(lambda: bool(fleet[0].tasks))
-            assert (await service.abort("tiny")).state == "aborted"
+            assert (await Operations.of(service).jobs.abort("tiny")).state == "aborted"
             await until(lambda: all(device.cancels for device in fleet))
-            assert len(await service.log("tiny")) == 1
+            assert len(await Operations.of(service).models.log("tiny")) == 1
             assert all(device.cancels[-1].round >= device.tasks[-1].round for device in fleet)
             (row,) = service.ledger.rounds("tiny")
             assert row.state == "abandoned"
@@ -568,13 +577,15 @@ def test_a_device_that_comes_later_gets_a_part(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b"), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=4, devices=2, quorum=0.5, deadline_s=5), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                job_yaml(rounds=4, devices=2, quorum=0.5, deadline_s=5), str(tmp_path)
+            )
             await until(lambda: service.ledger.rounds("tiny") != [])
             async with devices(broker, "late") as newcomers:
                 await until(lambda: bool(newcomers[0].tasks) or finished(service))
                 await until(lambda: finished(service))
                 assert newcomers[0].tasks
-                plan = await service.plan("tiny", None)
+                plan = await Operations.of(service).plans.show("tiny", None)
                 assert {a.device for a in plan.assignments} == {"a", "b", "late"}
 
     run(scenario())
@@ -585,15 +596,15 @@ def test_a_quarantined_device_counts_no_more(tmp_path: Path) -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet, coordinator(broker, tmp_path) as service:
             fleet[2].answers = False
-            await service.create_job(job_yaml(rounds=1, quorum=0.6), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1, quorum=0.6), str(tmp_path))
             await until(lambda: bool(fleet[2].tasks))
-            await service.quarantine("c", "odd")
+            await Operations.of(service).devices.quarantine("c", "odd")
             await until(lambda: finished(service))
             fleet[2].receipts.clear()
             await fleet[2].say(fleet[2].topics.upload("c", "b" * 26), fleet[2].train(fleet[2].tasks[-1]))
             await until(lambda: bool(fleet[2].receipts))
             assert fleet[2].receipts[0].code == "E_REVOKED"
-            assert (await service.log("tiny"))[0].updates == 2
+            assert (await Operations.of(service).models.log("tiny"))[0].updates == 2
 
     run(scenario())
 
@@ -602,10 +613,12 @@ def test_faults_of_a_job_come_when_it_is_created(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with coordinator(MemoryBroker(), tmp_path) as service:
             with pytest.raises(ConfigError, match="rounds.deadline_s: must be > 0"):
-                await service.create_job(job_yaml(deadline_s="soon"), str(tmp_path))  # type: ignore[arg-type]
+                await Operations.of(service).jobs.create(job_yaml(deadline_s="soon"), str(tmp_path))  # type: ignore[arg-type]
             with pytest.raises(DataError, match="nowhere.npz"):
-                await service.create_job(job_yaml() + "teach: {unlabeled: nowhere.npz}\n", str(tmp_path))
-            assert await service.jobs() == []
+                await Operations.of(service).jobs.create(
+                    job_yaml() + "teach: {unlabeled: nowhere.npz}\n", str(tmp_path)
+                )
+            assert await Operations.of(service).jobs.list() == ()
 
     run(scenario())
 
@@ -616,7 +629,7 @@ def test_presence_and_tasks_are_signed_by_the_coordinator_and_blobs_are_what_the
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=1), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1), str(tmp_path))
             await until(lambda: finished(service))
             for topic, payload in broker.retained.items():
                 if "/pub/b/" in topic:
@@ -637,7 +650,9 @@ def test_a_will_of_an_old_session_does_not_declare_a_living_device_lost(tmp_path
             await device.say(topic, State(device="a", state="online", session=5), retain=True)
             await device.say(topic, State(device="a", state="lost", session=4), retain=True)
             await device.say(device.topics.up("a", "rep"), Report(device="a", session=5, phase="gated"))
-            await until(lambda: service._device_view(service.fleet.require("a")).phase == "gated")
+            await until(lambda: service.fleet.require("a").report is not None)
+            (view,) = await Operations.of(service).devices.list()
+            assert view.phase == "gated"
             assert service.fleet.require("a").online
 
     run(scenario())
@@ -653,7 +668,7 @@ def test_after_a_restart_a_finished_job_still_gives_its_model_to_who_lost_files(
         broker = MemoryBroker()
         async with devices(broker, "a", "b") as fleet:
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(job_yaml(rounds=2, devices=2), str(tmp_path))
+                await Operations.of(service).jobs.create(job_yaml(rounds=2, devices=2), str(tmp_path))
                 await until(lambda: service.ledger.job("tiny").state == "finished")
                 await until(lambda: all(device.cancels for device in fleet))
                 assert fleet[0].cancels[-1].held
@@ -681,13 +696,15 @@ def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path)
         broker = MemoryBroker()
         async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
             text = job_yaml(rounds=2, devices=2)
-            await service.create_job(text.replace("name: tiny", "name: first"), str(tmp_path))
+            await Operations.of(service).jobs.create(text.replace("name: tiny", "name: first"), str(tmp_path))
             await until(lambda: service.ledger.job("first").state == "finished")
             await until(lambda: all(device.cancels for device in fleet))
             held = dict(service.runners["first"].paths)
             for device in fleet:
                 device.sent.clear()
-            await service.create_job(text.replace("name: tiny", "name: second"), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                text.replace("name: tiny", "name: second"), str(tmp_path)
+            )
             lost = fleet[1]
             await until(lambda: bool(lost.tasks) and lost.tasks[-1].job == "second" and 1 in lost.sent)
             lost.answers = False
@@ -726,7 +743,7 @@ def test_a_warm_up_that_a_link_cannot_carry_starves_no_job(tmp_path: Path) -> No
             for device in fleet:
                 device.link_bits_s = (1e5, 1600.0)
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(SLOW_JOB, str(tmp_path))
+                await Operations.of(service).jobs.create(SLOW_JOB, str(tmp_path))
                 await until(lambda: finished(service))
                 assert [task.round for task in fleet[0].tasks] == [1, 2]
                 assert fleet[0].tasks[0].density > fleet[0].tasks[1].density == 0.02
@@ -743,15 +760,15 @@ def test_a_link_that_was_measured_to_be_hopeless_is_tried_again_and_until_then_t
             for device in fleet:
                 device.link_bits_s = (1.0, 1.0)
             async with coordinator(broker, tmp_path) as service:
-                await service.create_job(job_yaml(rounds=1, devices=2), str(tmp_path))
+                await Operations.of(service).jobs.create(job_yaml(rounds=1, devices=2), str(tmp_path))
                 await until(lambda: bool(service.runners["tiny"].waits))
-                reason = (await service.job("tiny")).reason
+                reason = (await Operations.of(service).jobs.show("tiny")).reason
                 assert reason.startswith("waits: no device can take part (a: link of 1 bit/s measured: ")
                 assert not fleet[0].tasks
                 monkeypatch.setattr(roster_module, "LINK_S", 0.0)
                 service.runners["tiny"].fleet_changed.set()
                 await until(lambda: finished(service))
-                assert (await service.job("tiny")).reason == ""
+                assert (await Operations.of(service).jobs.show("tiny")).reason == ""
                 (task,) = fleet[0].tasks
                 assert 0 < task.density < 0.01
 
@@ -762,7 +779,7 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=3), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=3), str(tmp_path))
             await until(lambda: finished(service))
             job = service.runners["tiny"].roster
             assert job.room("a") == 100_000
@@ -789,20 +806,22 @@ def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
-            await service.create_job(job_yaml(rounds=1, devices=3), str(tmp_path))
-            await service.create_job(job_yaml(rounds=1, devices=1).replace("tiny", "next"), str(tmp_path))
+            await Operations.of(service).jobs.create(job_yaml(rounds=1, devices=3), str(tmp_path))
+            await Operations.of(service).jobs.create(
+                job_yaml(rounds=1, devices=1).replace("tiny", "next"), str(tmp_path)
+            )
             await until(lambda: bool(service.runners["tiny"].waits and service.runners["next"].waits))
-            told = [(await service.job(name)).reason for name in ("tiny", "next")]
+            told = [(await Operations.of(service).jobs.show(name)).reason for name in ("tiny", "next")]
             assert told[0] == "waits: 2 of 3 devices are online (rounds.min_devices)"
             assert told[1] == "waits: its devices serve job tiny first"
-            await service.pause("next")
+            await Operations.of(service).jobs.pause("next")
             async with devices(broker, "c") as more:
                 await until(lambda: finished(service))
                 for device in (*fleet, *more):
                     device.sent.clear()
-                await service.resume("next")
+                await Operations.of(service).jobs.resume("next")
                 await until(lambda: service.ledger.job("next").state == "finished")
-            first, second = [await service.job(name) for name in ("tiny", "next")]
+            first, second = [await Operations.of(service).jobs.show(name) for name in ("tiny", "next")]
             assert (first.up_bytes, first.down_bytes) == (3000, 300)
             assert (second.up_bytes, second.down_bytes) == (3000, 300)
             assert first.reason == second.reason == ""

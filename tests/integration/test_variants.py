@@ -18,6 +18,7 @@ import pytest
 from tests.unit.coordinator.api_kit import served
 
 from liberatai_coordinator.api import routes as api
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.cli.app import main
 from liberatai_coordinator.cli.kit import budget_of, budget_of_profile
 from liberatai_coordinator.client.client import Client, VariantUpload
@@ -112,7 +113,11 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     socket = tmp_path / "state" / "api.sock"
     monkeypatch.setenv("LIBERATAI_SOCKET", str(socket))
-    with repository(tmp_path / "state") as service, served(service, socket), Client(socket) as client:
+    with (
+        repository(tmp_path / "state") as service,
+        served(Operations.of(service), socket),
+        Client(socket) as client,
+    ):
         yield Place(service, socket, client)
 
 
@@ -165,7 +170,7 @@ def test_a_variant_is_listed_described_and_comes_back_to_its_digest(place: Place
 def test_the_same_variant_is_stored_once_and_is_there_after_a_restart(tmp_path: Path) -> None:
     with (
         repository(tmp_path) as service,
-        served(service, tmp_path / "api.sock"),
+        served(Operations.of(service), tmp_path / "api.sock"),
         Client(tmp_path / "api.sock") as client,
     ):
         manifest, file = a_variant(client)

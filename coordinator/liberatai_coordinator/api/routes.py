@@ -1,6 +1,6 @@
 """The coordinator's HTTP API: JSON under /v1, errors as {code, message}, described by /openapi.json.
 
-It decides nothing: every route is one call of `Operations`, which the service implements. The default
+It decides nothing: every route is one call of `Operations`. The default
 listener is a Unix socket that only its owner can open, so no password travels.
 """
 
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.client.client import (
     JobRequest,
     PlanRequest,
@@ -28,7 +29,6 @@ from liberatai_coordinator.client.client import (
     VariantUpload,
     Weights,
 )
-from liberatai_coordinator.store.repository import VariantManifest
 from liberatai_coordinator.views import (
     DeviceView,
     EnsembleView,
@@ -49,7 +49,6 @@ from liberatai_core.errors import (
     SchemaError,
     TooLargeError,
 )
-from liberatai_core.structure import DataContract, Structure
 
 MAX_BODY_BYTES: Final = 2 * 1024 * 1024
 """A job's YAML has at most 1 MiB, and JSON may escape it."""
@@ -90,84 +89,6 @@ STATUS: Final[dict[str, HTTPStatus]] = {
 Body = TypeVar("Body")
 
 
-class Operations(Protocol):
-    """What an operator can ask of a coordinator. Every method raises LiberataiErrors only.
-
-    Unknown names raise NotFoundError; settings with faults raise ConfigError.
-    """
-
-    async def health(self) -> dict[str, Any]:
-        """Return what the coordinator says about itself: fleet, epoch, link, counts."""
-
-    async def devices(self) -> list[DeviceView]:
-        """Return all devices, sorted by name."""
-
-    async def device(self, device: str, /) -> DeviceView:
-        """Return one device."""
-
-    async def approve(self, device: str, /) -> DeviceView:
-        """Let a pending device in; idempotent."""
-
-    async def quarantine(self, device: str, reason: str, /) -> DeviceView:
-        """Shut a device out: what it sends is refused from now on."""
-
-    async def release(self, device: str, /) -> DeviceView:
-        """Let a quarantined device in again."""
-
-    async def create_job(self, yaml_text: str, base_dir: str, /) -> JobView:
-        """Create and start a job; relative paths in its YAML start from `base_dir`."""
-
-    async def jobs(self) -> list[JobView]:
-        """Return all jobs, oldest first."""
-
-    async def job(self, name: str, /) -> JobView:
-        """Return one job with its rounds."""
-
-    async def pause(self, name: str, /) -> JobView:
-        """Open no further round of this job until `resume`."""
-
-    async def resume(self, name: str, /) -> JobView:
-        """Go on with a paused job."""
-
-    async def abort(self, name: str, /) -> JobView:
-        """End a job for good; its versions stay."""
-
-    async def plan(self, job_name: str | None, yaml_text: str | None, /) -> PlanView:
-        """Return a job's plan, or (dry run) that of one only described; the newest job's if none is given."""
-
-    async def models(self) -> list[VersionView]:
-        """Return the newest version of every model."""
-
-    async def log(self, model: str, /) -> list[VersionView]:
-        """Return all versions of a model, newest first."""
-
-    async def version(self, model: str, ref: str, /) -> VersionView:
-        """Return one version by number, tag or "latest"."""
-
-    async def ensemble(self, model: str, ref: str, /) -> EnsembleView:
-        """Return how the structures of a version are combined."""
-
-    async def weights(self, model: str, ref: str, structure: str, /) -> tuple[Structure, DataContract, bytes]:
-        """Return one structure of a version: float32, little-endian, in the order of the flat vector."""
-
-    async def sizes(self, model: str, ref: str, structure: str, /) -> SizesView:
-        """Return where the bytes of one structure's files go."""
-
-    async def commit_variant(
-        self, model: str, ref: str, manifest: VariantManifest, file: bytes, /
-    ) -> VariantView:
-        """Check a variant of a version and store it; the same one again is stored once."""
-
-    async def variants(self, model: str, ref: str, /) -> list[VariantView]:
-        """Return the variants of a version, the smallest first."""
-
-    async def variant(self, model: str, prefix: str, /) -> VariantDetail:
-        """Return one variant by the beginning of its id."""
-
-    async def variant_file(self, model: str, prefix: str, /) -> bytes:
-        """Return the file of a variant, by the beginning of its id."""
-
-
 def make_app(operations: Operations) -> FastAPI:
     """Return the web application that answers from `operations`."""
     app = FastAPI(title="LiberatAI coordinator", version="1", docs_url=None, redoc_url=None)
@@ -190,61 +111,61 @@ def _add_devices(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/devices", **_shows(list[DeviceView]))
     async def devices() -> Response:
         """All devices."""
-        return _json(await operations.devices())
+        return _json(await operations.devices.list())
 
     @app.get("/v1/devices/{name}", **_shows(DeviceView))
     async def device(name: str) -> Response:
         """One device."""
-        return _json(await operations.device(name))
+        return _json(await operations.devices.show(name))
 
     @app.post("/v1/devices/{name}/approve", **_shows(DeviceView))
     async def approve(name: str) -> Response:
         """Let a device in."""
-        return _json(await operations.approve(name))
+        return _json(await operations.devices.approve(name))
 
     @app.post("/v1/devices/{name}/quarantine", **_shows(DeviceView, Reason))
     async def quarantine(name: str, request: Request) -> Response:
         """Shut a device out."""
         wanted = await _body(request, Reason)
-        return _json(await operations.quarantine(name, wanted.reason))
+        return _json(await operations.devices.quarantine(name, wanted.reason))
 
     @app.post("/v1/devices/{name}/release", **_shows(DeviceView))
     async def release(name: str) -> Response:
         """Let a quarantined device in again."""
-        return _json(await operations.release(name))
+        return _json(await operations.devices.release(name))
 
 
 def _add_jobs(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/jobs", **_shows(list[JobView]))
     async def jobs() -> Response:
         """All jobs."""
-        return _json(await operations.jobs())
+        return _json(await operations.jobs.list())
 
     @app.post("/v1/jobs", **_shows(JobView, JobRequest, status=HTTPStatus.CREATED))
     async def create_job(request: Request) -> Response:
         """Create a job from its YAML."""
         wanted = await _body(request, JobRequest)
-        return _json(await operations.create_job(wanted.yaml, wanted.base_dir), HTTPStatus.CREATED)
+        return _json(await operations.jobs.create(wanted.yaml, wanted.base_dir), HTTPStatus.CREATED)
 
     @app.get("/v1/jobs/{name}", **_shows(JobView))
     async def job(name: str) -> Response:
         """One job with its rounds."""
-        return _json(await operations.job(name))
+        return _json(await operations.jobs.show(name))
 
     @app.post("/v1/jobs/{name}/pause", **_shows(JobView))
     async def pause(name: str) -> Response:
         """Open no further round."""
-        return _json(await operations.pause(name))
+        return _json(await operations.jobs.pause(name))
 
     @app.post("/v1/jobs/{name}/resume", **_shows(JobView))
     async def resume(name: str) -> Response:
         """Go on with a paused job."""
-        return _json(await operations.resume(name))
+        return _json(await operations.jobs.resume(name))
 
     @app.post("/v1/jobs/{name}/abort", **_shows(JobView))
     async def abort(name: str) -> Response:
         """End a job for good."""
-        return _json(await operations.abort(name))
+        return _json(await operations.jobs.abort(name))
 
     @app.post("/v1/plan", **_shows(PlanView, PlanRequest))
     async def plan(request: Request) -> Response:
@@ -252,34 +173,34 @@ def _add_jobs(app: FastAPI, operations: Operations) -> None:
         wanted = await _body(request, PlanRequest)
         if wanted.job is not None and wanted.yaml is not None:
             raise SchemaError("plan: give a job or a yaml, not both")
-        return _json(await operations.plan(wanted.job, wanted.yaml))
+        return _json(await operations.plans.show(wanted.job, wanted.yaml))
 
 
 def _add_models(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/models", **_shows(list[VersionView]))
     async def models() -> Response:
         """The newest version of every model."""
-        return _json(await operations.models())
+        return _json(await operations.models.list())
 
     @app.get("/v1/models/{model}/versions", **_shows(list[VersionView]))
     async def log(model: str) -> Response:
         """All versions of a model."""
-        return _json(await operations.log(model))
+        return _json(await operations.models.log(model))
 
     @app.get("/v1/models/{model}/versions/{ref}", **_shows(VersionView))
     async def version(model: str, ref: str) -> Response:
         """One version by number, tag or "latest"."""
-        return _json(await operations.version(model, ref))
+        return _json(await operations.models.version(model, ref))
 
     @app.get("/v1/models/{model}/versions/{ref}/ensemble", **_shows(EnsembleView))
     async def ensemble(model: str, ref: str) -> Response:
         """How the structures of a version are combined."""
-        return _json(await operations.ensemble(model, ref))
+        return _json(await operations.models.ensemble(model, ref))
 
     @app.get("/v1/models/{model}/versions/{ref}/structures/{structure}/weights")
     async def weights(model: str, ref: str, structure: str) -> Response:
         """Weights of one structure: a msgpack map with structure, data, sha256 and float32 weights."""
-        shape, data, content = await operations.weights(model, ref, structure)
+        shape, data, content = await operations.models.weights(model, ref, structure)
         sha256 = hashlib.sha256(content).digest()
         envelope = Weights(structure=shape, data=data, sha256=sha256, weights=content)
         return Response(msgspec.msgpack.encode(envelope), media_type="application/octet-stream")
@@ -289,12 +210,12 @@ def _add_variants(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/models/{model}/versions/{ref}/structures/{structure}/sizes", **_shows(SizesView))
     async def sizes(model: str, ref: str, structure: str) -> Response:
         """Where the bytes of one structure's files go."""
-        return _json(await operations.sizes(model, ref, structure))
+        return _json(await operations.models.sizes(model, ref, structure))
 
     @app.get("/v1/models/{model}/versions/{ref}/variants", **_shows(list[VariantView]))
     async def variants(model: str, ref: str) -> Response:
         """Variants of a version, the smallest first."""
-        return _json(await operations.variants(model, ref))
+        return _json(await operations.variants.list(model, ref))
 
     @app.post(
         "/v1/models/{model}/versions/{ref}/variants",
@@ -304,7 +225,7 @@ def _add_variants(app: FastAPI, operations: Operations) -> None:
         """Add a variant: a msgpack map with its manifest and its file."""
         wanted = await _body(request, VariantUpload, MAX_VARIANT_BYTES, msgspec.msgpack.decode)
         try:
-            made = await operations.commit_variant(model, ref, wanted.manifest, wanted.file)
+            made = await operations.variants.commit(model, ref, wanted.manifest, wanted.file)
         except DigestError as error:
             # Elsewhere a wrong digest means a damaged repository; here it came in.
             return _json(problem(error), HTTPStatus.UNPROCESSABLE_ENTITY)
@@ -313,12 +234,12 @@ def _add_variants(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/models/{model}/variants/{prefix}", **_shows(VariantDetail))
     async def variant(model: str, prefix: str) -> Response:
         """One variant by the beginning of its id, with its structure and where its bytes go."""
-        return _json(await operations.variant(model, prefix))
+        return _json(await operations.variants.show(model, prefix))
 
     @app.get("/v1/models/{model}/variants/{prefix}/file", **_BYTES)
     async def variant_file(model: str, prefix: str) -> Response:
         """The file of a variant."""
-        content = await operations.variant_file(model, prefix)
+        content = await operations.variants.file(model, prefix)
         return Response(content, media_type="application/octet-stream")
 
 

@@ -22,7 +22,7 @@ from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.jobs import judging
 from liberatai_coordinator.jobs.materials import Labelled, candidates_of, load_public, load_test, spec_of
 from liberatai_coordinator.jobs.publisher import Publisher
-from liberatai_coordinator.jobs.records import Stats, kept, round_views
+from liberatai_coordinator.jobs.records import Stats, kept
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
@@ -33,7 +33,6 @@ from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.catch_up import Path, Way
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow, RoundRow
-from liberatai_coordinator.views import RoundView
 from liberatai_core.contract import messages
 from liberatai_core.contract.frame import encode_spec
 from liberatai_core.contract.messages import (
@@ -644,12 +643,6 @@ class Runner:
             final=() if way is None else way.steps,
         )
         await self.publisher.retain(self.publisher.topics.down(device, "task"), cancel)
-
-    # --- what others want to see ---------------------------------------------------------------
-
-    def round_views(self) -> tuple[RoundView, ...]:
-        """Return every round as the API shows it."""
-        return round_views(self.ledger, self.job.name, self.open_round)
 
 
 def _decode_path(path: bytes) -> Path:

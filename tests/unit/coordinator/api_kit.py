@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
 
-from liberatai_coordinator.api.routes import Operations, make_app, serve_uds
+from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.api.routes import make_app, serve_uds
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.store.repository import VariantManifest, version_id
 from liberatai_coordinator.views import (
@@ -52,7 +53,7 @@ Found = TypeVar("Found")
 
 
 class MemoryOperations:
-    """What the service promises, without devices: `look` runs before every look at a job."""
+    """What the coordinator promises, without devices: `look` runs before every look at a job."""
 
     def __init__(self) -> None:
         gateway = DeviceView(
@@ -79,15 +80,25 @@ class MemoryOperations:
         self.look: Callable[[JobView], JobView] = lambda job: job
         self.disk_full = False
         self.committed: dict[str, tuple[VariantView, bytes]] = {}
+        self.devices = MemoryDevices(self)
+        self.jobs = MemoryJobs(self)
+        self.plans = MemoryPlans(self)
+        self.models = MemoryModels(self)
+        self.variants = MemoryVariants(self)
 
     async def health(self) -> dict[str, Any]:
         return {"ok": True, "epoch": 3}
 
-    async def devices(self) -> list[DeviceView]:
-        return sorted(self.fleet.values(), key=lambda device: device.id)
 
-    async def device(self, device: str) -> DeviceView:
-        return find(self.fleet, device, "device")
+class MemoryDevices:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def list(self) -> tuple[DeviceView, ...]:
+        return tuple(sorted(self.memory.fleet.values(), key=lambda device: device.id))
+
+    async def show(self, device: str) -> DeviceView:
+        return find(self.memory.fleet, device, "device")
 
     async def approve(self, device: str) -> DeviceView:
         return await self._change(device, status="approved")
@@ -99,11 +110,18 @@ class MemoryOperations:
         return await self._change(device, status="approved", reason="")
 
     async def _change(self, device: str, **changes: str) -> DeviceView:
-        self.fleet[device] = msgspec.structs.replace(find(self.fleet, device, "device"), **changes)
-        return self.fleet[device]
+        self.memory.fleet[device] = msgspec.structs.replace(
+            find(self.memory.fleet, device, "device"), **changes
+        )
+        return self.memory.fleet[device]
 
-    async def create_job(self, yaml_text: str, base_dir: str) -> JobView:
-        if self.disk_full:
+
+class MemoryJobs:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def create(self, yaml_text: str, base_dir: str) -> JobView:
+        if self.memory.disk_full:
             raise DiskError("disk full")
         spec = parse_job(yaml_text, "job")
         structures = (StructureView(id="mlp-hidden4", family="mlp", parameters=12, devices=2),)
@@ -115,16 +133,16 @@ class MemoryOperations:
             created_s=1.7e9,
             structures=structures,
         )
-        self.trainings[spec.name] = job
-        self.base_dirs[spec.name] = base_dir
+        self.memory.trainings[spec.name] = job
+        self.memory.base_dirs[spec.name] = base_dir
         return job
 
-    async def jobs(self) -> list[JobView]:
-        return list(self.trainings.values())
+    async def list(self) -> tuple[JobView, ...]:
+        return tuple(self.memory.trainings.values())
 
-    async def job(self, name: str) -> JobView:
-        self.trainings[name] = self.look(find(self.trainings, name, "job"))
-        return self.trainings[name]
+    async def show(self, name: str) -> JobView:
+        self.memory.trainings[name] = self.memory.look(find(self.memory.trainings, name, "job"))
+        return self.memory.trainings[name]
 
     async def pause(self, name: str) -> JobView:
         return self._state(name, "running", "paused")
@@ -133,20 +151,25 @@ class MemoryOperations:
         return self._state(name, "paused", "running")
 
     async def abort(self, name: str) -> JobView:
-        return self._state(name, find(self.trainings, name, "job").state, "aborted")
+        return self._state(name, find(self.memory.trainings, name, "job").state, "aborted")
 
     def _state(self, name: str, before: str, after: JobState) -> JobView:
-        job = find(self.trainings, name, "job")
+        job = find(self.memory.trainings, name, "job")
         if job.state != before:
             raise StateError(f"job {name} is {job.state}")
-        self.trainings[name] = msgspec.structs.replace(job, state=after)
-        return self.trainings[name]
+        self.memory.trainings[name] = msgspec.structs.replace(job, state=after)
+        return self.memory.trainings[name]
 
-    async def plan(self, job_name: str | None, yaml_text: str | None) -> PlanView:
+
+class MemoryPlans:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def show(self, job_name: str | None, yaml_text: str | None) -> PlanView:
         if yaml_text is not None:
             name = parse_job(yaml_text, "job").name
         else:
-            name = find(self.trainings, job_name or next(iter(self.trainings), ""), "job").name
+            name = find(self.memory.trainings, job_name or next(iter(self.memory.trainings), ""), "job").name
         assignment = AssignmentView(
             device="gateway",
             profile="gateway",
@@ -163,11 +186,16 @@ class MemoryOperations:
             job=name, assignments=(assignment,), structures=structures, dry_run=yaml_text is not None
         )
 
-    async def models(self) -> list[VersionView]:
-        return [VERSIONS[0]]
 
-    async def log(self, model: str) -> list[VersionView]:
-        return find({"digits": VERSIONS}, model, "model")
+class MemoryModels:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def list(self) -> tuple[VersionView, ...]:
+        return (VERSIONS[0],)
+
+    async def log(self, model: str) -> tuple[VersionView, ...]:
+        return find({"digits": tuple(VERSIONS)}, model, "model")
 
     async def version(self, model: str, ref: str) -> VersionView:
         rows = await self.log(model)
@@ -192,10 +220,13 @@ class MemoryOperations:
             structure=structure, parameters=12, keyframe_bytes=900, delta_bytes=100, tensors=TENSORS
         )
 
-    async def commit_variant(
-        self, model: str, ref: str, manifest: VariantManifest, file: bytes
-    ) -> VariantView:
-        row = await self.version(model, ref)
+
+class MemoryVariants:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def commit(self, model: str, ref: str, manifest: VariantManifest, file: bytes) -> VariantView:
+        row = await self.memory.models.version(model, ref)
         if sha256(file).hexdigest() != manifest.file:
             raise DigestError("the file is not the one that its manifest names")
         made = VariantView(
@@ -220,25 +251,27 @@ class MemoryOperations:
             seed=manifest.seed,
             created_s=1.7e9,
         )
-        self.committed[made.id] = (made, file)
+        self.memory.committed[made.id] = (made, file)
         return made
 
-    async def variants(self, model: str, ref: str) -> list[VariantView]:
-        row = await self.version(model, ref)
-        made = [one for one, _ in self.committed.values() if one.version == row.version]
-        return sorted(made, key=lambda one: one.bytes)
+    async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
+        row = await self.memory.models.version(model, ref)
+        made = [one for one, _ in self.memory.committed.values() if one.version == row.version]
+        return tuple(sorted(made, key=lambda one: one.bytes))
 
-    async def variant(self, model: str, prefix: str) -> VariantDetail:
-        await self.log(model)
+    async def show(self, model: str, prefix: str) -> VariantDetail:
+        await self.memory.models.log(model)
         made, _ = self._committed(prefix)
         return VariantDetail(variant=made, structure=STRUCTURE, data=DATA, tensors=TENSORS)
 
-    async def variant_file(self, model: str, prefix: str) -> bytes:
-        await self.log(model)
+    async def file(self, model: str, prefix: str) -> bytes:
+        await self.memory.models.log(model)
         return self._committed(prefix)[1]
 
     def _committed(self, prefix: str) -> tuple[VariantView, bytes]:
-        return find({sha[: len(prefix)]: made for sha, made in self.committed.items()}, prefix, "variant")
+        return find(
+            {sha[: len(prefix)]: made for sha, made in self.memory.committed.items()}, prefix, "variant"
+        )
 
 
 TENSORS = (
@@ -295,14 +328,14 @@ def next_round(job: JobView) -> JobView:
 
 
 @contextmanager
-def served(operations: Operations, path: Path) -> Iterator[None]:
+def served(operations: Operations | MemoryOperations, path: Path) -> Iterator[None]:
     """Serve in a thread of its own; the socket is bound when the block begins and gone when it has ended."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     holder: list[asyncio.Task[None]] = []
 
     async def program() -> None:
-        task = asyncio.create_task(serve_uds(make_app(operations), path))
+        task = asyncio.create_task(serve_uds(make_app(cast("Operations", operations)), path))
         holder.append(task)
         # `serve_uds` binds before it first waits: one turn of the loop and clients can connect
         await asyncio.sleep(0)

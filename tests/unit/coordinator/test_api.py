@@ -1,6 +1,7 @@
 """The API says what the operations say, with stable codes, on a socket that only its owner can open."""
 
 import asyncio
+import inspect
 import json
 import signal
 import socket
@@ -8,13 +9,20 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import httpx
 import msgspec
 import pytest
 from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGHTS, MemoryOperations, served
 
-from liberatai_coordinator.api.routes import MAX_BODY_BYTES, STATUS, Operations, make_app, problem, serve_uds
+from liberatai_coordinator.api.devices import Devices
+from liberatai_coordinator.api.jobs import Jobs
+from liberatai_coordinator.api.models import Models
+from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.api.plans import Plans
+from liberatai_coordinator.api.routes import MAX_BODY_BYTES, STATUS, make_app, problem, serve_uds
+from liberatai_coordinator.api.variants import Variants
 from liberatai_coordinator.client import client as client_module
 from liberatai_coordinator.client.client import Client, CoordinatorError
 from liberatai_core.errors import (
@@ -65,9 +73,16 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
         yield made
 
 
-def test_the_memory_operations_are_operations(operations: MemoryOperations) -> None:
-    checked: Operations = operations
-    assert checked is operations
+@pytest.mark.parametrize("noun", [Devices, Jobs, Plans, Models, Variants])
+def test_the_memory_operations_are_operations(operations: MemoryOperations, noun: type) -> None:
+    real = {
+        name: work
+        for name, work in vars(noun).items()
+        if inspect.iscoroutinefunction(work) and not name.startswith("_")
+    }
+    kept = vars(type(getattr(operations, noun.__name__.lower())))
+    for name, work in real.items():
+        assert inspect.signature(kept[name]) == inspect.signature(work)
 
 
 # --- what comes back -----------------------------------------------------------------------------
@@ -255,14 +270,14 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 def test_a_socket_in_use_is_not_taken_away(path: Path, client: Client) -> None:
     with pytest.raises(LockedError, match="another coordinator answers"):
-        asyncio.run(serve_uds(make_app(MemoryOperations()), path))
+        asyncio.run(serve_uds(make_app(cast("Operations", MemoryOperations())), path))
     assert client.health()["ok"]
 
 
 def test_a_file_that_is_no_socket_and_a_path_that_is_too_long_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "precious.txt"
     file.write_text("data")
-    app = make_app(MemoryOperations())
+    app = make_app(cast("Operations", MemoryOperations()))
     with pytest.raises(ConfigError, match="is no socket"):
         asyncio.run(serve_uds(app, file))
     assert file.read_text() == "data"
@@ -277,7 +292,9 @@ def test_serving_leaves_the_signals_alone_and_stops_when_cancelled(tmp_path: Pat
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
     async def scenario() -> tuple[object, object]:
-        task = asyncio.create_task(serve_uds(make_app(MemoryOperations()), tmp_path / "api.sock"))
+        task = asyncio.create_task(
+            serve_uds(make_app(cast("Operations", MemoryOperations())), tmp_path / "api.sock")
+        )
         await asyncio.sleep(0)
         with Client(tmp_path / "api.sock", timeout_s=10) as client:
             assert (await asyncio.to_thread(client.health))["ok"]

@@ -482,7 +482,7 @@ def test_a_version_shows_its_weights_per_class_and_draws_them(
             method="label_free", members=("cnn", "mlp"), weights=tuple(map(tuple, weights)), use="mlp"
         )
 
-    monkeypatch.setattr(fleet, "ensemble", ensemble)
+    monkeypatch.setattr(fleet.models, "ensemble", ensemble)
     page, picture = tmp_path / "map.html", tmp_path / "map.png"
     assert main(["models", "show", "digits", "--heat-map", str(page)]) == 0
     shown = capsys.readouterr()
@@ -515,7 +515,7 @@ def test_weights_of_many_classes_run_down_or_are_summed_up(
     async def ensemble(model: str, ref: str) -> EnsembleView:
         return EnsembleView(method="label_free", members=("cnn",), weights=(weights,))
 
-    monkeypatch.setattr(fleet, "ensemble", ensemble)
+    monkeypatch.setattr(fleet.models, "ensemble", ensemble)
     assert main(["models", "show", "digits"]) == 0
     assert head in words(capsys.readouterr().out)
     assert main(["models", "show", "digits", "-o", "wide"]) == 0
@@ -583,8 +583,8 @@ def test_an_int8_export_is_calibrated_on_the_file_and_says_what_it_lost(
     async def held(model: str, ref: str, structure: str) -> Any:
         return shape, DATA, to_bytes(weights)
 
-    monkeypatch.setattr(fleet, "version", version)
-    monkeypatch.setattr(fleet, "weights", held)
+    monkeypatch.setattr(fleet.models, "version", version)
+    monkeypatch.setattr(fleet.models, "weights", held)
     inputs, out = tmp_path / "in.npz", tmp_path / "m.onnx"
     np.savez(inputs, x=np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
     given = ["models", "export", "digits", "--format", "onnx-int8", "--unlabeled", str(inputs)]

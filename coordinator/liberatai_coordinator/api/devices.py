@@ -1,0 +1,48 @@
+"""What a client may ask about devices."""
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from liberatai_coordinator.api import present
+from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.jobs.records import contribution_views
+from liberatai_coordinator.service import Service
+from liberatai_coordinator.views import DeviceView
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Devices of a coordinator."""
+
+    service: Service
+
+    async def list(self) -> tuple[DeviceView, ...]:
+        """Return all devices, sorted by name."""
+        return tuple(self._view(device) for _, device in sorted(self.service.fleet.devices.items()))
+
+    async def show(self, device: str) -> DeviceView:
+        """Return one device."""
+        view = self._view(self.service.fleet.require(device))
+        given = await asyncio.to_thread(contribution_views, self.service.ledger, device)
+        return msgspec.structs.replace(view, contributions=given)
+
+    async def approve(self, device: str) -> DeviceView:
+        """Let a pending device in; idempotent."""
+        return self._view(self.service.set_status(device, "approved", ""))
+
+    async def quarantine(self, device: str, reason: str) -> DeviceView:
+        """Shut a device out: nothing it sends counts from now on."""
+        return self._view(self.service.set_status(device, "quarantined", reason))
+
+    async def release(self, device: str) -> DeviceView:
+        """Let a quarantined device in again."""
+        return self._view(self.service.set_status(device, "approved", ""))
+
+    def _view(self, device: Device) -> DeviceView:
+        structure = ""
+        for job in self.service.runners.values():
+            if device.id in job.roster.assigned:
+                structure = job.roster.assigned[device.id].structure
+        return present.device_view(device, structure, self.service.fleet.refusals.get(device.id, {}))

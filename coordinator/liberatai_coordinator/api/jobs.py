@@ -1,0 +1,76 @@
+"""What a client may ask about jobs."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from liberatai_coordinator.api import present
+from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.jobs import materials
+from liberatai_coordinator.jobs.records import round_views
+from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.rows import JobRow
+from liberatai_coordinator.views import JobView
+from liberatai_core.errors import StateError
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Jobs of a coordinator."""
+
+    service: Service
+
+    async def create(self, yaml_text: str, base_dir: str) -> JobView:
+        """Start a job, or let it wait for its turn; relative paths in its YAML start from `base_dir`."""
+        job, ledger = parse_job(yaml_text, "job"), self.service.ledger
+        # Faults of the data, of families and parameters come now, not when devices are waiting.
+        await asyncio.to_thread(materials.check, job, Path(base_dir))
+        ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
+        self.service.start_job(ledger.job(job.name))
+        return await self.show(job.name)
+
+    async def list(self) -> tuple[JobView, ...]:
+        """Return all jobs, oldest first."""
+        return tuple(self._view(row) for row in self.service.ledger.jobs())
+
+    async def show(self, name: str) -> JobView:
+        """Return one job with its rounds."""
+        return self._view(self.service.ledger.job(name))
+
+    async def pause(self, name: str) -> JobView:
+        """Pause a job after the round that is open now."""
+        self._require_state(name, {"waiting", "running"}, "paused")
+        self.service.pause_job(name)
+        return await self.show(name)
+
+    async def resume(self, name: str) -> JobView:
+        """Go on with a paused job."""
+        self._require_state(name, {"paused"}, "resumed")
+        self.service.resume_job(name)
+        return await self.show(name)
+
+    async def abort(self, name: str) -> JobView:
+        """End a job for good; its versions stay."""
+        self._require_state(name, {"waiting", "running", "paused"}, "aborted")
+        await self.service.abort_job(name)
+        return await self.show(name)
+
+    def _require_state(self, name: str, allowed: set[str], what: str) -> None:
+        state = self.service.ledger.job(name).state
+        if state not in allowed:
+            raise StateError(f"job {name} is {state}: it cannot be {what}")
+
+    def _view(self, row: JobRow) -> JobView:
+        ledger, running = self.service.ledger, self.service.runners.get(row.name)
+        stored, versions = ledger.job_value(row.name, "plan"), ledger.versions(row.name)
+        return present.job_view(
+            row,
+            versions[-1] if versions else None,
+            msgspec.msgpack.decode(stored, type=tuple[Assignment, ...]) if stored else (),
+            round_views(ledger, row.name, running.open_round if running else None),
+            running.waits if running else "",
+        )

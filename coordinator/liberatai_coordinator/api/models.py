@@ -1,0 +1,66 @@
+"""What a client may ask about models and their versions."""
+
+import asyncio
+from dataclasses import dataclass
+
+from liberatai_coordinator.api import present
+from liberatai_coordinator.models import variants
+from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.repository import decode_manifest
+from liberatai_coordinator.store.rows import VersionRow
+from liberatai_coordinator.views import EnsembleView, SizesView, VersionView
+from liberatai_core.errors import NotFoundError
+from liberatai_core.structure import DataContract, Structure
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Models of a coordinator. A version is asked for by number, tag or "latest"."""
+
+    service: Service
+
+    async def list(self) -> tuple[VersionView, ...]:
+        """Return the newest version of every model."""
+        ledger = self.service.ledger
+        return tuple(present.version_view(ledger.version(model)) for model in ledger.models())
+
+    async def log(self, model: str) -> tuple[VersionView, ...]:
+        """Return all versions of a model, newest first."""
+        rows = self.service.ledger.versions(model)
+        if not rows:
+            raise NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
+        return tuple(present.version_view(row) for row in reversed(rows))
+
+    async def version(self, model: str, ref: str) -> VersionView:
+        """Return one version."""
+        return present.version_view(self._row(model, ref))
+
+    async def ensemble(self, model: str, ref: str) -> EnsembleView:
+        """Return how a version's structures are combined."""
+        return present.ensemble_view(self._row(model, ref))
+
+    async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
+        """Return a structure's weights as devices hold them: little-endian float32, in the flat order."""
+        manifest = decode_manifest(self._row(model, ref).manifest)
+        if structure not in manifest.structures:
+            raise NotFoundError(f"{model} has no structure {structure!r}: {', '.join(manifest.structures)}")
+        record = manifest.structures[structure]
+        content = await asyncio.to_thread(self.service.repository.get, record.view)
+        return record.structure, manifest.data, content
+
+    async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
+        """Return where the bytes of one structure's files go."""
+        row = self._row(model, ref)
+        return await asyncio.to_thread(variants.sizes, self.service.repository, row, structure)
+
+    def _row(self, model: str, ref: str) -> VersionRow:
+        return version_row(self.service, model, ref)
+
+
+def version_row(service: Service, model: str, ref: str) -> VersionRow:
+    """Return one version of a model.
+
+    Raises:
+        NotFoundError: there is none of this number or tag.
+    """
+    return service.ledger.version(model, int(ref) if ref.isdigit() else ref)

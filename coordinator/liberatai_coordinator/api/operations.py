@@ -1,0 +1,54 @@
+"""What a client may ask of a coordinator, by noun. Every method raises LiberataiErrors only.
+
+Unknown names raise NotFoundError; settings with faults raise ConfigError.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Self
+
+from liberatai_coordinator.api.devices import Devices
+from liberatai_coordinator.api.jobs import Jobs
+from liberatai_coordinator.api.models import Models
+from liberatai_coordinator.api.plans import Plans
+from liberatai_coordinator.api.variants import Variants
+from liberatai_coordinator.service import Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """All that can be asked."""
+
+    service: Service
+    devices: Devices
+    jobs: Jobs
+    plans: Plans
+    models: Models
+    variants: Variants
+
+    @classmethod
+    def of(cls, service: Service) -> Self:
+        """Return the operations of a coordinator."""
+        return cls(
+            service=service,
+            devices=Devices(service),
+            jobs=Jobs(service),
+            plans=Plans(service),
+            models=Models(service),
+            variants=Variants(service),
+        )
+
+    async def health(self) -> dict[str, Any]:
+        """Return what the coordinator says about itself: fleet, epoch, link, counts."""
+        service = self.service
+        return {
+            "ok": True,
+            "fleet": service.config.fleet,
+            "coordinator": service.config.coordinator,
+            "epoch": service.ledger.epoch,
+            "public_key": service.signer.public_key.hex(),
+            "broker": service.config.broker,
+            "protocol": service.connected,
+            "devices_online": len(service.fleet.ready()),
+            "uptime_s": time.time() - service.started_s,
+        }

@@ -1,0 +1,195 @@
+"""Every value as a client sees it. Nothing else makes views."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.fleet.plan import Assignment, Candidate
+from liberatai_coordinator.store.repository import Manifest, decode_manifest
+from liberatai_coordinator.store.rows import JobRow, VersionRow
+from liberatai_coordinator.views import (
+    AssignmentView,
+    DeviceView,
+    EnsembleView,
+    JobState,
+    JobView,
+    RoundView,
+    StructureView,
+    VersionView,
+)
+from liberatai_core.compressor.codebook import smallest_bytes
+from liberatai_core.contract.messages import Capability
+from liberatai_core.profile import form_of
+
+
+def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> DeviceView:
+    """Return a device.
+
+    Args:
+        device: as the fleet knows it.
+        structure: that it trains in the newest job it takes part in; "" for none.
+        refusals: number of refused messages by error code.
+    """
+    capability, report = device.capability, device.report
+    return DeviceView(
+        id=device.id,
+        status=device.status,
+        state=device.state,
+        phase=report.phase if report else "",
+        reason=device.reason or (report.reason if report else ""),
+        profile=capability.profile if capability else "",
+        tier=capability.tier if capability else "",
+        form=form_of(capability.tier, capability.runtimes) if capability else "",
+        arch=capability.arch if capability else "",
+        cores=capability.cores if capability else 0,
+        cpu_share=capability.cpu_share if capability else 0.0,
+        memory_bytes=capability.memory_bytes if capability else 0,
+        storage_bytes=capability.storage_bytes if capability else 0,
+        gflops=capability.gflops if capability else None,
+        up_bits_s=capability.up_bits_s if capability else None,
+        down_bits_s=capability.down_bits_s if capability else None,
+        link_measured=capability.link_measured if capability else False,
+        metered=capability.metered if capability else False,
+        day_quota_bytes=capability.day_quota_bytes if capability else 0,
+        quota_spent=capability.quota_spent if capability else False,
+        samples=capability.samples if capability else 0,
+        job=report.job if report else "",
+        structure=structure,
+        round=report.round if report else 0,
+        last_seen_s=device.last_seen_s,
+        agent_version=capability.agent_version if capability else "",
+        sent_bytes=device.traffic.sent_bytes,
+        received_bytes=device.traffic.received_bytes,
+        updates=device.updates,
+        round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
+        round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
+        refusals=dict(refusals),
+    )
+
+
+def job_view(
+    row: JobRow,
+    newest: VersionRow | None,
+    assigned: Sequence[Assignment],
+    rounds: tuple[RoundView, ...],
+    waits: str,
+) -> JobView:
+    """Return a job.
+
+    Args:
+        row: of the ledger.
+        newest: version of its model; None before the first one.
+        assigned: its plan.
+        rounds: all of them.
+        waits: why no round opens, in words; "" while one is open.
+    """
+    job = msgspec.json.decode(row.spec, type=JobSpec)
+    number = newest.number if newest else 0
+    return JobView(
+        name=row.name,
+        state=msgspec.convert(row.state, JobState),
+        rounds_done=number,
+        rounds_total=job.rounds.count,
+        created_s=row.created_s,
+        reason=row.reason or waits,
+        version=number,
+        structures=structure_views(newest, assigned),
+        rounds=rounds,
+        updates=sum(view.updates for view in rounds),
+        up_bytes=sum(view.up_bytes for view in rounds),
+        down_bytes=sum(view.down_bytes for view in rounds),
+        lacks=job.lacks,
+    )
+
+
+def structure_views(newest: VersionRow | None, assigned: Sequence[Assignment]) -> tuple[StructureView, ...]:
+    """Return the structures of a job's newest version; () before the first one."""
+    if newest is None:
+        return ()
+    return tuple(
+        StructureView(
+            id=sid,
+            family=record.structure.family,
+            parameters=record.structure.parameters,
+            smallest_bytes=smallest_bytes(record.structure),
+            keyframe_bytes=record.keyframe.size,
+            devices=sum(a.structure == sid for a in assigned),
+        )
+        for sid, record in sorted(decode_manifest(newest.manifest).structures.items())
+    )
+
+
+def candidate_view(candidate: Candidate, keyframe_bytes: int, devices: int) -> StructureView:
+    """Return a structure of a job that has no version yet.
+
+    Args:
+        candidate: the structure, and what it needs.
+        keyframe_bytes: budget of its file; 0: no device gets it.
+        devices: number of devices that would get it.
+    """
+    return StructureView(
+        id=candidate.id,
+        family=candidate.family,
+        parameters=candidate.parameters,
+        smallest_bytes=candidate.smallest_bytes,
+        keyframe_bytes=keyframe_bytes,
+        devices=devices,
+    )
+
+
+def assignment_view(
+    assigned: Assignment, capability: Capability | None, variant_bytes: int
+) -> AssignmentView:
+    """Return what a device gets.
+
+    Args:
+        assigned: by the plan.
+        capability: of the device; None: not known any more.
+        variant_bytes: what the files of its structure take on the device.
+    """
+    return AssignmentView(
+        device=assigned.device,
+        profile=capability.profile if capability else "",
+        tier=capability.tier if capability else "",
+        structure=assigned.structure,
+        variant_bytes=variant_bytes,
+        budget_bytes=assigned.budget_bytes,
+        density=assigned.density,
+        why=assigned.why,
+        link=assigned.link,
+    )
+
+
+def stored_bytes(manifest: Manifest) -> dict[str, int]:
+    """Return what the files of each structure take on a device: keyframe and deltas."""
+    return {
+        sid: record.keyframe.size + sum(delta.size for delta in record.deltas)
+        for sid, record in manifest.structures.items()
+    }
+
+
+def version_view(row: VersionRow) -> VersionView:
+    """Return a version."""
+    manifest = decode_manifest(row.manifest)
+    return VersionView(
+        model=row.model,
+        version=row.number,
+        id=row.id,
+        parent=row.parent,
+        created_s=row.created_s,
+        round=manifest.round,
+        updates=len(manifest.updates),
+        digests={sid: record.digest for sid, record in manifest.structures.items()},
+        bytes=stored_bytes(manifest),
+        ensemble=manifest.ensemble.method,
+        guard=manifest.ensemble.guard,
+        tags=row.tags,
+    )
+
+
+def ensemble_view(row: VersionRow) -> EnsembleView:
+    """Return how a version's structures are combined."""
+    record = decode_manifest(row.manifest).ensemble
+    return msgspec.convert(msgspec.structs.asdict(record), EnsembleView)

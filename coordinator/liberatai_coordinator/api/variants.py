@@ -1,0 +1,44 @@
+"""What a client may ask about variants of versions."""
+
+import asyncio
+from dataclasses import dataclass
+
+from liberatai_coordinator.api.models import version_row
+from liberatai_coordinator.models import variants
+from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_coordinator.store.rows import VariantRow
+from liberatai_coordinator.views import VariantDetail, VariantView
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """Variants of a coordinator's models."""
+
+    service: Service
+
+    async def commit(self, model: str, ref: str, manifest: VariantManifest, file: bytes) -> VariantView:
+        """Check a variant of a version and store it; the same one again is stored once."""
+        ledger, repository = self.service.ledger, self.service.repository
+        row = version_row(self.service, model, ref)
+        made = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
+        return variants.view(made)
+
+    async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
+        """Return the variants of a version, the smallest first."""
+        number = version_row(self.service, model, ref).number
+        return tuple(variants.view(row) for row in self.service.ledger.variants(model, number))
+
+    async def show(self, model: str, prefix: str) -> VariantDetail:
+        """Return one variant by the beginning of its id."""
+        row = self._row(model, prefix)
+        return await asyncio.to_thread(variants.detail, self.service.repository, row)
+
+    async def file(self, model: str, prefix: str) -> bytes:
+        """Return the file of a variant, by the beginning of its id."""
+        row = self._row(model, prefix)
+        return await asyncio.to_thread(variants.file_of, self.service.repository, row)
+
+    def _row(self, model: str, prefix: str) -> VariantRow:
+        self.service.ledger.version(model)  # an unknown model is told as such
+        return self.service.ledger.variant(model, prefix)
