@@ -90,7 +90,7 @@ def idle(folder: Path, python: Path, seed: int) -> dict[str, float | str | list[
     with fleet:
         settings = folder / "agents" / "idle" / "agent.yaml"
         fleet.kill_agent("idle")
-        command = [str(python), "-m", "liberatai_agent", "run", "--config", str(settings)]
+        command = [str(python), "-P", "-m", "liberatai_agent", "run", "--config", str(settings)]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as agent:
             try:

@@ -1,7 +1,7 @@
 """What can this machine do? Measured, bounded by its container, its profile and its settings.
 
-psutil reports the host even inside a container, so control groups are read too (versions 1 and 2). No
-runtime is imported to find out whether it is there.
+psutil reports the host even inside a container, so control groups are read too. What cannot be read stays
+unknown. No runtime is imported to find out whether it is there.
 """
 
 import json
@@ -9,26 +9,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
-from liberatai_agent.children.messages import CHILD_ENVIRONMENT
+from liberatai_agent import control_groups
+from liberatai_agent.children import start
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.control_groups import Group
 from liberatai_agent.events import Tier
 from liberatai_agent.link_meter import NOTHING, Announced
 from liberatai_agent.session import CODECS
-from liberatai_core import __version__
+from liberatai_core import __version__, processes
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import Profile
 from liberatai_core.structure import DataContract
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+Value = TypeVar("Value")
 RUNTIMES = ("torch", "onnxruntime")
 FULL_MEMORY_BYTES = 330 << 20
 """Torch takes 220 MiB after import; training a LeNet-size model takes about 330 MiB in all."""
@@ -37,20 +39,8 @@ DEFAULT_STORAGE_BYTES = 256 << 20
 BENCH_TIMEOUT_S = 120.0
 """A large data file on a slow card; the arithmetic itself takes half a second."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Limits of the control groups that this process is in; None: no limit.
-
-    Attributes:
-        memory_bytes: memory.
-        cpus: processors' worth of time.
-        processors: how many processors may be used.
-    """
-
-    memory_bytes: int | None = None
-    cpus: float | None = None
-    processors: int | None = None
+MAX_ANSWER_BYTES = 1 << 16
+"""What the bench says: some hundred bytes, and what a pipe holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,95 +84,16 @@ class Bench:
     warning: str = ""
 
 
-# --- control groups ----------------------------------------------------------------------------
-
-
-def group_limits(root: Path = CGROUP_ROOT, own: str | None = None) -> Group:
-    """Return the tightest limits on the way from this process's group to the root.
-
-    Args:
-        root: where control groups are mounted.
-        own: the text of /proc/self/cgroup; read if None.
-    """
-    text = _text(Path("/proc/self/cgroup")) if own is None else own
-    memory: list[int] = []
-    cpus: list[float] = []
-    processors: list[int] = []
-    for line in text.splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        names = controllers.split(",") if controllers else []
-        for base in _mounts(root, names):
-            for folder in _upwards(base, path):
-                memory += _memory(folder)
-                cpus += _cpus(folder)
-                processors += _processors(folder)
-    return Group(
-        memory_bytes=min(memory, default=None),
-        cpus=min(cpus, default=None),
-        processors=min(processors, default=None),
-    )
-
-
-def _mounts(root: Path, controllers: list[str]) -> list[Path]:
-    """Return the folders where the hierarchy with these controllers (none: version 2) may be mounted."""
-    if not controllers:
-        return [root, root / "unified"]
-    return [root / name for name in dict.fromkeys((*controllers, ",".join(controllers)))]
-
-
-def _upwards(base: Path, path: str) -> Iterator[Path]:
-    """Yield the group's folder and its parents up to `base` (in a container often `base` alone exists)."""
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    for length in range(len(parts), -1, -1):
-        folder = base.joinpath(*parts[:length])
-        if folder.is_dir():
-            yield folder
-
-
-def _memory(folder: Path) -> list[int]:
-    found = (_text(folder / name).strip() for name in ("memory.max", "memory.limit_in_bytes"))
-    return [int(text) for text in found if text.isdigit() and int(text) > 0]
-
-
-def _cpus(folder: Path) -> list[float]:
-    words = _text(folder / "cpu.max").split()
-    if len(words) != 2:
-        words = [_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-    if all(word.isdigit() and int(word) > 0 for word in words):
-        return [int(words[0]) / int(words[1])]
-    return []
-
-
-def _processors(folder: Path) -> list[int]:
-    for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
-        count = 0
-        for part in _text(folder / name).strip().split(","):
-            first, _, last = part.partition("-")
-            if first.isdigit() and (last.isdigit() or not last):
-                count += int(last or first) - int(first) + 1
-        if count > 0:
-            return [count]
-    return []
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-
-
 # --- machine -----------------------------------------------------------------------------------
 
 
 def measure(state_dir: Path, group: Group | None = None) -> Machine:
     """Return what can be measured at once."""
-    limits = group_limits() if group is None else group
+    limits = control_groups.limits() if group is None else group
     cores = len(os.sched_getaffinity(0))
     if limits.processors is not None:
         cores = min(cores, limits.processors)
-    memory = psutil.virtual_memory().total
+    memory = memory_total()
     return Machine(
         arch=os.uname().machine,
         cores=max(1, cores),
@@ -193,34 +104,57 @@ def measure(state_dir: Path, group: Group | None = None) -> Machine:
     )
 
 
+def known(read: Callable[[], Value]) -> Value | None:
+    """Return a value of the machine, None if it cannot be read: /proc may be hidden, sensors lie."""
+    try:
+        return read()
+    except Exception:  # noqa: BLE001 - psutil lets through whatever it meets in /proc and /sys
+        return None
+
+
+def memory_total() -> int:
+    """Return the machine's memory in bytes."""
+    found = known(lambda: psutil.virtual_memory().total)
+    return found if found is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_available() -> int | None:
+    """Return the bytes that programs can still get here, in this container if it is one."""
+    found = (known(lambda: psutil.virtual_memory().available), control_groups.memory_available())
+    return min((value for value in found if value is not None), default=None)
+
+
+def rss(pid: int | None = None) -> int | None:
+    """Return the bytes of memory that a process holds, this one's if no id is given."""
+    return known(lambda: psutil.Process(pid).memory_info().rss)
+
+
+def cpu_percent() -> float | None:
+    """Return the load of all processors since the last call, 0 … 100."""
+    return known(lambda: float(psutil.cpu_percent(None)))
+
+
 def disk_free(folder: Path) -> int:
     """Return the bytes that may still be written at a folder, or at what will be its parent."""
-    while not folder.exists() and folder != folder.parent:
+    while not known(folder.exists) and folder != folder.parent:
         folder = folder.parent
-    return psutil.disk_usage(str(folder)).free
+    return known(lambda: psutil.disk_usage(str(folder)).free) or 0
 
 
 def temperature_c() -> float | None:
     """Return the hottest sensor, None where there is none."""
-    read = getattr(psutil, "sensors_temperatures", None)
-    try:
-        sensors = read() if read is not None else {}
-    except (OSError, RuntimeError, ValueError):
-        return None
+    read = getattr(psutil, "sensors_temperatures", dict)
+    sensors = known(read) or {}
     values = [entry.current for entries in sensors.values() for entry in entries]
     return max((float(v) for v in values if v is not None and -100 <= v <= 300), default=None)
 
 
 def battery() -> tuple[float | None, bool]:
     """Return (charge in percent or None, whether it is on mains)."""
-    read = getattr(psutil, "sensors_battery", None)
-    try:
-        found = read() if read is not None else None
-    except (OSError, RuntimeError, ValueError):
-        found = None
+    found = known(getattr(psutil, "sensors_battery", lambda: None))
     if found is None:
         return None, True
-    return float(found.percent), found.power_plugged is not False
+    return known(lambda: float(found.percent)), found.power_plugged is not False
 
 
 class LoadMeter:
@@ -230,23 +164,35 @@ class LoadMeter:
         self._last: tuple[float, float] | None = None
 
     def others(self, own: tuple[int, ...]) -> float | None:
-        """Return the load by processes other than `own` since the last call; None at the first."""
-        times = psutil.cpu_times()
-        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
-        mine = sum(_cpu_seconds(pid) for pid in own)
-        now = time.monotonic()
-        last, self._last = self._last, (now, busy - mine)
+        """Return the load by other processes than `own` since the last call; None: unknown, or the first.
+
+        In a container it is the container's load. Children that ended and were waited for belong to `own`:
+        what a training took must not look like somebody else's work once it is over.
+        """
+        busy = known(_busy_seconds)
+        if busy is None:
+            self._last = None
+            return None
+        other, now = busy - sum(_cpu_seconds(pid) for pid in own), time.monotonic()
+        last, self._last = self._last, (now, other)
         if last is None or now - last[0] < 0.1:
             return None
-        return max(0.0, (busy - mine - last[1]) / (now - last[0]))
+        return max(0.0, (other - last[1]) / (now - last[0]))
+
+
+def _busy_seconds() -> float:
+    inside = control_groups.cpu_seconds()
+    if inside is not None:
+        return inside
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0))
 
 
 def _cpu_seconds(pid: int) -> float:
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
+    times = known(lambda: psutil.Process(pid).cpu_times())
+    if times is None:
         return 0.0
-    return float(times.user + times.system)
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 # --- bench -------------------------------------------------------------------------------------
@@ -260,14 +206,14 @@ def bench(state_dir: Path, data: str | None, *, again: bool = False) -> Bench:
     cache = state_dir / "bench.json"
     name = _cache_name(data)
     kept = None if again else _read_cache(cache, name)
-    found = kept if kept is not None else _run_bench(data)
+    found = kept if kept is not None else _run_bench(state_dir, data)
     if kept is None and found:
         _write_cache(cache, {"for": name, "found": found})
     return _as_bench(found, data)
 
 
 def _cache_name(data: str | None) -> str:
-    boot = _text(Path("/proc/sys/kernel/random/boot_id")).strip()
+    boot = known(lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")) or ""
     return json.dumps([boot, __version__, sys.version, *data_mark(data)])
 
 
@@ -300,19 +246,30 @@ def _write_cache(cache: Path, kept: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _run_bench(data: str | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "liberatai_agent.children.bench", *(("--data", data) if data else ())]
+def _run_bench(state_dir: Path, data: str | None) -> dict[str, Any]:
+    """Return what the child process says on a pipe of its own; what it prints goes to the log."""
+    source, sink = os.pipe()
+    folder = start.fresh_folder(state_dir if state_dir.is_dir() else None, "bench")
+    given = () if data is None else ("--data", str(Path(data).absolute()))
+    command = processes.command("liberatai_agent.children.bench", "--answer", str(sink), *given)
     try:
-        done = subprocess.run(
+        subprocess.run(
             command,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=start.LOG,
             timeout=BENCH_TIMEOUT_S,
             check=False,
-            env={**os.environ, **CHILD_ENVIRONMENT},
+            pass_fds=(sink,),
+            cwd=folder,
+            env=start.environment(folder),
         )
-        found = json.loads(done.stdout)
+        os.set_blocking(source, False)
+        found = json.loads(os.read(source, MAX_ANSWER_BYTES))
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
+    finally:
+        os.close(source)
+        os.close(sink)
     return found if isinstance(found, dict) else {}
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
@@ -117,7 +116,7 @@ class Service:
     ) -> None:
         self._config, self._make_link = config, make_link
         self._topics = topics.Topics(fleet=config.fleet)
-        self._trainer = trainer or Trainer(config.trainer_idle_s)
+        self._trainer = trainer or Trainer(config.trainer_idle_s, state_dir=config.state_path)
         self._blob_timeout_s = blob_timeout_s
         self._session = s.Session(device=config.device)
         self._events: deque[on.Happened] = deque()
@@ -500,7 +499,7 @@ class Service:
 
     async def _sample(self) -> None:
         """Send load and traffic now and then; lost samples are lost."""
-        psutil.cpu_percent(None)
+        probe.cpu_percent()
         while True:
             await asyncio.sleep(self._config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             if self._connected is None or self._watch.spent:
@@ -513,9 +512,9 @@ class Service:
         return Telemetry(
             device=self._config.device,
             session=self._number,
-            cpu_percent=psutil.cpu_percent(None),
-            memory_available_bytes=psutil.virtual_memory().available,
-            rss_bytes=psutil.Process().memory_info().rss,
+            cpu_percent=probe.cpu_percent() or 0.0,
+            memory_available_bytes=probe.memory_available() or 0,
+            rss_bytes=probe.rss() or 0,
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
             temperature_c=probe.temperature_c(),
@@ -889,7 +888,7 @@ def snapshot(state_dir: Path, load_others: float | None = None) -> gate.Snapshot
         on_mains=on_mains,
         temperature_c=probe.temperature_c(),
         disk_free_bytes=probe.disk_free(state_dir),
-        memory_available_bytes=psutil.virtual_memory().available,
+        memory_available_bytes=probe.memory_available(),
     )
 
 

@@ -30,6 +30,7 @@ from liberatai_coordinator.brokers.start import RunningBroker, start_broker
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.views import JobView, VersionView
+from liberatai_core import processes
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, TrainingError
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector
@@ -513,14 +514,14 @@ def _popen(command: list[str], log_fd: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=log_fd,
         stderr=log_fd,
-        env={**os.environ, **ENVIRONMENT},
+        env=processes.environment(also=ENVIRONMENT),
         start_new_session=True,  # Ctrl-C is ours: we stop them in order
         preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
     )
 
 
 def _command(module: str, verb: str, settings: Path) -> list[str]:
-    return [sys.executable, "-m", module, verb, "--config", str(settings)]
+    return processes.command(module, verb, "--config", str(settings))
 
 
 def _kind(wanted: str) -> Any:

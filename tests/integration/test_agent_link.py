@@ -33,7 +33,7 @@ BLOB_S = 0.1
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No child process for the probe, and looks at the gate and the machine that follow each other soon."""
     found = {"families": ["mlp"], "gflops": 1.0, "data": {"samples": 60, "input_shape": [4], "classes": 3}}
-    monkeypatch.setattr(probe, "_run_bench", lambda _: found)
+    monkeypatch.setattr(probe, "_run_bench", lambda *_: found)
     monkeypatch.setattr(service, "GATE_S", 0.2)
     monkeypatch.setattr(service, "MACHINE_S", 0.2)
 

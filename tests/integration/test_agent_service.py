@@ -261,7 +261,7 @@ def no_bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             "gflops": 1.0,
             "data": {"samples": 60, "input_shape": [4], "classes": 3},
         }
-        monkeypatch.setattr(probe, "_run_bench", lambda _: found)
+        monkeypatch.setattr(probe, "_run_bench", lambda *_: found)
 
 
 def status_file(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Looks at data and arithmetic in a process of its own, so that the agent never loads numpy.
 
-`python -m liberatai_agent.children.bench [--data FILE]` prints one JSON object: float32 matrix product in
-Gflop/s of one thread, the families that can be built here, and what the data file holds. Nothing of a single
-record is printed.
+`python -m liberatai_agent.children.bench [--data FILE] [--answer FD]` writes one JSON object to the file
+descriptor (or prints it): float32 matrix product in Gflop/s of one thread, the families that can be built
+here, and what the data file holds. Nothing of a single record is in it.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -71,13 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="liberatai_agent.children.bench")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--no-arithmetic", action="store_true")
+    parser.add_argument("--answer", type=int, default=1, metavar="FD")
     args = parser.parse_args(argv)
     found: dict[str, Any] = {"families": families()}
     if not args.no_arithmetic:
         found["gflops"] = round(gflops(), 3)
     if args.data is not None:
         found["data"] = look_at_data(args.data)
-    sys.stdout.write(json.dumps(found) + "\n")
+    with os.fdopen(args.answer, "wb", closefd=False) as out:
+        out.write(json.dumps(found).encode() + b"\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What agent and child processes share: length-prefixed msgpack over pipes, and their environment."""
+"""What agent and training process say to each other: length-prefixed msgpack over a socket."""
 
 import struct
 
@@ -9,15 +9,6 @@ from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
 from liberatai_core.structure import DataContract, Structure
-
-CHILD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "OPENBLAS_NUM_THREADS": "1",
-    "ORT_DISABLE_TELEMETRY": "1",
-    "PYTHONUNBUFFERED": "1",
-}
-"""One thread, sleeping while it waits (two spinning threads on a busy core collapse); no calls home."""
 
 LENGTH = struct.Struct(">I")
 MAX_MESSAGE_BYTES = 16 * MAX_OBJECT_BYTES

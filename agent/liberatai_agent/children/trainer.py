@@ -1,7 +1,8 @@
 """The agent's side of the training process: start it early, ask it, kill it, let it go when idle.
 
-The process has its own group, so nothing that it starts survives it. It lives across the rounds of a job
-(importing torch costs seconds on a small board) and ends after `idle_s` without work.
+They talk over a socket of their own; what libraries print goes to the log. The process has its own group, so
+nothing that it starts survives it. It lives across the rounds of a job (importing torch costs seconds on a
+small board) and ends after `idle_s` without work.
 """
 
 import asyncio
@@ -9,14 +10,15 @@ import contextlib
 import logging
 import os
 import signal
-import sys
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from liberatai_agent.children import start
 from liberatai_agent.children.messages import (
-    CHILD_ENVIRONMENT,
     LENGTH,
     Failed,
     Work,
@@ -25,6 +27,7 @@ from liberatai_agent.children.messages import (
     require_length,
 )
 from liberatai_agent.events import TrainingResult
+from liberatai_core import processes
 from liberatai_core.errors import BY_CODE, BusyError, LiberataiError, TooLargeError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -42,12 +45,16 @@ class Trainer:
     Args:
         idle_s: seconds without work after which it ends.
         command: how to start it; for tests.
+        state_dir: the agent's state; the process may write in a folder below it. None: nowhere.
     """
 
-    def __init__(self, idle_s: float, command: Sequence[str] | None = None) -> None:
-        self._idle_s = idle_s
-        self._command = list(command or (sys.executable, "-m", "liberatai_agent.children.trainer_child"))
+    def __init__(
+        self, idle_s: float, command: Sequence[str] | None = None, *, state_dir: Path | None = None
+    ) -> None:
+        self._idle_s, self._state_dir = idle_s, state_dir
+        self._command = list(command or processes.command("liberatai_agent.children.trainer_child"))
         self._process: asyncio.subprocess.Process | None = None
+        self._channel: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[str] | None = None
@@ -68,14 +75,7 @@ class Trainer:
         async with self._starting:
             if self.pid is None:
                 try:
-                    self._process = await asyncio.create_subprocess_exec(
-                        *self._command,
-                        str(os.getpid()),
-                        stdin=asyncio.subprocess.PIPE,
-                        stdout=asyncio.subprocess.PIPE,
-                        start_new_session=True,
-                        env={**os.environ, **CHILD_ENVIRONMENT},
-                    )
+                    await self._start()
                 except OSError as error:
                     raise TrainingError(f"the training process cannot be started: {error}") from error
         if not self._busy:
@@ -96,8 +96,7 @@ class Trainer:
         self._stop_clock()
         try:
             await self.warm()
-            assert self._process is not None  # noqa: S101 - `warm` set it
-            answer = decode_answer(await self._ask(self._process, encode(work)))
+            answer = decode_answer(await self._ask(encode(work)))
         except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError, TooLargeError) as error:
             code = await self._reap()
             raise TrainerDiedError(f"the training process ended without an answer ({code})") from error
@@ -118,14 +117,38 @@ class Trainer:
         if self._ending is not None:
             await self._ending
 
-    async def _ask(self, process: asyncio.subprocess.Process, request: bytes) -> bytes:
-        assert process.stdin is not None  # noqa: S101 - opened with PIPE
-        assert process.stdout is not None  # noqa: S101
-        process.stdin.write(request)
-        await process.stdin.drain()
-        size = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))[0]
+    async def _start(self) -> None:
+        await self._reap()
+        ours, theirs = socket.socketpair()
+        folder = start.fresh_folder(self._state_dir, "trainer")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(os.getpid()),
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=start.LOG,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd=folder,
+                env=start.environment(folder),
+            )
+            self._channel = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            await self._reap()
+            raise
+        finally:
+            theirs.close()
+
+    async def _ask(self, request: bytes) -> bytes:
+        assert self._channel is not None  # noqa: S101 - `warm` set it
+        source, sink = self._channel
+        sink.write(request)
+        await sink.drain()
+        size = LENGTH.unpack(await source.readexactly(LENGTH.size))[0]
         require_length(size)
-        return await process.stdout.readexactly(size)
+        return await source.readexactly(size)
 
     def _rest(self) -> None:
         self._stop_clock()
@@ -142,6 +165,9 @@ class Trainer:
     async def _reap(self) -> str:
         """Kill the process and return how it ended."""
         process, self._process = self._process, None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel[1].transport.abort()
         if process is None:
             return "it was not running"
         if process.returncode is None:

@@ -1,9 +1,9 @@
 """The training process: restores the base, trains on local data, answers with a sparse update.
 
-`python -m liberatai_agent.children.trainer_child PARENT_PID` reads Work from stdin and writes Done or
-Failed to stdout, until stdin ends. It dies with its parent. Everything is a function of (task, device, round,
-data, left-overs), so a training repeated after a crash gives the same bytes. P9: only sums, counts and the
-sparse difference leave this process.
+`python -m liberatai_agent.children.trainer_child PARENT_PID SOCKET` reads Work from the socket (a file
+descriptor that it inherits) and writes Done or Failed to it, until it is closed. It dies with its parent.
+Everything is a function of (task, device, round, data, left-overs), so a training repeated after a crash
+gives the same bytes. P9: only sums, counts and the sparse difference leave this process.
 """
 
 import hashlib
@@ -325,9 +325,8 @@ def main(argv: Sequence[str]) -> int:
     """Confine the process, load torch while the agent still downloads, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine(int(argv[0]))
-    # Whatever a library prints must not get between our messages.
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    channel = int(argv[1])
+    os.set_inheritable(channel, False)
     try:
         from liberatai_core.learning.families import require_torch  # noqa: PLC0415
 
@@ -335,7 +334,8 @@ def main(argv: Sequence[str]) -> int:
     except LiberataiError:
         # The first task is answered with E_EXTRA, where the operator sees it.
         pass
-    serve(sys.stdin.buffer, sink)
+    with os.fdopen(channel, "rb") as source, os.fdopen(os.dup(channel), "wb") as sink:
+        serve(source, sink)
     return 0
 
 

@@ -8,7 +8,6 @@ Not for production: see `broker_config/README.md`.
 """
 
 import ctypes
-import getpass
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from liberatai_core import processes
 from liberatai_core.errors import ConfigError, LinkError, MissingExtraError, NotFoundError
 
 HOST = "127.0.0.1"
@@ -252,8 +252,9 @@ def _mosquitto_conf(folder: Path, port: int, *, persistence: bool) -> str:
         "allow_anonymous false",
         f"password_file {folder / 'passwords'}",
         f"acl_file {folder / 'acl'}",
-        # Started by root it would become the user mosquitto, which may not read these files.
-        f"user {getpass.getuser()}",
+        # Started by root it would become the user mosquitto, which may not read these files; anybody else
+        # stays who it is, with a name or without.
+        *(["user root"] if os.geteuid() == 0 else []),
         f"persistence {'true' if persistence else 'false'}",
         f"persistence_location {folder}/",
         "max_packet_size 1048576",
@@ -309,12 +310,7 @@ def _amqtt(folder: Path, credentials: dict[str, str], fleet: str, coordinator_us
         }
         listeners = {"default": {"type": "tcp", "bind": f"{HOST}:{port}"}}
         _write(folder / "amqtt.json", json.dumps({"listeners": listeners, "plugins": plugins}, indent=1))
-        return [
-            sys.executable,
-            "-m",
-            "liberatai_coordinator.brokers.amqtt_broker",
-            str(folder / "amqtt.json"),
-        ]
+        return processes.command("liberatai_coordinator.brokers.amqtt_broker", str(folder / "amqtt.json"))
 
     return _Recipe("amqtt", importlib.metadata.version("amqtt"), AMQTT_LOST, prepare)
 
@@ -342,6 +338,7 @@ def _spawn(command: list[str], log_fd: int) -> subprocess.Popen[bytes]:
                 stdin=subprocess.DEVNULL,
                 stdout=log_fd,
                 stderr=log_fd,
+                env=processes.environment(),
                 start_new_session=True,  # Ctrl-C is ours: we stop the broker last
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
             )

@@ -9,8 +9,9 @@ import numpy as np
 import psutil
 import pytest
 
-from liberatai_agent import probe
+from liberatai_agent import control_groups, probe
 from liberatai_agent.config import AgentConfig, LinkSettings
+from liberatai_agent.control_groups import Group
 from liberatai_agent.link_meter import NOTHING, Announced
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import Profile, parse_profile
@@ -77,8 +78,8 @@ def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path: Path) -> Non
             "system.slice/agent.service/cpuset.cpus.effective": "0,2-3\n",
         },
     )
-    found = probe.group_limits(tmp_path, "0::/system.slice/agent.service\n")
-    assert found == probe.Group(memory_bytes=512 * MIB, cpus=0.5, processors=3)
+    found = control_groups.limits(tmp_path, "0::/system.slice/agent.service\n")
+    assert found == Group(memory_bytes=512 * MIB, cpus=0.5, processors=3)
 
 
 def test_version_1_reads_each_controller_in_its_own_tree(tmp_path: Path) -> None:
@@ -95,28 +96,28 @@ def test_version_1_reads_each_controller_in_its_own_tree(tmp_path: Path) -> None
         },
     )
     own = "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n2:cpuset:/docker/abc\n1:name=systemd:/x\n"
-    found = probe.group_limits(tmp_path, own)
-    assert found == probe.Group(memory_bytes=96 * MIB, cpus=1.5, processors=1)
+    found = control_groups.limits(tmp_path, own)
+    assert found == Group(memory_bytes=96 * MIB, cpus=1.5, processors=1)
 
 
 def test_inside_a_container_the_root_of_the_mount_counts(tmp_path: Path) -> None:
     """Without a private cgroup namespace the path is the host's, and only the mount's root is there."""
     a_tree(tmp_path, {"memory/memory.limit_in_bytes": f"{64 * MIB}\n", "memory.max": f"{32 * MIB}"})
-    assert probe.group_limits(tmp_path, "4:memory:/libpod/abc\n").memory_bytes == 64 * MIB
-    assert probe.group_limits(tmp_path, "0::/libpod/abc\n").memory_bytes == 32 * MIB
+    assert control_groups.limits(tmp_path, "4:memory:/libpod/abc\n").memory_bytes == 64 * MIB
+    assert control_groups.limits(tmp_path, "0::/libpod/abc\n").memory_bytes == 32 * MIB
 
 
 @pytest.mark.parametrize("own", ["", "garbage", "0::/../../etc\n", "a:b\n0\n"])
 def test_no_limits_and_nonsense_give_none(tmp_path: Path, own: str) -> None:
     a_tree(tmp_path, {"cpu.max": "what ever", "memory.max": "-5", "cpuset.cpus.effective": "x-y,\n"})
-    assert probe.group_limits(tmp_path, own) == probe.Group()
+    assert control_groups.limits(tmp_path, own) == Group()
 
 
 def test_the_machine_is_bounded_by_its_group(tmp_path: Path) -> None:
-    group = probe.Group(memory_bytes=100 * MIB, cpus=0.25, processors=1)
+    group = Group(memory_bytes=100 * MIB, cpus=0.25, processors=1)
     found = probe.measure(tmp_path, group)
     assert (found.memory_bytes, found.cpus, found.cores) == (100 * MIB, 0.25, 1)
-    free = probe.measure(tmp_path, probe.Group())
+    free = probe.measure(tmp_path, Group())
     assert free.cores == len(os.sched_getaffinity(0))
     assert free.disk_free_bytes > 0
 
@@ -193,7 +194,7 @@ def test_the_bench_measures_looks_at_data_and_is_kept(
     assert found.data is not None
     assert (found.samples, found.data.input_shape, found.data.classes) == (5, (1, 8, 8), 3)
     assert "mlp" in found.families
-    monkeypatch.setattr(probe, "_run_bench", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(probe, "_run_bench", lambda *_: pytest.fail("measured again"))
     assert probe.bench(tmp_path, str(data)) == found
     monkeypatch.undo()
     np.savez(data, x=np.zeros((6, 8, 8), np.uint8), y=[0, 1, 2, 1, 0, 0])
@@ -201,7 +202,7 @@ def test_the_bench_measures_looks_at_data_and_is_kept(
 
 
 def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_run_bench", lambda _: {"gflops": 2.0})
+    monkeypatch.setattr(probe, "_run_bench", lambda *_: {"gflops": 2.0})
     for text in ("", "[]", '{"for": 1}', "\0"):
         (tmp_path / "bench.json").write_text(text)
         assert probe.bench(tmp_path, None).gflops == 2.0

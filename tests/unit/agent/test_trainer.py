@@ -422,6 +422,27 @@ def test_a_cancelled_training_leaves_no_process(chain: Chain, data: Path) -> Non
     assert not psutil.pid_exists(asyncio.run(scenario()))
 
 
+LOUD = """
+import os, sys
+sys.stdout.write("banner of a library\\n" * 1000)
+sys.stdout.flush()
+os.write(1, b"from C")
+from liberatai_agent.children.trainer_child import main
+main(sys.argv[1:])
+"""
+
+
+def test_what_libraries_print_is_no_part_of_the_protocol(chain: Chain, data: Path) -> None:
+    async def scenario() -> bytes:
+        trainer = Trainer(60.0, [sys.executable, "-c", LOUD])
+        try:
+            return (await trainer.train(a_work(chain, data))).body
+        finally:
+            await trainer.close()
+
+    assert asyncio.run(scenario())
+
+
 PARENT = """
 import asyncio, sys, time
 from liberatai_agent.children.trainer import Trainer
@@ -447,7 +468,7 @@ def test_the_process_dies_with_its_parent() -> None:
 
 def test_an_idle_process_ends_by_itself() -> None:
     async def scenario() -> bool:
-        trainer = Trainer(0.2, [sys.executable, "-c", "import sys; sys.stdin.read()"])
+        trainer = Trainer(0.2, [sys.executable, "-c", "import os, sys; os.read(int(sys.argv[2]), 1)"])
         await trainer.warm()
         process = psutil.Process(trainer.pid)
         until = time.monotonic() + 10
@@ -459,7 +480,9 @@ def test_an_idle_process_ends_by_itself() -> None:
     assert not asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("program", ["pass", "import sys; sys.stdout.write('Hi'); sys.stdin.read(1)"])
+@pytest.mark.parametrize(
+    "program", ["pass", "import os, sys; os.write(int(sys.argv[2]), b'Hi'); os.close(int(sys.argv[2]))"]
+)
 def test_a_process_that_talks_nonsense_is_killed_and_reported(chain: Chain, data: Path, program: str) -> None:
     async def scenario() -> None:
         trainer = Trainer(60.0, [sys.executable, "-c", program])
