@@ -203,8 +203,6 @@ def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
 
 
 def _probe(args: argparse.Namespace) -> int:
-    import tempfile  # noqa: PLC0415
-
     from liberatai_agent import probe  # noqa: PLC0415
     from liberatai_agent.config import AgentConfig, load_config, load_profile  # noqa: PLC0415
     from liberatai_agent.link_meter import NOTHING, announce  # noqa: PLC0415
@@ -214,8 +212,7 @@ def _probe(args: argparse.Namespace) -> int:
         config = AgentConfig(fleet="none", device="this", coordinator_key="0" * 64, state_dir="/nonexistent")
     else:
         config = load_config(args.config)
-    folder = config.state_path if config.state_path.is_dir() else Path(tempfile.gettempdir())
-    machine = probe.measure(folder)
+    machine = probe.measure(config.state_path)
     found = probe.bench(config.state_path, config.data, again=args.bench)
     link = announce(read_link(config.state_path), NOTHING, 0.0)
     caps = probe.capability(
