@@ -20,10 +20,10 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models.ensembles import Ensemble, combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed, trained_part
 from liberatai_coordinator.models.teaching import teach
-from liberatai_coordinator.models.updates import changes, difference
+from liberatai_coordinator.models.updates import Decoded, packed
 from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
-from liberatai_core.aggregator.packed import Packed, entries
+from liberatai_core.aggregator.packed import Packed, unpack, without_zeros
 from liberatai_core.aggregator.staleness import damped
 from liberatai_core.compressor.artifact import FULL, Coding, write
 from liberatai_core.contract.messages import Update
@@ -105,6 +105,7 @@ def advance(
     updates: Sequence[Update],
     public: Public,
     late: Late | None = None,
+    decoded: Mapping[bytes, Decoded] | None = None,
 ) -> Advanced:
     """Return the version that follows from `members` and these updates of round `number`.
 
@@ -115,10 +116,13 @@ def advance(
         updates: sorted by update id; all verified against their structure already.
         public: the coordinator's own data.
         late: of a buffered job, what else its updates' weights follow from.
+        decoded: by update id, what the check of an update has read; what is not there, or was read from
+            other bytes, is decoded here. The result is the same, byte for byte.
     """
     late = late or Late()
     by_structure = {sid: _of(updates, sid) for sid in sorted(members)}
-    merges = _merges(job, number, members, by_structure, late)
+    read = _Reader(job, late, decoded or {})
+    merges = _merges(job, number, members, by_structure, read)
     merged = {
         sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
     }
@@ -171,16 +175,16 @@ def _merges(
     number: int,
     members: Mapping[str, Member],
     updates: Mapping[str, Sequence[Update]],
-    late: Late,
+    read: "_Reader",
 ) -> dict[str, _Meaning]:
     """Return what the updates mean for every structure that they speak about."""
     found: dict[str, _Meaning] = {}
     for group in groups(job, (member.structure for member in members.values())):
-        found |= _merge_group(job, number, group, members, updates, late)
+        found |= _merge_group(job, number, group, members, updates, read)
     for sid, some in updates.items():
         if some and sid not in found:
             part = trained_part(job, members[sid].structure).part
-            one = rules.merge(_rule(job, number, sid), part.parameters, _senders(job, part, some, late))
+            one = rules.merge(_rule(job, number, sid), part.parameters, read.senders(part, some))
             found[sid] = _Meaning(
                 difference=None if one.frozen else one.difference,
                 contributions=one.contributions,
@@ -195,7 +199,7 @@ def _merge_group(
     group: nested.Group,
     members: Mapping[str, Member],
     updates: Mapping[str, Sequence[Update]],
-    late: Late,
+    read: "_Reader",
 ) -> dict[str, _Meaning]:
     """Return what the updates of a group's members mean for each of them; nothing if there are none."""
     covered = {}
@@ -203,7 +207,7 @@ def _merge_group(
         trained = trained_part(job, members[sid].structure)
         covered[sid] = nested.Covered(
             places=places if trained.gain is None else places[trained.positions],
-            senders=_senders(job, trained.part, updates[sid], late),
+            senders=read.senders(trained.part, updates[sid]),
         )
     if not any(one.senders for one in covered.values()):
         return {}
@@ -230,27 +234,34 @@ def _rule(job: JobSpec, number: int, sid: str) -> rules.Settings:
     )
 
 
-def _senders(job: JobSpec, part: Structure, updates: Sequence[Update], late: Late) -> list[rules.Sender]:
-    return [
-        rules.Sender(
-            id=update.update_id.hex(),
-            samples=update.samples,
-            read=partial(_counted, job, update, part, late.staleness.get(update.update_id, 0)),
-            sent=partial(_sent, job, update, part, late.staleness.get(update.update_id, 0)),
-        )
-        for update in updates
-    ]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reader:
+    """How updates are read: what the check has decoded is taken from there."""
 
+    job: JobSpec
+    late: Late
+    decoded: Mapping[bytes, Decoded]
 
-def _counted(job: JobSpec, update: Update, part: Structure, staleness: int) -> Vector:
-    """Return what an update counts as: its difference, shortened if it comes late."""
-    return damped(difference(job, update, part), staleness)
+    def senders(self, part: Structure, updates: Sequence[Update]) -> list[rules.Sender]:
+        return [
+            rules.Sender(
+                id=update.update_id.hex(),
+                samples=update.samples,
+                read=partial(self.dense, update, part),
+                sent=partial(self.sent, update, part),
+            )
+            for update in updates
+        ]
 
+    def dense(self, update: Update, part: Structure) -> Vector:
+        """Return what an update counts as, shape (part.parameters,)."""
+        return unpack(self.sent(update, part))
 
-def _sent(job: JobSpec, update: Update, part: Structure, staleness: int) -> Packed:
-    """Return the same without its zeros: a sparse update is never made dense."""
-    positions, values = changes(job, update, part)
-    return entries(part.parameters, positions, damped(values, staleness))
+    def sent(self, update: Update, part: Structure) -> Packed:
+        """Return the same without its zeros, shortened if it comes late; it is never made dense."""
+        found = packed(self.job, update, part, self.decoded.get(update.update_id))
+        values = damped(found.values, self.late.staleness.get(update.update_id, 0))
+        return found if values is found.values else without_zeros(replace(found, values=values))
 
 
 def _moved(

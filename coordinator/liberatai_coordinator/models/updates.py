@@ -1,11 +1,16 @@
 """What an update of a device says, and whether it can mean anything."""
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models.members import trained_part
+from liberatai_core.aggregator.packed import Packed, entries
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.messages import Update, work_seed
 from liberatai_core.errors import CodecError, NormError, SchemaError
@@ -15,6 +20,73 @@ from liberatai_core.weights import Vector
 
 LARGEST = 1e3
 """No training moves a parameter so far in one round; beyond it float32 sums lose what others sent."""
+
+
+KEPT_BYTES = 128 << 20
+"""Decoded updates of an open round that are kept for its aggregation; the others are decoded again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """What an update's bytes say, so that they need not be read again.
+
+    Attributes:
+        content: digest of the structure's name and the bytes that it was read from, 16 bytes.
+        packed: the difference of the structure's trained part, without zeros.
+    """
+
+    content: bytes
+    packed: Packed
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of positions and values."""
+        positions = self.packed.positions
+        return self.packed.values.nbytes + (0 if positions is None else positions.nbytes)
+
+    def tells(self, update: Update, part: Structure) -> bool:
+        """Whether it was read from this update: an id names the work, not the bytes that came of it."""
+        return self.packed.parameters == part.parameters and self.content == _content(update)
+
+
+class Kept(Mapping[bytes, Decoded]):
+    """Decoded updates of one open round by update id, in bounded memory."""
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        """Keep at most `limit` bytes of positions and values."""
+        self.limit, self.nbytes = limit, 0
+        self._by_id: dict[bytes, Decoded] = {}
+
+    def keep(self, update_id: bytes, decoded: Decoded) -> bool:
+        """Keep one, in place of an older one of the same id; False if there is no room for it."""
+        self.drop(update_id)
+        if self.nbytes + decoded.nbytes > self.limit:
+            return False
+        self._by_id[update_id] = decoded
+        self.nbytes += decoded.nbytes
+        return True
+
+    def drop(self, update_id: bytes) -> None:
+        """Forget one, if it is there."""
+        if (old := self._by_id.pop(update_id, None)) is not None:
+            self.nbytes -= old.nbytes
+
+    def clear(self) -> None:
+        """Forget all of them: the round is over."""
+        self._by_id.clear()
+        self.nbytes = 0
+
+    def __getitem__(self, update_id: bytes) -> Decoded:
+        """Return what was kept of an update."""
+        return self._by_id[update_id]
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the ids in the order in which they came."""
+        return iter(self._by_id)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._by_id)
 
 
 def decode_update(frame: bytes) -> Update:
@@ -45,8 +117,25 @@ def difference(job: JobSpec, update: Update, part: Structure) -> Vector:
     return dense
 
 
-def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
-    """Refuse an update that means nothing in its structure.
+def packed(job: JobSpec, update: Update, part: Structure, decoded: Decoded | None = None) -> Packed:
+    """Return the same without its zeros.
+
+    Args:
+        job: settings.
+        update: the update.
+        part: the trained part of its structure.
+        decoded: what `check_update` returned for it, if that was kept; the bytes are then not read again.
+
+    Raises:
+        LiberataiError: for every stream that no device writes.
+    """
+    if decoded is not None and decoded.tells(update, part):
+        return decoded.packed
+    return _packed(part, *changes(job, update, part))
+
+
+def check_update(update: Update, structure: Structure, job: JobSpec) -> Decoded:
+    """Refuse an update that means nothing in its structure; return what it means.
 
     Raises:
         CodecError: another method than the task's, or a stream that it does not make.
@@ -55,7 +144,8 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
     """
     if update.codec != job.sparsify.method:
         raise CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
-    _, values = changes(job, update, trained_part(job, structure).part)
+    part = trained_part(job, structure).part
+    positions, values = changes(job, update, part)
     if np.abs(values).max(initial=0) > LARGEST:
         raise NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
@@ -65,3 +155,17 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> None:
         raise SchemaError(f"class counts of {sum(counts)} samples, the update has {update.samples}")
     if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
         raise SchemaError("more correct answers than questions")
+    return Decoded(_content(update), _packed(part, positions, values))
+
+
+def _content(update: Update) -> bytes:
+    head = update.structure.encode() + b"\0"
+    return hashlib.sha256(head + update.body).digest()[:16]
+
+
+def _packed(part: Structure, positions: NDArray[np.int64], values: Vector) -> Packed:
+    """Return what a decoder gave, positions as int32."""
+    found = entries(part.parameters, positions, values)
+    if found.positions is None:
+        return found
+    return Packed(found.parameters, found.positions.astype(np.int32), found.values)

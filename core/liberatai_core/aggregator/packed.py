@@ -68,10 +68,15 @@ def entries(parameters: int, positions: NDArray[np.int64], values: Vector) -> Pa
         raise IndexRangeError(f"a position lies outside 0 … {parameters - 1}")
     if positions.size == parameters:
         return Packed(parameters, None, values)
-    if (values == 0).any():
-        sent = np.flatnonzero(values)
-        positions, values = positions[sent], values[sent]
-    return Packed(parameters, positions, values)
+    return without_zeros(Packed(parameters, positions, values))
+
+
+def without_zeros(packed: Packed) -> Packed:
+    """Return a difference with positions without the places whose values are zero."""
+    if packed.positions is None or packed.values.all():
+        return packed
+    sent = np.flatnonzero(packed.values)
+    return Packed(packed.parameters, packed.positions[sent], packed.values[sent])
 
 
 def pack(difference: Vector) -> Packed:

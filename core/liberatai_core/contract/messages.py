@@ -217,7 +217,7 @@ class Update(Message, frozen=True, kw_only=True, array_like=True):
     """A sparse, quantised difference against an exactly named base version.
 
     Attributes:
-        update_id: `update_id(device, job, round, base, run)`: the same work has the same id, sent ever so often.
+        update_id: `update_id(device, job, round, base, run)`: the same work has one id, sent ever so often.
         base: name of the decoded weights that training started from.
         samples: local samples used (self-reported; the coordinator caps it).
         class_counts: samples per class, only if the job asks for it; sums, never per record.
