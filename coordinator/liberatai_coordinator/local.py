@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from liberatai_coordinator.brokers.start import RunningBroker, start_broker
 from liberatai_coordinator.client.client import Client
+from liberatai_coordinator.client.views import JobView, VersionView
 from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.views import JobView, VersionView
 from liberatai_core import processes
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, TrainingError
 from liberatai_core.structure import DataContract, Structure

@@ -14,10 +14,10 @@ from tests.integration.kit import DATA, ScriptedDevice, coordinator, job_yaml, r
 from tests.integration.test_rounds import Crash, crash_at
 
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.client.views import RoundView, ScoreView, WorstView
 from liberatai_coordinator.jobs.judging import local
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.views import RoundView, ScoreView, WorstView
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.contract.messages import Capability, Message, Task, Update
 from liberatai_core.errors import ConfigError, DataError

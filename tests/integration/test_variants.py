@@ -21,10 +21,12 @@ from liberatai_coordinator.api import routes as api
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.cli.app import main
 from liberatai_coordinator.cli.kit import budget_of, budget_of_profile
-from liberatai_coordinator.client.client import Client, VariantUpload
+from liberatai_coordinator.client.choice import best_variant
+from liberatai_coordinator.client.client import Client
+from liberatai_coordinator.client.views import VariantView
+from liberatai_coordinator.client.wire import VariantUpload
 from liberatai_coordinator.config import CoordinatorConfig, parse_job
 from liberatai_coordinator.fleet.devices import Fleet
-from liberatai_coordinator.fleet.plan import best_variant
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.models.members import Public
 from liberatai_coordinator.models.versions import Versions
@@ -39,7 +41,6 @@ from liberatai_coordinator.store.repository import (
     encode_manifest,
     version_id,
 )
-from liberatai_coordinator.views import VariantView
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress, smallest_bytes
 from liberatai_core.contract.frame import Signer

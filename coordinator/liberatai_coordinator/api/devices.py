@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.client.views import DeviceView
 from liberatai_coordinator.fleet.devices import Device
-from liberatai_coordinator.jobs.records import contribution_views
+from liberatai_coordinator.jobs.records import newest_contributions
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.views import DeviceView
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class Devices:
     async def show(self, device: str) -> DeviceView:
         """Return one device."""
         view = self._view(self.service.fleet.require(device))
-        given = await asyncio.to_thread(contribution_views, self.service.ledger, device)
-        return msgspec.structs.replace(view, contributions=given)
+        given = await asyncio.to_thread(newest_contributions, self.service.ledger, device)
+        views = tuple(present.contribution_view(*one) for one in given)
+        return msgspec.structs.replace(view, contributions=views)
 
     async def approve(self, device: str) -> DeviceView:
         """Let a pending device in; idempotent."""

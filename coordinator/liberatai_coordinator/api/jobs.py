@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.client.views import JobView, RoundView
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
-from liberatai_coordinator.jobs.records import round_views
+from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.rows import JobRow
-from liberatai_coordinator.views import JobView
 from liberatai_core.errors import StateError
 
 
@@ -64,6 +64,20 @@ class Jobs:
         if state not in allowed:
             raise StateError(f"job {name} is {state}: it cannot be {what}")
 
+    def _rounds(self, name: str) -> tuple[RoundView, ...]:
+        ledger, running = self.service.ledger, self.service.runners.get(name)
+        now = running.open_round if running else None
+        return tuple(
+            present.round_view(
+                row,
+                len(msgspec.msgpack.decode(row.invited, type=list[Invitation])),
+                len(now.stored)
+                if now is not None and now.number == row.round
+                else len(ledger.update_ids(name, row.round)),
+            )
+            for row in ledger.rounds(name)
+        )
+
     def _view(self, row: JobRow) -> JobView:
         ledger, running = self.service.ledger, self.service.runners.get(row.name)
         stored, versions = ledger.job_value(row.name, "plan"), ledger.versions(row.name)
@@ -71,6 +85,6 @@ class Jobs:
             row,
             versions[-1] if versions else None,
             msgspec.msgpack.decode(stored, type=tuple[Assignment, ...]) if stored else (),
-            round_views(ledger, row.name, running.open_round if running else None),
+            self._rounds(row.name),
             running.waits if running else "",
         )

@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import dataclass
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.client.views import EnsembleView, SizesView, VersionView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.repository import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
-from liberatai_coordinator.views import EnsembleView, SizesView, VersionView
 from liberatai_core.errors import NotFoundError
 from liberatai_core.structure import DataContract, Structure
 
@@ -51,7 +51,15 @@ class Models:
     async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
         """Return where the bytes of one structure's files go."""
         row = self._row(model, ref)
-        return await asyncio.to_thread(variants.sizes, self.service.repository, row, structure)
+        members = decode_manifest(row.manifest).structures
+        if structure not in members:
+            known = ", ".join(sorted(members))
+            raise NotFoundError(f"{model} version {row.number} has no structure {structure!r}: {known}")
+        member = members[structure]
+        sizes = await asyncio.to_thread(
+            variants.tensor_sizes, self.service.repository, member.keyframe.blob, member.structure
+        )
+        return present.sizes_view(structure, member, sizes)
 
     def _row(self, model: str, ref: str) -> VersionRow:
         return version_row(self.service, model, ref)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.client.views import AssignmentView, PlanView
 from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.plan import Assignment
@@ -13,7 +14,6 @@ from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.repository import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
-from liberatai_coordinator.views import AssignmentView, PlanView
 from liberatai_core.contract.messages import Capability
 
 

@@ -4,24 +4,35 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.fleet.devices import Device
-from liberatai_coordinator.fleet.plan import Assignment, Candidate
-from liberatai_coordinator.store.repository import Manifest, decode_manifest
-from liberatai_coordinator.store.rows import JobRow, VersionRow
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     AssignmentView,
+    CentralView,
+    ContributionView,
     DeviceView,
     EnsembleView,
     JobState,
     JobView,
+    LocalView,
     RoundView,
+    SizesView,
     StructureView,
+    TensorView,
+    VariantDetail,
+    VariantView,
     VersionView,
 )
+from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.fleet.plan import Assignment, Candidate
+from liberatai_coordinator.jobs.records import Contribution, stats_of
+from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
+from liberatai_coordinator.store.repository import Manifest, Member, decode_manifest, decode_variant
+from liberatai_coordinator.store.rows import JobRow, RoundRow, VariantRow, VersionRow
+from liberatai_core.compressor.artifact import TensorSize
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import form_of
+from liberatai_core.structure import Structure
 
 
 def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> DeviceView:
@@ -192,4 +203,122 @@ def version_view(row: VersionRow) -> VersionView:
 def ensemble_view(row: VersionRow) -> EnsembleView:
     """Return how a version's structures are combined."""
     record = decode_manifest(row.manifest).ensemble
-    return msgspec.convert(msgspec.structs.asdict(record), EnsembleView)
+    return msgspec.convert(record, EnsembleView, from_attributes=True)
+
+
+def variant_view(row: VariantRow) -> VariantView:
+    """Return a variant."""
+    manifest = decode_variant(row.manifest)
+    return VariantView(
+        model=row.model,
+        version=row.number,
+        parent=manifest.parent,
+        id=row.id,
+        parent_structure=manifest.parent_structure,
+        structure=manifest.structure.id,
+        family=manifest.structure.family,
+        params=manifest.structure.params,
+        parameters=manifest.structure.parameters,
+        bytes=manifest.size,
+        budget_bytes=manifest.budget_bytes,
+        file=manifest.file,
+        digest=manifest.digest,
+        method=manifest.method,
+        why=manifest.why,
+        divergence=manifest.divergence,
+        agreement=manifest.agreement,
+        accuracy=manifest.accuracy,
+        seed=manifest.seed,
+        created_s=row.created_s,
+    )
+
+
+def variant_detail(row: VariantRow, sizes: Sequence[TensorSize]) -> VariantDetail:
+    """Return a variant with its structure and where its bytes go."""
+    manifest = decode_variant(row.manifest)
+    return VariantDetail(
+        variant=variant_view(row),
+        structure=manifest.structure,
+        data=manifest.data,
+        tensors=tensor_views(sizes, manifest.structure),
+    )
+
+
+def sizes_view(structure: str, member: Member, sizes: Sequence[TensorSize]) -> SizesView:
+    """Return where the bytes of one structure's files go.
+
+    Args:
+        structure: its id.
+        member: what the version has of it.
+        sizes: of its keyframe.
+    """
+    return SizesView(
+        structure=structure,
+        parameters=member.structure.parameters,
+        keyframe_bytes=member.keyframe.size,
+        delta_bytes=sum(delta.size for delta in member.deltas),
+        tensors=tensor_views(sizes, member.structure),
+    )
+
+
+def tensor_views(sizes: Sequence[TensorSize], structure: Structure) -> tuple[TensorView, ...]:
+    """Return what each tensor of a model file takes."""
+    shapes = {tensor.name: tensor.shape for tensor in structure.tensors}
+    return tuple(
+        TensorView(
+            name=size.name,
+            shape=shapes.get(size.name, ()),
+            weights=size.weights,
+            kind=size.kind,
+            bytes=size.bytes,
+            distinct=size.distinct,
+        )
+        for size in sizes
+    )
+
+
+def round_view(row: RoundRow, invited: int, updates: int) -> RoundView:
+    """Return one round.
+
+    Args:
+        row: of the ledger.
+        invited: devices that it asked.
+        updates: of theirs that it has.
+    """
+    stats = stats_of(row)
+    return RoundView(
+        round=row.round,
+        state=row.state,
+        invited=invited,
+        updates=updates,
+        seconds=stats.seconds,
+        train_seconds_max=stats.train_seconds_max,
+        teach_seconds=stats.teach_seconds,
+        up_bytes=stats.up_bytes,
+        down_bytes=stats.down_bytes,
+        reason=row.reason or "; ".join(f"{sid} frozen: {why}" for sid, why in stats.frozen.items()),
+        guard=stats.guard,
+        merged=stats.merged,
+        ensemble=stats.ensemble,
+        use=stats.use,
+        local=None if stats.local is None else local_view(stats.local),
+        central=None if stats.central is None else central_view(stats.central),
+        test=None if stats.test is None else central_view(stats.test),
+    )
+
+
+def local_view(scores: LocalScores) -> LocalView:
+    """Return what devices scored on their own hold-outs."""
+    return msgspec.convert(scores, LocalView, from_attributes=True)
+
+
+def central_view(scores: CentralScores) -> CentralView:
+    """Return what a version reaches on labels of the coordinator."""
+    return msgspec.convert(scores, CentralView, from_attributes=True)
+
+
+def contribution_view(job: str, number: int, given: Contribution) -> ContributionView:
+    """Return what one update of a device gave."""
+    return ContributionView(
+        job=job, round=number, verdict=given.verdict, norm=given.norm, cosine=given.cosine
+    )

@@ -21,15 +21,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.client.client import (
-    JobRequest,
-    PlanRequest,
-    Problem,
-    Reason,
-    VariantUpload,
-    Weights,
-)
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
     JobView,
@@ -38,6 +30,14 @@ from liberatai_coordinator.views import (
     VariantDetail,
     VariantView,
     VersionView,
+)
+from liberatai_coordinator.client.wire import (
+    JobRequest,
+    PlanRequest,
+    Problem,
+    Reason,
+    VariantUpload,
+    Weights,
 )
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.errors import (

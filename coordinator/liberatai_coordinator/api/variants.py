@@ -3,12 +3,13 @@
 import asyncio
 from dataclasses import dataclass
 
+from liberatai_coordinator.api import present
 from liberatai_coordinator.api.models import version_row
+from liberatai_coordinator.client.views import VariantDetail, VariantView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_coordinator.store.repository import VariantManifest, decode_variant
 from liberatai_coordinator.store.rows import VariantRow
-from liberatai_coordinator.views import VariantDetail, VariantView
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +23,21 @@ class Variants:
         ledger, repository = self.service.ledger, self.service.repository
         row = version_row(self.service, model, ref)
         made = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
-        return variants.view(made)
+        return present.variant_view(made)
 
     async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
         """Return the variants of a version, the smallest first."""
         number = version_row(self.service, model, ref).number
-        return tuple(variants.view(row) for row in self.service.ledger.variants(model, number))
+        return tuple(present.variant_view(row) for row in self.service.ledger.variants(model, number))
 
     async def show(self, model: str, prefix: str) -> VariantDetail:
         """Return one variant by the beginning of its id."""
         row = self._row(model, prefix)
-        return await asyncio.to_thread(variants.detail, self.service.repository, row)
+        manifest = decode_variant(row.manifest)
+        sizes = await asyncio.to_thread(
+            variants.tensor_sizes, self.service.repository, manifest.file, manifest.structure
+        )
+        return present.variant_detail(row, sizes)
 
     async def file(self, model: str, prefix: str) -> bytes:
         """Return the file of a variant, by the beginning of its id."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from liberatai_coordinator.cli.kit import Column, Output, clean, show
-from liberatai_coordinator.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
+from liberatai_coordinator.client.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ from liberatai_coordinator.cli.kit import (
     when_text,
 )
 from liberatai_coordinator.client.client import Client
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     AssignmentView,
     ContributionView,
     DeviceView,

@@ -32,10 +32,7 @@ from liberatai_coordinator.cli.kit import (
     size_text,
 )
 from liberatai_coordinator.client.client import Client
-from liberatai_coordinator.pictures import heat_map as heat_maps
-from liberatai_coordinator.pictures.fit_report import FitPoint, FitReport
-from liberatai_coordinator.store.repository import MAX_WHY, VariantManifest
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     EnsembleView,
     SizesView,
     TensorView,
@@ -43,6 +40,9 @@ from liberatai_coordinator.views import (
     VariantView,
     VersionView,
 )
+from liberatai_coordinator.pictures import heat_map as heat_maps
+from liberatai_coordinator.pictures.fit_report import FitPoint, FitReport
+from liberatai_coordinator.store.repository import MAX_WHY, VariantManifest
 from liberatai_core.contract.limits import MAX_TEXT
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
 from liberatai_core.structure import DataContract, Structure
@@ -420,7 +420,7 @@ def pull(
 
 
 def _best(client: Client, name: str, version: str, budget_bytes: int, structure: str | None) -> VariantView:
-    from liberatai_coordinator.fleet.plan import best_variant
+    from liberatai_coordinator.client.choice import best_variant
 
     view = client.version(name, version)
     if structure is not None and structure not in view.digests:

@@ -17,7 +17,7 @@ import msgspec
 import typer
 
 from liberatai_coordinator.client.client import Client
-from liberatai_coordinator.views import VersionView
+from liberatai_coordinator.client.views import VersionView
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.errors import (
     ConfigError,

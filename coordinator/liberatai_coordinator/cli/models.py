@@ -22,7 +22,7 @@ from liberatai_coordinator.cli.kit import (
     size_text,
     when_text,
 )
-from liberatai_coordinator.views import VersionView
+from liberatai_coordinator.client.views import VersionView
 from liberatai_core.errors import ConfigError, DigestError
 
 if TYPE_CHECKING:

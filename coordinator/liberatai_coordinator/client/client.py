@@ -1,4 +1,4 @@
-"""Ask a running coordinator over its Unix socket; and the records that only this conversation needs.
+"""Ask a running coordinator over its Unix socket.
 
 The methods mirror `api.Operations`. An error of the coordinator is raised here as the same class with
 the same code, so a caller cannot tell whether the fault was found on this side or on the other.
@@ -8,14 +8,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
-from msgspec import Meta
 
-from liberatai_coordinator.store.repository import VariantManifest
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
     JobView,
@@ -25,7 +23,16 @@ from liberatai_coordinator.views import (
     VariantView,
     VersionView,
 )
-from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_TEXT
+from liberatai_coordinator.client.wire import (
+    JobRequest,
+    PlanRequest,
+    Problem,
+    Reason,
+    VariantUpload,
+    Weights,
+    Wire,
+)
+from liberatai_coordinator.store.repository import VariantManifest
 from liberatai_core.errors import BY_CODE, ConfigError, DigestError, LiberataiError, LinkError, SchemaError
 from liberatai_core.structure import DataContract, Structure
 
@@ -36,55 +43,6 @@ TIMEOUT_S = 120.0
 """A plan compresses every structure once; nothing else takes longer than a second."""
 
 Answer = TypeVar("Answer")
-
-
-class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what is sent: closed and frozen."""
-
-
-class Reason(Wire, frozen=True, kw_only=True):
-    """Why a device is shut out."""
-
-    reason: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
-
-
-class JobRequest(Wire, frozen=True, kw_only=True):
-    """A new job: its YAML, and the folder that relative paths in it start from."""
-
-    yaml: str
-    base_dir: str
-
-
-class PlanRequest(Wire, frozen=True, kw_only=True):
-    """Plan of an existing job, or of one that is only described."""
-
-    job: str | None = None
-    yaml: str | None = None
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An error: its stable code, and for wrong settings where and every fault."""
-
-    code: str
-    message: str
-    where: str = ""
-    faults: tuple[str, ...] = ()
-
-
-class Weights(Wire, frozen=True, kw_only=True):
-    """Weights of one structure (msgpack): float32, little-endian, in the order of the flat vector."""
-
-    structure: Structure
-    data: DataContract
-    sha256: bytes
-    weights: bytes
-
-
-class VariantUpload(Wire, frozen=True, kw_only=True):
-    """A new variant (msgpack): what it says of itself, and its file."""
-
-    manifest: VariantManifest
-    file: Annotated[bytes, Meta(min_length=1, max_length=MAX_OBJECT_BYTES)]
 
 
 class CoordinatorError(LiberataiError):

@@ -30,13 +30,13 @@ from rich.table import Table
 from rich.text import Text
 
 from liberatai_coordinator.client.client import Client
+from liberatai_coordinator.client.views import DeviceView, EnsembleView, JobView, PlanView, RoundView, newest
 from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.demo import digits
 from liberatai_coordinator.local import LocalDevice, LocalFleet, wait
 from liberatai_coordinator.models.ensembles import Ensemble
 from liberatai_coordinator.pictures import report
-from liberatai_coordinator.pictures.report import DeviceRow, Report, RoundRow, StructureRow, percent, size
-from liberatai_coordinator.views import DeviceView, EnsembleView, JobView, PlanView, RoundView, newest
+from liberatai_coordinator.pictures.report import DeviceLine, Report, RoundLine, StructureRow, percent, size
 from liberatai_core.aggregator import ensemble as pooling
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, MissingExtraError, TrainingError
 from liberatai_core.structure import DataContract, Structure
@@ -499,7 +499,7 @@ def _report(options: Options, world: World, fleet: LocalFleet, outcome: Outcome,
         seed=options.seed,
         devices=devices,
         rounds=tuple(
-            RoundRow(
+            RoundLine(
                 round=row.round,
                 seconds=round(row.seconds, 4),
                 train_seconds_max=round(row.train_seconds_max, 4),
@@ -557,13 +557,13 @@ def dense_bytes(parameters: Sequence[int], rounds: int) -> int:
     return rounds * sum(2 * 4 * count for count in parameters)
 
 
-def _device_rows(world: World, fleet: LocalFleet, plan: PlanView) -> tuple[DeviceRow, ...]:
+def _device_rows(world: World, fleet: LocalFleet, plan: PlanView) -> tuple[DeviceLine, ...]:
     assigned = {row.device: row for row in plan.assignments}
     rows = []
     for device, own in zip(world.devices, world.parts.devices, strict=True):
         row, status = assigned[device.id], fleet.status(device.id)
         rows.append(
-            DeviceRow(
+            DeviceLine(
                 id=device.id,
                 profile=row.profile,
                 tier=row.tier,

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.views import VariantView
 from liberatai_core.contract.messages import Capability
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
@@ -261,26 +260,6 @@ def _training_s(job: JobSpec, candidate: Candidate, device: Capability) -> float
     passes = 3 * job.training.epochs * device.samples
     speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
     return passes * 2 * candidate.macs / speed
-
-
-# --- variants --------------------------------------------------------------------------------------
-
-
-def best_variant(variants: Sequence[VariantView], budget_bytes: int) -> VariantView | None:
-    """Return the variant that answers best of those whose file fits a budget; None if none fits.
-
-    Only figures that were measured for all of them are compared: accuracy on test data, else agreement with
-    the original, else the length of the file. Of equals the shorter one wins.
-    """
-    fitting = [one for one in variants if one.bytes <= budget_bytes]
-    if not fitting:
-        return None
-    rated = [[one.accuracy for one in fitting], [one.agreement for one in fitting]]
-    figures = next((row for row in rated if None not in row), [float(one.bytes) for one in fitting])
-    ranked = sorted(
-        zip(figures, fitting, strict=True), key=lambda pair: (-(pair[0] or 0.0), pair[1].bytes, pair[1].id)
-    )
-    return ranked[0][1]
 
 
 # --- links ---------------------------------------------------------------------------------------

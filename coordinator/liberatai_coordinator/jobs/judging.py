@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
-from liberatai_coordinator.jobs.materials import Labelled
 from liberatai_coordinator.jobs.records import Stats
 from liberatai_coordinator.models import evaluation, members
-from liberatai_coordinator.models.members import Public, derive_seed
+from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
+from liberatai_coordinator.models.members import Labelled, Public, derive_seed
 from liberatai_coordinator.models.versions import Current, Versions
-from liberatai_coordinator.views import CentralView, LocalView
 from liberatai_core.contract.messages import Update, weights_name
 from liberatai_core.errors import LiberataiError
 
@@ -46,7 +45,7 @@ def judged(
     central = None
     if public.validation is not None:
         x, y = public.validation
-        rows = evaluation.judging(y, ensemble.method, derive_seed(job.seed, "labels", 0))
+        rows = evaluation.guard_rows(y, ensemble.method, derive_seed(job.seed, "labels", 0))
         central = _scored(job, versions.now, x[rows], y[rows])
     return Stats(
         guard=ensemble.guard,
@@ -59,7 +58,7 @@ def judged(
     )
 
 
-def _scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int64]) -> CentralView | None:
+def _scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int64]) -> CentralScores | None:
     """Return what a version reaches on labels of the coordinator; None if there are none, or if it fails."""
     if not len(y):
         return None
@@ -74,7 +73,7 @@ def _scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int
         return None
 
 
-def local(versions: Versions, fleet: Fleet, version: int, updates: Sequence[Update]) -> LocalView | None:
+def local(versions: Versions, fleet: Fleet, version: int, updates: Sequence[Update]) -> LocalScores | None:
     """Return what the devices of a round told of the version that it began with, or of an older one."""
     marks = versions.history.get(version, {})
     told: dict[str, evaluation.Told] = {}

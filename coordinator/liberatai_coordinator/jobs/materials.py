@@ -5,12 +5,9 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import plan
-from liberatai_coordinator.models.members import Floats, Public, trained_part, trained_share
+from liberatai_coordinator.models.members import Floats, Labelled, Public, trained_part, trained_share
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.contract.messages import TaskSpec
 from liberatai_core.errors import ConfigError, DataError, LiberataiError, StructureError
@@ -18,7 +15,6 @@ from liberatai_core.learning.dataset import load_npz, load_unlabeled
 from liberatai_core.learning.families import cost, statistics_of, structure_of
 from liberatai_core.structure import Structure
 
-Labelled = tuple[Floats, NDArray[np.int64]]
 """Inputs, shape (n, …), and labels, shape (n,)."""
 
 

@@ -1,4 +1,4 @@
-"""What the ledger keeps for a job beside its own columns, and how the API shows it."""
+"""What the ledger keeps for a job beside its own columns."""
 
 import heapq
 from collections import Counter
@@ -8,12 +8,12 @@ from typing import Final
 
 import msgspec
 
+from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds import selection
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import RoundRow, StoredUpdate
-from liberatai_coordinator.views import CentralView, ContributionView, LocalView, RoundView
 from liberatai_core.aggregator import rules
 
 MAX_CONTRIBUTIONS: Final = 20
@@ -37,7 +37,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         frozen: per structure that merged nothing, why.
         untaught: per structure that teaching made worse, by how much.
         contributions: per device.
-        local, central, test: see `RoundView`; absent in rounds of a release that did not know them.
+        local, central, test: see `evaluation`; absent in rounds of a release that did not know them.
     """
 
     seconds: float = 0.0
@@ -52,9 +52,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     frozen: dict[str, str] = {}
     untaught: dict[str, str] = {}
     contributions: dict[str, Contribution] = {}
-    local: LocalView | None = None
-    central: CentralView | None = None
-    test: CentralView | None = None
+    local: LocalScores | None = None
+    central: CentralScores | None = None
+    test: CentralScores | None = None
 
     @property
     def merged(self) -> str:
@@ -80,59 +80,24 @@ def kept(contributions: Mapping[str, rules.Contribution]) -> dict[str, Contribut
     }
 
 
-def contribution_views(ledger: Ledger, device: str) -> tuple[ContributionView, ...]:
-    """Return what a device's newest merged updates gave, the newest first; (): none was merged yet."""
+def newest_contributions(ledger: Ledger, device: str) -> list[tuple[str, int, Contribution]]:
+    """Return (job, round, what it gave) of a device's newest merged updates, the newest first."""
     by_job = [_contributions(ledger, job.name, device) for job in ledger.jobs()]
     newest = heapq.merge(*by_job, key=lambda found: found[0], reverse=True)
-    return tuple(view for _, view in islice(newest, MAX_CONTRIBUTIONS))
+    return [found[1:] for found in islice(newest, MAX_CONTRIBUTIONS)]
 
 
-def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, ContributionView]]:
-    """Yield (time of its round, what it gave) of one job, the newest first."""
+def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, str, int, Contribution]]:
+    """Yield (time of its round, job, round, what it gave) of one job, the newest first."""
     for row in reversed(ledger.rounds(job)):
-        given = _stats(row).contributions.get(device)
+        given = stats_of(row).contributions.get(device)
         if given is not None:
-            yield (
-                row.opened_s,
-                ContributionView(
-                    job=job, round=row.round, verdict=given.verdict, norm=given.norm, cosine=given.cosine
-                ),
-            )
+            yield row.opened_s, job, row.round, given
 
 
-def _stats(row: RoundRow) -> Stats:
+def stats_of(row: RoundRow) -> Stats:
+    """Return what is known of a round."""
     return msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
-
-
-def round_views(ledger: Ledger, job: str, now: deciding.Round | None = None) -> tuple[RoundView, ...]:
-    """Return a job's rounds; `now` is the one that is open."""
-    return tuple(_round_view(ledger, row, now) for row in ledger.rounds(job))
-
-
-def _round_view(ledger: Ledger, row: RoundRow, now: deciding.Round | None) -> RoundView:
-    stats = _stats(row)
-    invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
-    is_open = now is not None and now.number == row.round
-    updates = len(now.stored) if now is not None and is_open else len(ledger.update_ids(row.job, row.round))
-    return RoundView(
-        round=row.round,
-        state=row.state,
-        invited=len(invited),
-        updates=updates,
-        seconds=stats.seconds,
-        train_seconds_max=stats.train_seconds_max,
-        teach_seconds=stats.teach_seconds,
-        up_bytes=stats.up_bytes,
-        down_bytes=stats.down_bytes,
-        reason=row.reason or "; ".join(f"{sid} frozen: {why}" for sid, why in stats.frozen.items()),
-        guard=stats.guard,
-        merged=stats.merged,
-        ensemble=stats.ensemble,
-        use=stats.use,
-        local=stats.local,
-        central=stats.central,
-        test=stats.test,
-    )
 
 
 def invited_in(row: RoundRow) -> list[deciding.Invitation]:

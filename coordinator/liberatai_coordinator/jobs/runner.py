@@ -20,13 +20,13 @@ import numpy as np
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.jobs import judging
-from liberatai_coordinator.jobs.materials import Labelled, candidates_of, load_public, load_test, spec_of
+from liberatai_coordinator.jobs.materials import candidates_of, load_public, load_test, spec_of
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.records import Stats, kept
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
-from liberatai_coordinator.models.members import Public
+from liberatai_coordinator.models.members import Labelled, Public
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds import round as deciding

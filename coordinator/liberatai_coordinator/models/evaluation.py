@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from statistics import fmean, median_low
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_coordinator.views import CentralView, LocalView, ScoreView, WorstView
 from liberatai_core.aggregator.ensemble import FloatArray, accuracy, require_labels
 from liberatai_core.aggregator.guard import divided
 from liberatai_core.aggregator.methods import LABELLED
@@ -31,6 +31,65 @@ MAX_PROFILES: Final = 32
 """Devices choose these names: the rarest share one group, so that a round's record stays small."""
 NO_PROFILE: Final = "no profile"
 OTHER_PROFILES: Final = "other profiles"
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """How a group of devices does on what they hold out of their own data.
+
+    Attributes:
+        accuracy: right answers per question; a device counts for at most the lower median of its group's
+            questions. None: nobody held anything out.
+        correct, total: the sums as devices told them, not capped.
+        devices: that held something out.
+    """
+
+    accuracy: float | None = None
+    correct: int = 0
+    total: int = 0
+    devices: int = 0
+
+
+class WorstTenth(msgspec.Struct, frozen=True, kw_only=True):
+    """The devices that a model serves worst: mean accuracy, how many they are, and of how many."""
+
+    accuracy: float
+    devices: int
+    of: int
+
+
+class LocalScores(msgspec.Struct, frozen=True, kw_only=True):
+    """What the devices of one round scored on their own hold-outs; the ledger keeps it with the round.
+
+    Attributes:
+        version: that they scored: the one that the round began with.
+        structures: by structure id.
+        profiles: by the profile that the device names, else by the form of file that suits it.
+        worst: None if no device held out enough.
+        late: devices that scored an older version (buffered jobs); they count all the same.
+    """
+
+    version: int
+    all: Score = Score()
+    structures: dict[str, Score] = {}
+    profiles: dict[str, Score] = {}
+    worst: WorstTenth | None = None
+    late: int = 0
+
+
+class CentralScores(msgspec.Struct, frozen=True, kw_only=True):
+    """What one version reaches on labelled data of the coordinator; the ledger keeps it with the round.
+
+    Attributes:
+        version: that was scored: the one that the round made.
+        samples: labels that it was scored on.
+        structures: accuracy by structure id.
+        ensemble: of what the version answers, as the guard decided.
+    """
+
+    version: int
+    samples: int
+    structures: dict[str, float] = {}
+    ensemble: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +110,7 @@ class Told:
     late: bool = False
 
 
-def local(version: int, told: Sequence[Told]) -> LocalView | None:
+def local(version: int, told: Sequence[Told]) -> LocalScores | None:
     """Return how the devices of one round scored a version; None if none of them held anything out.
 
     Args:
@@ -67,7 +126,7 @@ def local(version: int, told: Sequence[Told]) -> LocalView | None:
     if not answered:
         return None
     names = _profile_names(answered)
-    return LocalView(
+    return LocalScores(
         version=version,
         all=score(answered),
         structures={
@@ -83,7 +142,7 @@ def local(version: int, told: Sequence[Told]) -> LocalView | None:
     )
 
 
-def score(told: Sequence[Told]) -> ScoreView:
+def score(told: Sequence[Told]) -> Score:
     """Return how a group of devices did, none of them with more weight than the module allows.
 
     Raises:
@@ -94,11 +153,11 @@ def score(told: Sequence[Told]) -> ScoreView:
             raise SchemaError(f"evaluation: {one.device} has {one.correct} right of {one.total}")
     answered = [one for one in told if one.total]
     if not answered:
-        return ScoreView()
+        return Score()
     cap = median_low(one.total for one in answered)
     weights = [min(one.total, cap) for one in answered]
     right = sum(weight * one.correct / one.total for weight, one in zip(weights, answered, strict=True))
-    return ScoreView(
+    return Score(
         # Rounding errors of a sum must not make more than all of it.
         accuracy=min(1.0, right / sum(weights)),
         correct=sum(one.correct for one in answered),
@@ -107,13 +166,13 @@ def score(told: Sequence[Told]) -> ScoreView:
     )
 
 
-def worst(told: Sequence[Told]) -> WorstView | None:
+def worst(told: Sequence[Told]) -> WorstTenth | None:
     """Return the mean accuracy of the worst tenth of the devices with `MIN_TOTAL` questions or more."""
     shares = sorted(one.correct / one.total for one in told if one.total >= MIN_TOTAL)
     if not shares:
         return None
     number = max(1, int(np.ceil(WORST_SHARE * len(shares))))
-    return WorstView(accuracy=fmean(shares[:number]), devices=number, of=len(shares))
+    return WorstTenth(accuracy=fmean(shares[:number]), devices=number, of=len(shares))
 
 
 def _profile_names(told: Sequence[Told]) -> dict[str, str]:
@@ -126,7 +185,7 @@ def _profile_names(told: Sequence[Told]) -> dict[str, str]:
     return {device: name if name in kept else OTHER_PROFILES for device, name in own.items()}
 
 
-def judging(y: NDArray[np.int64], method: str, seed: int) -> NDArray[np.int64]:
+def guard_rows(y: NDArray[np.int64], method: str, seed: int) -> NDArray[np.int64]:
     """Return the rows of `aggregate.validation` that did not find an ensemble's weights: the guard's.
 
     Args:
@@ -143,7 +202,7 @@ def central(
     log_probs: FloatArray,
     together: FloatArray,
     y: NDArray[np.int64],
-) -> CentralView | None:
+) -> CentralScores | None:
     """Return what a version reaches on labels of the coordinator; None if there are none.
 
     Args:
@@ -161,7 +220,7 @@ def central(
     require_labels(together, y)
     if not len(y):
         return None
-    return CentralView(
+    return CentralScores(
         version=version,
         samples=len(y),
         structures={sid: accuracy(own, y) for sid, own in zip(members, log_probs, strict=True)},

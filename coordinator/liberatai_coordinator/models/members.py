@@ -17,6 +17,8 @@ from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector
 
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Labelled = tuple[Floats, Labels]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +44,7 @@ class Public:
     """What the coordinator itself has: unlabeled inputs, and perhaps a labelled sample for the guard."""
 
     unlabeled: Floats | None = None
-    validation: tuple[Floats, NDArray[np.int64]] | None = None
+    validation: Labelled | None = None
 
 
 def trained_share(job: JobSpec, structure: Structure) -> float:

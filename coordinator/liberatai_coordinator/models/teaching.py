@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models.ensembles import ensemble_of
-from liberatai_coordinator.models.members import Floats, Member, Public, derive_seed, outputs, trained_part
+from liberatai_coordinator.models.members import (
+    Floats,
+    Labelled,
+    Labels,
+    Member,
+    Public,
+    derive_seed,
+    outputs,
+    trained_part,
+)
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import LABELLED
@@ -16,9 +25,6 @@ from liberatai_core.learning.distillation import DistillSettings, distill, usual
 from liberatai_core.learning.task_vectors import integrate
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.weights import Vector
-
-Labels = NDArray[np.int64]
-Labelled = tuple[Floats, Labels]
 
 LABEL_SHARE = 0.5
 """How much a label counts beside what the ensemble says, where labels teach."""

@@ -18,7 +18,6 @@ from liberatai_coordinator.store.repository import (
     decode_variant,
 )
 from liberatai_coordinator.store.rows import VariantRow, VersionRow
-from liberatai_coordinator.views import SizesView, TensorView, VariantDetail, VariantView
 from liberatai_core.compressor import artifact
 from liberatai_core.errors import (
     DataError,
@@ -116,44 +115,6 @@ def _check_file(manifest: VariantManifest, file: bytes) -> None:
         raise DigestError("the variant's file decodes to other weights than its manifest names")
 
 
-def view(row: VariantRow) -> VariantView:
-    """Return a variant as it is shown."""
-    manifest = decode_variant(row.manifest)
-    return VariantView(
-        model=row.model,
-        version=row.number,
-        parent=manifest.parent,
-        id=row.id,
-        parent_structure=manifest.parent_structure,
-        structure=manifest.structure.id,
-        family=manifest.structure.family,
-        params=manifest.structure.params,
-        parameters=manifest.structure.parameters,
-        bytes=manifest.size,
-        budget_bytes=manifest.budget_bytes,
-        file=manifest.file,
-        digest=manifest.digest,
-        method=manifest.method,
-        why=manifest.why,
-        divergence=manifest.divergence,
-        agreement=manifest.agreement,
-        accuracy=manifest.accuracy,
-        seed=manifest.seed,
-        created_s=row.created_s,
-    )
-
-
-def detail(repository: Repository, row: VariantRow) -> VariantDetail:
-    """Return a variant with its structure and where its bytes go.
-
-    Raises:
-        NotFoundError, DigestError: its file is missing or damaged.
-    """
-    manifest = decode_variant(row.manifest)
-    tensors = _tensors(repository.get(manifest.file), manifest.structure)
-    return VariantDetail(variant=view(row), structure=manifest.structure, data=manifest.data, tensors=tensors)
-
-
 def file_of(repository: Repository, row: VariantRow) -> bytes:
     """Return a variant's file, verified.
 
@@ -163,39 +124,15 @@ def file_of(repository: Repository, row: VariantRow) -> bytes:
     return repository.get(decode_variant(row.manifest).file)
 
 
-def sizes(repository: Repository, version: VersionRow, structure: str) -> SizesView:
-    """Return where the bytes of a version's files go.
+def tensor_sizes(repository: Repository, file: str, structure: Structure) -> list[artifact.TensorSize]:
+    """Return where the bytes of a model file go.
+
+    Args:
+        repository: that has it.
+        file: SHA-256 (hex) of the file.
+        structure: of the model in it.
 
     Raises:
-        NotFoundError: the version has no such structure, or its file is missing.
-        DigestError: its file is damaged.
+        NotFoundError, DigestError: it is missing or damaged.
     """
-    members = decode_manifest(version.manifest).structures
-    if structure not in members:
-        known = ", ".join(sorted(members))
-        raise NotFoundError(
-            f"{version.model} version {version.number} has no structure {structure!r}: {known}"
-        )
-    member = members[structure]
-    return SizesView(
-        structure=structure,
-        parameters=member.structure.parameters,
-        keyframe_bytes=member.keyframe.size,
-        delta_bytes=sum(delta.size for delta in member.deltas),
-        tensors=_tensors(repository.get(member.keyframe.blob), member.structure),
-    )
-
-
-def _tensors(file: bytes, structure: Structure) -> tuple[TensorView, ...]:
-    shapes = {tensor.name: tensor.shape for tensor in structure.tensors}
-    return tuple(
-        TensorView(
-            name=size.name,
-            shape=shapes.get(size.name, ()),
-            weights=size.weights,
-            kind=size.kind,
-            bytes=size.bytes,
-            distinct=size.distinct,
-        )
-        for size in artifact.sizes(file, structure)
-    )
+    return artifact.sizes(repository.get(file), structure)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from liberatai_coordinator.views import EnsembleView
+from liberatai_coordinator.client.views import EnsembleView
 from liberatai_core.errors import ConfigError, DiskError, MissingExtraError
 
 WHITE: Final = (255, 255, 255)

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from liberatai_coordinator.client.views import EnsembleView, LocalView
 from liberatai_coordinator.pictures import heat_map
-from liberatai_coordinator.views import EnsembleView, LocalView
 from liberatai_core.errors import MissingExtraError
 
 ENSEMBLE_COLOUR = "#1b1f24"
@@ -19,7 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceLine(msgspec.Struct, frozen=True, kw_only=True):
     """One device.
 
     Attributes:
@@ -43,7 +43,7 @@ class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int = 0
 
 
-class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
+class RoundLine(msgspec.Struct, frozen=True, kw_only=True):
     """One round. `accuracy` is on the test set, by structure and "ensemble"."""
 
     round: int
@@ -89,8 +89,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     broker: str
     protocol: str
     seed: int
-    devices: tuple[DeviceRow, ...]
-    rounds: tuple[RoundRow, ...]
+    devices: tuple[DeviceLine, ...]
+    rounds: tuple[RoundLine, ...]
     dense_bytes: int
     total_bytes: int
     final: dict[str, float]

@@ -13,9 +13,7 @@ import numpy as np
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app, serve_uds
-from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.store.repository import VariantManifest, version_id
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     AssignmentView,
     DeviceView,
     EnsembleView,
@@ -30,6 +28,8 @@ from liberatai_coordinator.views import (
     VariantView,
     VersionView,
 )
+from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.store.repository import VariantManifest, version_id
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError, StateError
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest, to_bytes

@@ -29,7 +29,7 @@ from tests.unit.coordinator.api_kit import (
 
 from liberatai_coordinator.cli import app as cli
 from liberatai_coordinator.cli.app import main
-from liberatai_coordinator.views import (
+from liberatai_coordinator.client.views import (
     CentralView,
     ContributionView,
     EnsembleView,

@@ -5,18 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from liberatai_coordinator.api.present import central_view, local_view
+from liberatai_coordinator.client.views import RoundView, newest
 from liberatai_coordinator.models import evaluation
 from liberatai_coordinator.models.evaluation import (
     MAX_PROFILES,
     MIN_TOTAL,
+    Score,
     Told,
     central,
-    judging,
+    guard_rows,
     local,
     score,
     worst,
 )
-from liberatai_coordinator.views import RoundView, ScoreView, newest
 from liberatai_core.aggregator.guard import divided
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.errors import SchemaError
@@ -69,7 +71,7 @@ def test_a_figure_lies_between_the_worst_and_the_best_device_and_needs_no_order(
     shares = [one.correct / one.total for one in fleet if one.total]
     found = score(fleet)
     if not shares:
-        assert found == ScoreView()
+        assert found == Score()
         return
     assert found.accuracy is not None
     assert min(shares) - 1e-12 <= found.accuracy <= max(shares) + 1e-12
@@ -94,7 +96,7 @@ def test_one_device_moves_a_figure_by_two_nth_at_most_whatever_it_claims(
 def test_devices_count_by_what_they_held_out_up_to_the_lower_median() -> None:
     fleet = [told("a", 2, 4), told("b", 8, 8), told("c", 0, 1000)]
     # The lower median is 8: weights 4, 8, 8.
-    assert score(fleet) == ScoreView(accuracy=(2 + 8 + 0) / 20, correct=10, total=1012, devices=3)
+    assert score(fleet) == Score(accuracy=(2 + 8 + 0) / 20, correct=10, total=1012, devices=3)
     # Of two, the smaller one sets the cap: the larger claim gets half.
     assert score([told("a", 6, 6), told("c", 0, 1_000_000)]).accuracy == 0.5
 
@@ -135,7 +137,7 @@ def test_invented_profiles_do_not_make_a_round_large() -> None:
     found = local(1, fleet)
     assert found is not None
     assert len(found.profiles) == MAX_PROFILES
-    assert found.profiles["pi"] == ScoreView(accuracy=1.0, correct=20, total=20, devices=5)
+    assert found.profiles["pi"] == Score(accuracy=1.0, correct=20, total=20, devices=5)
     assert found.profiles[evaluation.OTHER_PROFILES].devices == 1000 - (MAX_PROFILES - 2)
 
 
@@ -170,9 +172,9 @@ def test_a_device_with_few_questions_is_not_among_the_worst() -> None:
 def test_labels_that_found_the_weights_do_not_judge_them() -> None:
     y = np.repeat(np.arange(4), 30)
     fitted, judges = divided(y, 7)
-    assert judging(y, "stacking", 7).tolist() == judges.tolist()
-    assert not set(fitted.tolist()) & set(judging(y, "tpe", 7).tolist())
-    assert judging(y, "label_free", 7).tolist() == list(range(120))
+    assert guard_rows(y, "stacking", 7).tolist() == judges.tolist()
+    assert not set(fitted.tolist()) & set(guard_rows(y, "tpe", 7).tolist())
+    assert guard_rows(y, "label_free", 7).tolist() == list(range(120))
 
 
 def test_every_structure_and_the_version_as_a_whole_are_scored() -> None:
@@ -193,8 +195,11 @@ def test_every_structure_and_the_version_as_a_whole_are_scored() -> None:
 
 
 def test_the_newest_figures_may_come_from_different_rounds() -> None:
-    first, second = local(0, [told("a", 1, 4)]), local(1, [told("a", 2, 4)])
-    scored = central(2, ["mlp"], np.zeros((1, 2, 2)), np.zeros((2, 2)), np.array([0, 1]))
+    answers = [local(0, [told("a", 1, 4)]), local(1, [told("a", 2, 4)])]
+    first, second = [local_view(one) for one in answers if one]
+    by_labels = central(2, ["mlp"], np.zeros((1, 2, 2)), np.zeros((2, 2)), np.array([0, 1]))
+    assert by_labels is not None
+    scored = central_view(by_labels)
     rounds = [
         RoundView(round=1, state="published", invited=1, updates=1, local=first, central=scored),
         RoundView(round=2, state="published", invited=1, updates=1, local=second),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from liberatai_coordinator.client.views import EnsembleView
 from liberatai_coordinator.pictures import heat_map
-from liberatai_coordinator.views import EnsembleView
 from liberatai_core.errors import ConfigError, DiskError
 
 VIEW = EnsembleView(

@@ -6,8 +6,8 @@ import re
 import msgspec
 import pytest
 
+from liberatai_coordinator.client.views import EnsembleView, LocalView, ScoreView, WorstView
 from liberatai_coordinator.pictures import report as reports
-from liberatai_coordinator.views import EnsembleView, LocalView, ScoreView, WorstView
 
 STRUCTURES = {"cnn-width16": 9978, "ds_cnn-width32": 6922, "mlp-hidden64": 4874}
 
@@ -16,7 +16,7 @@ STRUCTURES = {"cnn-width16": 9978, "ds_cnn-width32": 6922, "mlp-hidden64": 4874}
 def report():
     ids = list(STRUCTURES)
     devices = tuple(
-        reports.DeviceRow(
+        reports.DeviceLine(
             id=f"dev-{n}",
             profile=("demo-nuc", "demo-pi4", "demo-pi-zero-2w")[n % 3],
             tier="full",
@@ -32,7 +32,7 @@ def report():
         for n in range(8)
     )
     rounds = tuple(
-        reports.RoundRow(
+        reports.RoundLine(
             round=n,
             seconds=1.5,
             train_seconds_max=0.9,

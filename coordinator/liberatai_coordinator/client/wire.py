@@ -1,0 +1,59 @@
+"""Records that travel between a client and the coordinator beside the views: requests, errors, weights."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_TEXT
+from liberatai_core.structure import DataContract, Structure
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what is sent: closed and frozen."""
+
+
+class Reason(Wire, frozen=True, kw_only=True):
+    """Why a device is shut out."""
+
+    reason: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
+
+
+class JobRequest(Wire, frozen=True, kw_only=True):
+    """A new job: its YAML, and the folder that relative paths in it start from."""
+
+    yaml: str
+    base_dir: str
+
+
+class PlanRequest(Wire, frozen=True, kw_only=True):
+    """Plan of an existing job, or of one that is only described."""
+
+    job: str | None = None
+    yaml: str | None = None
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error: its stable code, and for wrong settings where and every fault."""
+
+    code: str
+    message: str
+    where: str = ""
+    faults: tuple[str, ...] = ()
+
+
+class Weights(Wire, frozen=True, kw_only=True):
+    """Weights of one structure (msgpack): float32, little-endian, in the order of the flat vector."""
+
+    structure: Structure
+    data: DataContract
+    sha256: bytes
+    weights: bytes
+
+
+class VariantUpload(Wire, frozen=True, kw_only=True):
+    """A new variant (msgpack): what it says of itself, and its file."""
+
+    manifest: VariantManifest
+    file: Annotated[bytes, Meta(min_length=1, max_length=MAX_OBJECT_BYTES)]
