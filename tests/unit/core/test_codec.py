@@ -16,7 +16,7 @@ from liberatai_core.errors import (
     LiberataiError,
     NonFiniteError,
 )
-from liberatai_core.sparsifier import codec
+from liberatai_core.sparsifier import codec, stream, tables
 
 
 def sparse(positions: Any, levels: Any, counts: Any = None, scales: Any = (1.0,)) -> codec.Sparse:
@@ -197,10 +197,10 @@ def streams() -> dict[str, tuple[bytes, int]]:
 
 def test_the_examples_use_every_part_of_the_format() -> None:
     flags = [data[4] for name, (data, _) in streams().items() if name in {"few", "many", "full"}]
-    assert any(flag & codec._MAGNITUDES for flag in flags)
+    assert any(flag & stream.MAGNITUDES for flag in flags)
     uneven = streams()["uneven"][0][6]
-    assert uneven & codec._SEVERAL
-    assert uneven & codec._SIGNS
+    assert uneven & stream.SEVERAL
+    assert uneven & stream.SIGNS
 
 
 @pytest.mark.parametrize("name", streams())
@@ -303,12 +303,12 @@ def test_hostile_streams_are_refused_with_their_code(data: bytes, error: type[Li
 def crafted(gap: int, rest: int, magnitude: int, magnitude_rest: int) -> bytes:
     """A stream of one non-zero among 50, with these classes and the rests behind them."""
     table = bytes([9, 47]) + bytes(48)
-    plan = codec._Plan([1], [b"\x08\x40"], [()], signs=False)
+    plan = tables.Plan([1], [b"\x08\x40"], [()], signs=False)
     values, widths = [0, magnitude_rest], [1, 4]
     if gap >= 16:
         values, widths = [rest, *values], [gap // 8 - 1, *widths]
     raw = rans.pack(np.array(values, np.uint32), np.array(widths, np.uint32))
-    message = rans.encode(np.array([gap, magnitude]), codec._coded(plan, table, 50, 1), 1, raw)
+    message = rans.encode(np.array([gap, magnitude]), tables.coded_by(plan, table, 50, 1), 1, raw)
     return b"\x03\x32\x01\x02" + ONE + b"\x08\x40" + table + message
 
 
@@ -415,7 +415,7 @@ def test_a_short_stream_of_many_values_stays_in_bounds() -> None:
     data = codec.encode(sparse(range(size), [1] * size), size)
     assert len(data) <= 8000
     assert peak_of(data, size) <= 40 * size + (6 << 20)
-    huge = bytes([codec.SPARSE]) + codec._varint(1 << 28) + codec._varint(1 << 28)
+    huge = bytes([codec.SPARSE]) + stream.varint(1 << 28) + stream.varint(1 << 28)
     assert peak_of(huge + b"\x08" + ONE + bytes(1000), 1 << 28) <= 6 << 20
 
 

@@ -1,0 +1,123 @@
+"""Streams of updates: numbers and flags, a sparse difference, and a reader of bytes from anywhere."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liberatai_core.errors import CodecError, IndexOrderError, IndexRangeError
+from liberatai_core.structure import MAX_PARAMETERS
+from liberatai_core.weights import Vector
+
+Integers = NDArray[np.int64]
+
+PLAIN = 2
+SPARSE = 3
+DENSE = 4
+MAX_LEVELS = 255
+"""8-bit magnitude times 8-bit scale has at most 16 significant bits: exact in float32."""
+SIGNS, MAGNITUDES, SEVERAL, IMPLIED = 1, 2, 4, 8
+"""Flags of a sparse stream."""
+GROUPS_SHIFT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A quantised sparse difference: value i = levels[i] x the scale of the group that i lies in.
+
+    Attributes:
+        positions: int64, shape (k,), strictly increasing.
+        levels: int16, shape (k,), 1 … 255 in magnitude, signed.
+        counts: int64, shape (groups,): non-zeros per group, each at least 1, k together.
+        scales: float32, shape (groups,): positive, as `round_scale` returns them.
+    """
+
+    positions: Integers
+    levels: NDArray[np.int16]
+    counts: Integers
+    scales: NDArray[np.float32]
+
+    def values(self) -> Vector:
+        """Return the float32 values, shape (k,); exact products, unless they overflow to infinity."""
+        with np.errstate(over="ignore"):
+            return self.levels.astype(np.float32) * np.repeat(self.scales, self.counts)
+
+
+def check_positions(positions: Integers, parameters: int) -> None:
+    """Refuse positions that do not increase or lie outside a structure of `parameters` values.
+
+    Raises:
+        CodecError, IndexRangeError, IndexOrderError: see above.
+    """
+    if not 0 < parameters <= MAX_PARAMETERS:
+        raise CodecError(f"sparse update over {parameters} parameters, at most {MAX_PARAMETERS}")
+    if positions.size and (positions.min() < 0 or positions.max() >= parameters):
+        raise IndexRangeError(f"sparse update: a position lies outside 0 … {parameters - 1}")
+    if (np.diff(positions) <= 0).any():
+        raise IndexOrderError("sparse update: positions are unsorted or doubled")
+
+
+def varint(value: int) -> bytes:
+    """Return a number with 7 bits per byte, low bits first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+class Reader:
+    """Cursor over a stream; what is missing is refused before anything is allocated."""
+
+    def __init__(self, data: bytes) -> None:
+        """Start at the first byte."""
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> bytes:
+        """Return the next `size` bytes.
+
+        Raises:
+            CodecError: there are fewer.
+        """
+        if size > len(self.data) - self.at:
+            raise CodecError("sparse update: truncated")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def byte(self) -> int:
+        """Return the next byte."""
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        """Return a number of variable length.
+
+        Raises:
+            CodecError: it is truncated, padded or longer than 5 bytes.
+        """
+        value = 0
+        for place in range(0, 35, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << place
+            if byte < 0x80:
+                if byte == 0 and place:
+                    raise CodecError("sparse update: padded number")
+                return value
+        raise CodecError("sparse update: number too long")
+
+    def floats(self, count: int) -> Vector:
+        """Return the next `count` float32 values."""
+        return np.frombuffer(self.take(4 * count), "<f4").astype(np.float32)
+
+    def split(self, parts: int, total: int) -> list[int]:
+        """Return `parts` numbers, each at least 1, `total` together; the last one is not in the stream."""
+        counts = [self.varint() for _ in range(parts - 1)]
+        counts.append(total - sum(counts))
+        if min(counts) < 1:
+            raise CodecError("sparse update: counts do not add up to the non-zeros")
+        return counts
+
+    def end(self) -> None:
+        """Refuse bytes behind the stream."""
+        if self.at != len(self.data):
+            raise CodecError("sparse update: trailing bytes")
