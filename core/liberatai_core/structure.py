@@ -10,7 +10,7 @@ stays small. Only the functions that touch arrays do.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
@@ -58,6 +58,29 @@ class DataContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Refuse a sample that is too large together."""
         if math.prod(self.input_shape) > MAX_INPUT:
             raise StructureError(f"input_shape {self.input_shape}: more than {MAX_INPUT} values per sample")
+
+
+Fit = Literal["same", "add axis", "drop axis", "channels first", "flatten"]
+
+
+def fitting(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Fit | None:
+    """Return how samples of one shape are brought to another with their values as they are, None: not at all.
+
+    Only where it is a matter of an axis of length 1 in front, of channels that stand last, or of a job that
+    wants its inputs flat. Who plans and who loads ask the same function.
+    """
+    if shape == wanted:
+        return "same"
+    if (1, *shape) == wanted:
+        return "add axis"
+    if shape == (1, *wanted):
+        return "drop axis"
+    # Square shapes are ambiguous only where the tests above have already answered.
+    if len(shape) > 1 and (shape[-1], *shape[:-1]) == wanted:
+        return "channels first"
+    if len(wanted) == 1 and math.prod(shape) == wanted[0]:
+        return "flatten"
+    return None
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

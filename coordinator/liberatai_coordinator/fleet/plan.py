@@ -8,13 +8,14 @@ keyframe.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.contract.messages import Capability
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
+from liberatai_core.structure import fitting
 
 MIN_KEYFRAME_BITS = 2.0
 """Below two bits per weight a keyframe without retraining loses too much (compressor benchmark)."""
@@ -128,12 +129,23 @@ def make_plan(job: JobSpec, candidates: Sequence[Candidate], devices: Sequence[C
     assignments = {
         device.device: assign(job, candidates, device) for device in sorted(devices, key=lambda d: d.device)
     }
-    budgets: dict[str, int] = {}
-    for candidate in candidates:
-        storages = [a.budget_bytes for a in assignments.values() if a.structure == candidate.id]
-        if storages:
-            budgets[candidate.id] = keyframe_budget(job, candidate, min(storages))
-    return Plan(assignments=assignments, keyframe_bytes=budgets)
+    return Plan(
+        assignments=assignments, keyframe_bytes=keyframe_budgets(job, candidates, assignments.values())
+    )
+
+
+def keyframe_budgets(
+    job: JobSpec, candidates: Sequence[Candidate], assignments: Iterable[Assignment]
+) -> dict[str, int]:
+    """Return how long the keyframe of every structure may be that somebody got."""
+    storages: dict[str, list[int]] = {}
+    for assigned in assignments:
+        storages.setdefault(assigned.structure, []).append(assigned.budget_bytes)
+    return {
+        candidate.id: keyframe_budget(job, candidate, min(storages[candidate.id]))
+        for candidate in candidates
+        if candidate.id in storages
+    }
 
 
 def keyframe_budget(job: JobSpec, candidate: Candidate, storage_bytes: int) -> int:
@@ -171,7 +183,7 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
     Where a measured link is all that speaks against one, the device gets it with density 0: it cannot take
     part now, but links recover, and are measured anew only where something travels.
     """
-    refusal = _unfit(job, device)
+    refusal = unfit(job, device)
     if refusal:
         return Assignment(
             device=device.device, structure="", budget_bytes=device.storage_bytes, density=0.0, why=refusal
@@ -213,14 +225,15 @@ def _given(
     )
 
 
-def _unfit(job: JobSpec, device: Capability) -> str:
+def unfit(job: JobSpec, device: Capability) -> str:
+    """Return why a device cannot train in this job, whatever the structure; "": nothing speaks against it."""
     if device.tier != "full":
         return f"tier {device.tier}: cannot train (torch is not installed or memory is too small)"
-    if device.samples == 0:
+    if device.samples == 0 or device.data is None:
         return "no usable local data"
-    if device.data is not None and device.data.input_shape != job.data.input_shape:
+    if fitting(device.data.input_shape, job.data.input_shape) is None:
         return f"its data has shape {device.data.input_shape}, the job wants {job.data.input_shape}"
-    if device.data is not None and device.data.classes > job.data.classes:
+    if device.data.classes > job.data.classes:
         return f"its data has {device.data.classes} classes, the job {job.data.classes}"
     return ""
 
@@ -289,29 +302,50 @@ def density(
     Returns:
         (density, words). Density 0.0: it cannot take part now, and the words say why.
     """
-    method = job.sparsify.method
-    wanted = candidate.density
     if download_bytes is None:
         download_bytes = down_bytes(job, candidate)
-    possible, words = wanted, "link not measured"
+    possible, limit = _possible(job, candidate, device, download_bytes, round_s)
+    words = _limit_words(device, limit)
+    least = least_density(candidate)
+    if possible < least:
+        return 0.0, _too_slow(job, candidate, device, f"{words}: ", possible, least, download_bytes)
+    return possible, _explained(candidate, device, words, possible, job.sparsify.method)
+
+
+def share(job: JobSpec, candidate: Candidate, device: Capability, *, round_s: float | None = None) -> float:
+    """Return the density of `density` alone, for a round that misses no download: quick, without words."""
+    possible, _ = _possible(job, candidate, device, down_bytes(job, candidate), round_s)
+    return possible if possible >= least_density(candidate) else 0.0
+
+
+def _possible(
+    job: JobSpec, candidate: Candidate, device: Capability, download_bytes: int, round_s: float | None
+) -> tuple[float, str]:
+    """Return the largest share up to the structure's density, and what limits it: "", "link" or "quota"."""
+    method, wanted = job.sparsify.method, candidate.density
+    possible, limit = wanted, ""
     if device.up_bits_s is not None:
-        source = "measured" if device.link_measured else "by its profile"
-        words = f"link of {_rate(device.up_bits_s)} {source}"
+        limit = "link"
         seconds = _upload_s(job, candidate, device, download_bytes)
         room = device.up_bits_s * max(0.0, seconds) / 8 - OVERHEAD_BYTES
-        possible = _carried(candidate.travelling, room, method)
+        possible = min(wanted, _carried(candidate.travelling, room, method, wanted))
     if device.day_quota_bytes:
         # Who takes part less often than daily has a day's quota all the same.
         rounds = max(1.0, DAY_S / (round_s or job.rounds.deadline_s))
         room = device.day_quota_bytes / rounds - download_bytes - OVERHEAD_BYTES
-        affordable = _carried(candidate.travelling, room, method)
-        if affordable < min(possible, wanted):
-            possible, words = affordable, f"quota of {_mib(device.day_quota_bytes)} per day"
-    least = least_density(candidate)
-    if possible < least:
-        return 0.0, _too_slow(job, candidate, device, f"{words}: ", possible, least, download_bytes)
-    share = min(possible, wanted)
-    return share, _explained(candidate, device, words, share, method)
+        affordable = _carried(candidate.travelling, room, method, wanted)
+        if affordable < possible:
+            possible, limit = affordable, "quota"
+    return possible, limit
+
+
+def _limit_words(device: Capability, limit: str) -> str:
+    if limit == "quota":
+        return f"quota of {_mib(device.day_quota_bytes)} per day"
+    if limit == "link":
+        source = "measured" if device.link_measured else "by its profile"
+        return f"link of {_rate(device.up_bits_s or 0.0)} {source}"
+    return "link not measured"
 
 
 def least_density(candidate: Candidate) -> float:
@@ -379,14 +413,19 @@ def _bits(density: float) -> float:
     return entropy - (rest * math.log2(rest) if rest else 0.0) + VALUE_BITS * density
 
 
-def _carried(parameters: int, size_bytes: float, method: str) -> float:
-    """Return the largest density whose update fits into so many bytes; 0.0 if none does."""
+def _carried(parameters: int, size_bytes: float, method: str, enough: float = 1.0) -> float:
+    """Return the largest density whose update fits into so many bytes; 0.0 if none does.
+
+    Whether it is more than `enough` need not be found out exactly.
+    """
     if method in VALUE_BYTES:
         share = min(1.0, max(0.0, size_bytes) / (VALUE_BYTES[method] * parameters))
         return share if method not in WHOLE else float(share == 1.0)
     room = 8.0 * size_bytes / parameters
     if room <= 0.0:
         return 0.0
+    if enough <= LONGEST and _bits(enough) <= room:
+        return enough
     low, high = 0.0, LONGEST
     if _bits(high) <= room:
         return 1.0

@@ -7,10 +7,9 @@ Keys (`classes` and the owner or test marks are optional):
     or x_train, y_train, x_test, y_test
 
 8-bit images are scaled to 0 … 1 and get a channel axis. With a data contract the inputs are brought to its
-shape where that is only a matter of a missing channel axis or of channels standing last.
+shape where that changes no value (`structure.fitting`).
 """
 
-import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import DataError
-from liberatai_core.structure import DataContract
+from liberatai_core.structure import DataContract, fitting
 
 MAX_BYTES = 8 << 30
 """Unpacked size of one file: a damaged or hostile archive must not fill the memory. Eight GiB is more than an
@@ -225,15 +224,13 @@ def _prepared(inputs: NDArray[Any], data: DataContract | None, where: str) -> ND
 
 def _shaped(x: NDArray[np.float32], data: DataContract, where: str) -> NDArray[np.float32]:
     shape, wanted = x.shape[1:], data.input_shape
-    if shape == wanted:
-        return x
-    if (1, *shape) == wanted:
-        return x[:, None]
-    # Square shapes are ambiguous only where the test above has already answered.
-    if len(shape) > 1 and (shape[-1], *shape[:-1]) == wanted:
-        return np.ascontiguousarray(np.moveaxis(x, -1, 1))
-    if math.prod(shape) == math.prod(wanted) and len(wanted) == 1:
-        return x.reshape(len(x), *wanted)
+    match fitting(shape, wanted):
+        case "same":
+            return x
+        case "channels first":
+            return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+        case "add axis" | "drop axis" | "flatten":
+            return x.reshape(len(x), *wanted)
     raise DataError(f"{where}: samples have shape {shape}, the job wants {wanted}")
 
 

@@ -18,24 +18,25 @@ from liberatai_coordinator.fleet.plan import (
     chain_bytes,
     density,
     make_plan,
+    share,
     spacing_s,
+    unfit,
     update_bytes,
     warmed,
 )
 from liberatai_core.contract.messages import Capability
+from liberatai_core.learning.dataset import _prepared
 from liberatai_core.sparsifier import top_k
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.structure import DataContract, Structure, Tensor
 
-JOB = parse_job(
-    """
+JOB_TEXT = """
 name: digits
 data: {input_shape: [1, 8, 8], classes: 10}
 structures: [{family: cnn, params: {width: 32}}, {family: mlp}]
 rounds: {deadline_s: 60}
-""",
-    "job.yaml",
-)
+"""
+JOB = parse_job(JOB_TEXT, "job.yaml")
 LARGE = Candidate(
     id="cnn-width32",
     family="cnn",
@@ -62,6 +63,7 @@ def device(name: str = "d0", **changes: Any) -> Capability:
         public_key=b"k" * 32,
         session=1,
         agent_version="0",
+        data=JOB.data,
         tier="full",
         memory_bytes=2**30,
         storage_bytes=200_000,
@@ -99,6 +101,7 @@ def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, 
     [
         ({"tier": "observe"}, "cannot train"),
         ({"samples": 0}, "no usable local data"),
+        ({"data": None}, "no usable local data"),
         ({"data": DataContract(input_shape=(3, 8, 8), classes=10)}, "shape"),
         ({"data": DataContract(input_shape=(1, 8, 8), classes=11)}, "classes"),
         ({"storage_bytes": 100}, "nothing fits"),
@@ -350,3 +353,28 @@ def test_a_dense_job_reserves_no_more_than_one_merged_delta() -> None:
     assert chain_bytes(JOB, dense) == chain_bytes(JOB, replace(SMALL, density=1.0))
     assert chain_bytes(JOB, dense) < 1.3 * SMALL.parameters
     assert assign(JOB, [dense], device(storage_bytes=17_000)).structure == SMALL.id
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (8, 8, 1)])
+def test_every_shape_that_the_loader_adapts_takes_part(shape: tuple[int, ...]) -> None:
+    told = device(data=DataContract(input_shape=shape, classes=10))
+    assert assign(JOB, [LARGE, SMALL], told).structure == LARGE.id
+    x = np.zeros((3, *shape), np.float32)
+    assert _prepared(x, JOB.data, "file").shape == (3, 1, 8, 8)
+
+
+def test_a_job_that_wants_its_inputs_flat_takes_pictures() -> None:
+    flat = msgspec.structs.replace(JOB, data=DataContract(input_shape=(64,), classes=10))
+    assert unfit(flat, device(data=DataContract(input_shape=(8, 8), classes=10))) == ""
+    assert "shape" in unfit(flat, device(data=DataContract(input_shape=(8, 9), classes=10)))
+    assert "shape" in unfit(JOB, device(data=DataContract(input_shape=(64,), classes=10)))
+
+
+@pytest.mark.parametrize("up", [None, 10.0, 2000.0, 20_000.0, 1e6])
+@pytest.mark.parametrize("quota", [0, 200_000, 50 * 2**20])
+@pytest.mark.parametrize("method", ["topk", "dense", "quantile"])
+def test_the_quick_share_is_the_explained_density(up: float | None, quota: int, method: str) -> None:
+    job = parse_job(JOB_TEXT + f"sparsify: {{method: {method}}}\n", "job.yaml")
+    told = device(up_bits_s=up, down_bits_s=1e7, day_quota_bytes=quota)
+    for round_s in (None, 3600.0):
+        assert share(job, LARGE, told, round_s=round_s) == density(job, LARGE, told, round_s=round_s)[0]
