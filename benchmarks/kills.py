@@ -21,7 +21,7 @@ from pathlib import Path
 from liberatai_coordinator.demo import digits
 from liberatai_coordinator.local import LocalDevice, LocalFleet
 from liberatai_coordinator.pictures import report
-from liberatai_coordinator.store.repository import decode_manifest
+from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_core.errors import LiberataiError
 
 JOB = """

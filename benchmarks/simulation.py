@@ -181,7 +181,7 @@ class Simulation:
         self._files.mkdir(parents=True)
         self.devices = {device.name: device for device in map(self._device, range(len(population.devices)))}
         self.ledger = Ledger.open(folder / "state", reserve_bytes=0)
-        self.ledger.create_job(job.name, b"", str(folder), 0.0)
+        self.ledger.jobs.create(job.name, b"", str(folder), 0.0)
         self.versions = Versions(job=job, ledger=self.ledger, repository=Repository(folder / "repository"))
         candidates, self._structures = candidates_of(job)
         self._candidates = {candidate.id: candidate for candidate in candidates}

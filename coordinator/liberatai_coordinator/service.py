@@ -108,18 +108,18 @@ class Service:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        traffic, updates = self.ledger.traffic(), self.ledger.update_counts()
+        traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
         self.fleet.restore(
-            [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in self.ledger.devices()]
+            [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in self.ledger.devices.all()]
         )
         self._spawn(self._remember_traffic())
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
         await self.link.subscribe(*self.topics.from_devices)
         await self.link.open()
-        rows = self.ledger.jobs()
+        rows = self.ledger.jobs.all()
         for row in rows:  # from the oldest: the newest word of a device counts
-            told = self.ledger.job_value(row.name, COUNTERS)
+            told = self.ledger.jobs.value(row.name, COUNTERS)
             if told is not None:
                 self._counters |= msgspec.msgpack.decode(told, type=dict[str, tuple[int, int]])
         for row in rows:
@@ -173,7 +173,7 @@ class Service:
         known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
         changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
         if changed:
-            self.ledger.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
+            self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
             self._saved_traffic |= changed
 
     # --- what comes in -------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Service:
         device, lasting = self.fleet.hear(message, key, now_s or time.time())
         # A stranger that waits for approval may say what it likes; it is written down once.
         if lasting and (before is None or device.status != "pending"):
-            self.ledger.upsert_device(_row(device))
+            self.ledger.devices.remember(_row(device))
         if isinstance(message, Event) and message.code == BaseMissingError.code:
             self._spawn(self._baseless(device.id))
         if before is None and device.status == "pending":
@@ -262,8 +262,8 @@ class Service:
                 return
         if any(job.roster.assigned[device].structure and not self._jobs[job.job.name].done() for job in part):
             return  # between two rounds: its next task follows
-        for row in reversed(self.ledger.jobs()):
-            stored = self.ledger.job_value(row.name, "plan") if self._is_finished(row) else None
+        for row in reversed(self.ledger.jobs.all()):
+            stored = self.ledger.jobs.value(row.name, "plan") if self._is_finished(row) else None
             given = msgspec.msgpack.decode(stored, type=list[Assignment]) if stored else []
             if any(one.device == device and one.structure for one in given):
                 await (await self._recalled_job(row)).base_missing(device)
@@ -299,7 +299,7 @@ class Service:
         if job is not None and not job.resumed.is_set():
             return  # too early to say anything: the device repeats its offer
         known = job is not None and job.may_upload(offer.device, offer.round)
-        stored = self.ledger.has_update(offer.job, offer.device, offer.update_id)
+        stored = self.ledger.updates.has(offer.job, offer.device, offer.update_id)
         if stored or not known:
             # Say it before bytes move: a receipt for the whole upload.
             code = "E_DUP" if stored else RoundUnknownError.code
@@ -357,7 +357,7 @@ class Service:
     def _receipted(self, update: Update) -> bool:
         """Whether a device that is shut out now sends again what was counted before."""
         shut_out = self.fleet.devices[update.device].status == "quarantined"
-        return shut_out and self.ledger.has_update(update.job, update.device, update.update_id)
+        return shut_out and self.ledger.updates.has(update.job, update.device, update.update_id)
 
     async def _resumed(self, job_name: str) -> None:
         """Wait until a job that was interrupted, or is buffered and between two rounds, knows its round.
@@ -386,7 +386,7 @@ class Service:
         job = self.runners.get(update.job)
         actions = job.decide(deciding.UpdateArrived(update=update)) if job else []
         refused = not actions or any(isinstance(action, deciding.Refuse) for action in actions)
-        if refused and self.ledger.has_update(update.job, update.device, update.update_id):
+        if refused and self.ledger.updates.has(update.job, update.device, update.update_id):
             return [deciding.Accept(device=update.device, update_id=update.update_id, code="E_DUP")]
         if job is not None and job.open_round is not None:
             return actions
@@ -420,7 +420,7 @@ class Service:
             path=job.path_after(update.device),
         )
         try:
-            outcome = await self.ledger.store_update(stored)
+            outcome = await self.ledger.updates.store(stored)
         except LiberataiError:
             job.decide(deciding.StoreFailed(device=update.device, update_id=update.update_id))
             raise
@@ -452,7 +452,7 @@ class Service:
 
     def _count(self, device: str, error: LiberataiError) -> None:
         self.fleet.count_refusal(device, error)
-        self.ledger.count_refusal(device, error.code)
+        self.ledger.refusals.count(device, error.code)
 
     # --- jobs ----------------------------------------------------------------------------------
 
@@ -486,13 +486,13 @@ class Service:
                 job.waits = f"waits: its devices serve job {before[0]} first"
             async with self._turn:
                 job.waits = ""
-                if self.ledger.job(name).state == "waiting":
-                    self.ledger.set_job_state(name, "running")
+                if self.ledger.jobs.get(name).state == "waiting":
+                    self.ledger.jobs.set_state(name, "running")
                 try:
                     await self._run_on(job)
                 finally:
                     await job.settled()
-                self.ledger.set_job_state(name, "finished")
+                self.ledger.jobs.set_state(name, "finished")
                 log.info("job %s finished", name)
         except asyncio.CancelledError:
             raise
@@ -516,7 +516,7 @@ class Service:
 
     async def _fail(self, job: Runner, reason: str) -> None:
         try:
-            self.ledger.set_job_state(job.job.name, "failed", reason)
+            self.ledger.jobs.set_state(job.job.name, "failed", reason)
             await job.stop("failed")
         except LiberataiError:
             log.exception("job %s could not be ended cleanly; a restart tries it again", job.job.name)
@@ -524,18 +524,18 @@ class Service:
     def pause_job(self, name: str) -> None:
         """Open no further round of a job."""
         self.runners[name].running.clear()
-        self.ledger.set_job_state(name, "paused")
+        self.ledger.jobs.set_state(name, "paused")
 
     def resume_job(self, name: str) -> None:
         """Go on with a paused job."""
-        self.ledger.set_job_state(name, "running")
+        self.ledger.jobs.set_state(name, "running")
         self.runners[name].running.set()
 
     async def abort_job(self, name: str) -> None:
         """End a job now; its versions stay."""
         self._jobs[name].cancel()
         await asyncio.gather(self._jobs[name], return_exceptions=True)
-        self.ledger.set_job_state(name, "aborted", "aborted by an operator")
+        self.ledger.jobs.set_state(name, "aborted", "aborted by an operator")
         await self.runners[name].stop("aborted")
 
     # --- devices -------------------------------------------------------------------------------
@@ -547,8 +547,8 @@ class Service:
             UnknownDeviceError: nobody has heard of it.
         """
         changed = self.fleet.set_status(device, status, reason)
-        self.ledger.upsert_device(_row(changed))
-        self.ledger.set_device_status(device, status, reason)
+        self.ledger.devices.remember(_row(changed))
+        self.ledger.devices.set_status(device, status, reason)
         self._fleet_changed(changed)
         return changed
 

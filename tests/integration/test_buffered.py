@@ -19,7 +19,7 @@ from liberatai_coordinator.jobs import records
 from liberatai_coordinator.models.updates import decode_update
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.store.repository import decode_manifest
+from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_core.contract.messages import Event, Task
 from liberatai_core.errors import ConfigError
 from liberatai_core.link.memory import MemoryBroker
@@ -34,7 +34,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(service: Service) -> bool:
-    return service.ledger.job("tiny").state == "finished"
+    return service.ledger.jobs.get("tiny").state == "finished"
 
 
 def buffered(
@@ -103,7 +103,7 @@ def test_the_slow_device_gates_nobody_and_its_late_update_counts_once_for_less(t
             await until(lambda: finished(service))
             versions = await Operations.of(service).models.log("tiny")
             assert [v.updates for v in versions] == [2, 2, 2, 2, 2, 0]
-            counted = [decode_manifest(row.manifest).updates for row in service.ledger.versions("tiny")]
+            counted = [decode_manifest(row.manifest).updates for row in service.ledger.versions.all("tiny")]
             late = fleet[2].receipts[0].update_id.hex()
             assert [late in ids for ids in counted] == [False, False, False, False, True, False]
             assert [device.accepted for device in fleet] == [4, 4, 2]
@@ -118,10 +118,12 @@ def assert_version_counts(service: Service, number: int, staleness: dict[str, in
     """The coordinator's weights moved by the mean of the differences, each over the root of 1 + staleness."""
     masters = [
         from_bytes(service.repository.get(decode_manifest(row.manifest).structures[SID].master))
-        for row in service.ledger.versions("tiny")
+        for row in service.ledger.versions.all("tiny")
     ]
-    structure = decode_manifest(service.ledger.version("tiny", number).manifest).structures[SID].structure
-    stored = service.ledger.updates("tiny", number)
+    structure = (
+        decode_manifest(service.ledger.versions.get("tiny", number).manifest).structures[SID].structure
+    )
+    stored = service.ledger.updates.of_round("tiny", number)
     assert {update.device for update in stored} == set(staleness)
     total, samples = np.zeros(structure.parameters), 0
     for one in stored:
@@ -148,8 +150,10 @@ class Crash(BaseException):
 
 
 def crash_at(service: Service, name: str, call: int, *, after: bool) -> None:
-    """Let the n-th call of a ledger method end the job's task, before or after it is done."""
-    real, calls = getattr(service.ledger, name), itertools.count(1)
+    """Let the n-th call of a store's method end the job's task, before or after it is done."""
+    store, method = name.split(".")
+    owner = getattr(service.ledger, store)
+    real, calls = getattr(owner, method), itertools.count(1)
 
     def wrapped(*args: Any, **more: Any) -> Any:
         if next(calls) != call:
@@ -158,21 +162,21 @@ def crash_at(service: Service, name: str, call: int, *, after: bool) -> None:
             real(*args, **more)
         raise Crash
 
-    setattr(service.ledger, name, wrapped)
+    setattr(owner, method, wrapped)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("open_round", 1),
-        ("open_round", 4),
-        ("open_round", 5),
-        ("close_round", 4),
-        ("add_version", 5),
-        ("set_aggregated", 4),
-        ("set_published", 4),
-        ("close_round", 5),
+        ("rounds.open", 1),
+        ("rounds.open", 4),
+        ("rounds.open", 5),
+        ("rounds.close", 4),
+        ("versions.add", 5),
+        ("rounds.set_aggregated", 4),
+        ("rounds.set_published", 4),
+        ("rounds.close", 5),
     ],
 )
 def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: int, after: bool) -> None:
@@ -369,11 +373,11 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
                 await Operations.of(service).jobs.create(
                     text.replace("min_devices: 3", "min_devices: 1"), str(tmp_path)
                 )
-                crash_at(service, "close_round", 4, after=True)
+                crash_at(service, "rounds.close", 4, after=True)
                 await until(lambda: service._jobs["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
-                rows = service.ledger.rounds("tiny")
+                rows = service.ledger.rounds.all("tiny")
                 asked = Counter(one.device for row in rows for one in records.invited_in(row))
                 assert sum(asked.values()) == 6
                 history = service.runners["tiny"].roster.history

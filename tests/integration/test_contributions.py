@@ -18,7 +18,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(service: Service) -> bool:
-    return service.ledger.job("tiny").state == "finished"
+    return service.ledger.jobs.get("tiny").state == "finished"
 
 
 def test_a_device_shows_what_its_newest_update_gave(tmp_path: Path) -> None:

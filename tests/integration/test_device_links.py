@@ -21,7 +21,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(service: Service) -> bool:
-    return service.ledger.job("tiny").state == "finished"
+    return service.ledger.jobs.get("tiny").state == "finished"
 
 
 async def says(device: ScriptedDevice, session: int, sent: int, received: int) -> None:

@@ -70,7 +70,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(service: Service) -> bool:
-    return service.ledger.job("tiny").state == "finished"
+    return service.ledger.jobs.get("tiny").state == "finished"
 
 
 def samples(seed: int, count: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_a_crash_between_a_version_and_its_note_loses_no_figure(tmp_path: Path) 
         broker, text = MemoryBroker(), yaml_with_data(tmp_path)
         async with fleet(broker):
             async with coordinator(broker, tmp_path) as service:
-                crash_at(service.ledger, "set_aggregated", 2, after=False)
+                crash_at(service.ledger, "rounds.set_aggregated", 2, after=False)
                 await Operations.of(service).jobs.create(text, str(tmp_path))
                 await until(lambda: service._jobs["tiny"].done())
                 assert isinstance(service._jobs["tiny"].exception(), Crash)
@@ -168,7 +168,7 @@ def test_who_scored_an_older_version_counts_and_is_told(tmp_path: Path) -> None:
             await Operations.of(service).jobs.create(job_yaml(rounds=2, devices=4), str(tmp_path))
             await until(lambda: finished(service))
             (first, second) = (
-                [decode_update(update.frame) for update in service.ledger.updates("tiny", number)]
+                [decode_update(update.frame) for update in service.ledger.updates.of_round("tiny", number)]
                 for number in (1, 2)
             )
             late = [one for one in first if one.device == "a"]

@@ -45,7 +45,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(service: Service) -> bool:
-    return service.ledger.job("tiny").state == "finished"
+    return service.ledger.jobs.get("tiny").state == "finished"
 
 
 async def final_digests(service: Service) -> dict[str, str]:
@@ -111,8 +111,10 @@ class Crash(BaseException):
 
 
 def crash_at(ledger: Ledger, name: str, call: int, *, after: bool) -> None:
-    """Let the n-th call of a ledger method end the job's task, before or after it is done."""
-    real, calls = getattr(ledger, name), itertools.count(1)
+    """Let the n-th call of a store's method end the job's task, before or after it is done."""
+    store, method = name.split(".")
+    owner = getattr(ledger, store)
+    real, calls = getattr(owner, method), itertools.count(1)
 
     def wrapped(*args: Any, **more: Any) -> Any:
         if next(calls) != call:
@@ -121,25 +123,25 @@ def crash_at(ledger: Ledger, name: str, call: int, *, after: bool) -> None:
             real(*args, **more)
         raise Crash
 
-    setattr(ledger, name, wrapped)
+    setattr(owner, method, wrapped)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("set_job_value", 1),
-        ("set_job_value", 2),
-        ("add_version", 1),
-        ("add_version", 3),
-        ("open_round", 1),
-        ("open_round", 2),
-        ("close_round", 1),
-        ("close_round", 3),
-        ("set_aggregated", 2),
-        ("set_published", 2),
-        ("set_published", 3),
-        ("set_job_state", 2),
+        ("jobs.set_value", 1),
+        ("jobs.set_value", 2),
+        ("versions.add", 1),
+        ("versions.add", 3),
+        ("rounds.open", 1),
+        ("rounds.open", 2),
+        ("rounds.close", 1),
+        ("rounds.close", 3),
+        ("rounds.set_aggregated", 2),
+        ("rounds.set_published", 2),
+        ("rounds.set_published", 3),
+        ("jobs.set_state", 2),
     ],
 )
 def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: int, after: bool) -> None:
@@ -216,7 +218,7 @@ def test_a_round_without_quorum_is_abandoned_and_the_next_one_goes_on(tmp_path: 
             await Operations.of(service).jobs.create(
                 job_yaml(rounds=1, quorum=0.6, deadline_s=1), str(tmp_path)
             )
-            await until(lambda: any(row.state == "abandoned" for row in service.ledger.rounds("tiny")))
+            await until(lambda: any(row.state == "abandoned" for row in service.ledger.rounds.all("tiny")))
             fleet[0].answers = fleet[1].answers = True
             await until(lambda: finished(service))
             first, *_, last = (await Operations.of(service).jobs.show("tiny")).rounds
@@ -454,7 +456,7 @@ def test_what_devices_hold_is_known_after_a_crash(tmp_path: Path) -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b", "c") as fleet:
             async with coordinator(broker, tmp_path) as service:
-                crash_at(service.ledger, "close_round", 2, after=False)
+                crash_at(service.ledger, "rounds.close", 2, after=False)
                 await Operations.of(service).jobs.create(job_yaml(rounds=4), str(tmp_path))
                 await until(lambda: service._jobs["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
@@ -495,7 +497,7 @@ def test_the_state_of_a_server_optimiser_survives_a_restart(tmp_path: Path, rule
             async with devices(broker, "a", "b", "c"):
                 async with coordinator(broker, folder) as service:
                     if name == "crashed":
-                        crash_at(service.ledger, "open_round", 3, after=False)
+                        crash_at(service.ledger, "rounds.open", 3, after=False)
                     await Operations.of(service).jobs.create(text, str(folder))
                     await until(lambda: service._jobs["tiny"].done())
                 async with coordinator(broker, folder) as service:
@@ -543,8 +545,8 @@ def test_a_paused_job_opens_no_round_and_goes_on_when_resumed(tmp_path: Path) ->
             assert (await Operations.of(service).jobs.pause("tiny")).state == "paused"
             fleet[0].answers = True
             await fleet[0]._answer(fleet[0].tasks[-1])
-            await until(lambda: service.ledger.rounds("tiny")[0].state == "published")
-            assert len(service.ledger.rounds("tiny")) == 1
+            await until(lambda: service.ledger.rounds.all("tiny")[0].state == "published")
+            assert len(service.ledger.rounds.all("tiny")) == 1
             await Operations.of(service).jobs.resume("tiny")
             await until(lambda: finished(service))
 
@@ -562,9 +564,9 @@ def test_an_aborted_job_takes_its_tasks_away_and_keeps_its_versions(tmp_path: Pa
             await until(lambda: all(device.cancels for device in fleet))
             assert len(await Operations.of(service).models.log("tiny")) == 1
             assert all(device.cancels[-1].round >= device.tasks[-1].round for device in fleet)
-            (row,) = service.ledger.rounds("tiny")
+            (row,) = service.ledger.rounds.all("tiny")
             assert row.state == "abandoned"
-            assert list(row.frozen) == service.ledger.update_ids("tiny", 1)
+            assert list(row.frozen) == service.ledger.updates.ids("tiny", 1)
             fleet[0].receipts.clear()
             await fleet[0].say(fleet[0].topics.upload("a", "b" * 26), fleet[0].train(fleet[0].tasks[-1]))
             await until(lambda: bool(fleet[0].receipts))
@@ -580,7 +582,7 @@ def test_a_device_that_comes_later_gets_a_part(tmp_path: Path) -> None:
             await Operations.of(service).jobs.create(
                 job_yaml(rounds=4, devices=2, quorum=0.5, deadline_s=5), str(tmp_path)
             )
-            await until(lambda: service.ledger.rounds("tiny") != [])
+            await until(lambda: service.ledger.rounds.all("tiny") != [])
             async with devices(broker, "late") as newcomers:
                 await until(lambda: bool(newcomers[0].tasks) or finished(service))
                 await until(lambda: finished(service))
@@ -669,7 +671,7 @@ def test_after_a_restart_a_finished_job_still_gives_its_model_to_who_lost_files(
         async with devices(broker, "a", "b") as fleet:
             async with coordinator(broker, tmp_path) as service:
                 await Operations.of(service).jobs.create(job_yaml(rounds=2, devices=2), str(tmp_path))
-                await until(lambda: service.ledger.job("tiny").state == "finished")
+                await until(lambda: service.ledger.jobs.get("tiny").state == "finished")
                 await until(lambda: all(device.cancels for device in fleet))
                 assert fleet[0].cancels[-1].held
             async with coordinator(broker, tmp_path) as service:
@@ -697,7 +699,7 @@ def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path)
         async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
             text = job_yaml(rounds=2, devices=2)
             await Operations.of(service).jobs.create(text.replace("name: tiny", "name: first"), str(tmp_path))
-            await until(lambda: service.ledger.job("first").state == "finished")
+            await until(lambda: service.ledger.jobs.get("first").state == "finished")
             await until(lambda: all(device.cancels for device in fleet))
             held = dict(service.runners["first"].paths)
             for device in fleet:
@@ -718,7 +720,7 @@ def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path)
             assert service.runners["first"].paths == held
             lost.answers = True
             await lost._answer(lost.tasks[-1])
-            await until(lambda: service.ledger.job("second").state == "finished")
+            await until(lambda: service.ledger.jobs.get("second").state == "finished")
             await until(lambda: bool(lost.cancels))
             assert {cancel.job for cancel in lost.cancels} == {"second"}
 
@@ -789,7 +791,7 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
             service.fleet.devices["a"] = dataclasses.replace(known, capability=shrunk)
             assert job.room("a") == 1000
             assert job.tightest() == {"mlp-hidden8": 100_000}, "others need no new keyframe"
-            opened = [row.opened_s for row in service.ledger.rounds("tiny")]
+            opened = [row.opened_s for row in service.ledger.rounds.all("tiny")]
             long = msgspec.structs.replace(
                 job.job, rounds=msgspec.structs.replace(job.job.rounds, count=10**6)
             )
@@ -820,7 +822,7 @@ def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -
                 for device in (*fleet, *more):
                     device.sent.clear()
                 await Operations.of(service).jobs.resume("next")
-                await until(lambda: service.ledger.job("next").state == "finished")
+                await until(lambda: service.ledger.jobs.get("next").state == "finished")
             first, second = [await Operations.of(service).jobs.show(name) for name in ("tiny", "next")]
             assert (first.up_bytes, first.down_bytes) == (3000, 300)
             assert (second.up_bytes, second.down_bytes) == (3000, 300)
@@ -835,7 +837,7 @@ def test_what_the_broker_had_in_store_is_no_sign_of_life(tmp_path: Path) -> None
         async with coordinator(broker, tmp_path) as service:
             async with devices(broker, "a", "b"):
                 await until(lambda: len(service.fleet.ready()) == 2)
-            seen = {row.id: row.last_seen_s for row in service.ledger.devices()}
+            seen = {row.id: row.last_seen_s for row in service.ledger.devices.all()}
         await asyncio.sleep(0.05)
         async with devices(broker, "b"), coordinator(broker, tmp_path) as service:
             await until(lambda: len(service.fleet.ready()) == 2)  # as the broker has them

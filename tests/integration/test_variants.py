@@ -33,14 +33,14 @@ from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.pictures import fit_report
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.repository import (
-    Repository,
+from liberatai_coordinator.store.manifests import (
     VariantManifest,
     decode_manifest,
     decode_variant,
     encode_manifest,
     version_id,
 )
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress, smallest_bytes
 from liberatai_core.contract.frame import Signer
@@ -81,7 +81,7 @@ def repository(folder: Path) -> Iterator[Service]:
     ledger = Ledger.open(folder)
     try:
         blobs, job = Repository(folder), parse_job(JOB, "job")
-        if not ledger.versions("tiny"):
+        if not ledger.versions.all("tiny"):
             budgets = {LARGE.id: 100_000, SMALL.id: 100_000}
             made = Versions(job=job, ledger=ledger, repository=blobs)
             made.start({LARGE.id: LARGE, SMALL.id: SMALL}, budgets, Public(unlabeled=None, validation=None))
@@ -179,7 +179,7 @@ def test_the_same_variant_is_stored_once_and_is_there_after_a_restart(tmp_path: 
         assert client.commit_variant("0", manifest, file) == first
         assert client.variants("tiny") == [first]
     with repository(tmp_path) as service:
-        (row,) = service.ledger.variants("tiny")
+        (row,) = service.ledger.versions.variants("tiny")
         assert decode_variant(row.manifest) == manifest
         service.repository.verify(manifest)
 
@@ -305,7 +305,7 @@ def test_a_crash_before_the_row_leaves_no_variant_and_a_second_try_makes_it(
         raise DiskError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(place.service.ledger, "add_variant", full)
+        broken.setattr(place.service.ledger.versions, "add_variant", full)
         with pytest.raises(DiskError, match="disk full"):
             place.client.commit_variant("0", manifest, file)
     assert place.client.variants("tiny") == []
@@ -317,10 +317,12 @@ def test_what_versions_and_variants_name_survives_a_collection_and_nothing_else_
     made = place.client.commit_variant("0", manifest, file)
     left = place.service.repository.put(b"of nobody")
     ledger = place.service.ledger
-    keep = {row.id for row in ledger.versions("tiny")} | {row.id for row in ledger.variants("tiny")}
-    for row in ledger.versions("tiny"):
+    keep = {row.id for row in ledger.versions.all("tiny")} | {
+        row.id for row in ledger.versions.variants("tiny")
+    }
+    for row in ledger.versions.all("tiny"):
         keep |= decode_manifest(row.manifest).blobs
-    for variant in ledger.variants("tiny"):
+    for variant in ledger.versions.variants("tiny"):
         keep |= decode_variant(variant.manifest).blobs
     assert place.service.repository.collect(keep) == len(b"of nobody")
     assert left not in blobs_of(place.service)
@@ -343,8 +345,8 @@ def test_a_ledger_from_before_there_were_variants_gets_the_table(tmp_path: Path)
     database.execute("DROP TABLE variants")
     database.close()
     with repository(tmp_path) as service:
-        assert service.ledger.variants("tiny") == []
-        assert len(service.ledger.versions("tiny")) == 1
+        assert service.ledger.versions.variants("tiny") == []
+        assert len(service.ledger.versions.all("tiny")) == 1
 
 
 def test_a_variant_is_found_by_the_beginning_of_its_id_if_only_one_begins_so(place: Place) -> None:

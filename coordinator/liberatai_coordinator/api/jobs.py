@@ -29,17 +29,17 @@ class Jobs:
         job, ledger = parse_job(yaml_text, "job"), self.service.ledger
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(materials.check, job, Path(base_dir))
-        ledger.create_job(job.name, msgspec.json.encode(job), base_dir, time.time())
-        self.service.start_job(ledger.job(job.name))
+        ledger.jobs.create(job.name, msgspec.json.encode(job), base_dir, time.time())
+        self.service.start_job(ledger.jobs.get(job.name))
         return await self.show(job.name)
 
     async def list(self) -> tuple[JobView, ...]:
         """Return all jobs, oldest first."""
-        return tuple(self._view(row) for row in self.service.ledger.jobs())
+        return tuple(self._view(row) for row in self.service.ledger.jobs.all())
 
     async def show(self, name: str) -> JobView:
         """Return one job with its rounds."""
-        return self._view(self.service.ledger.job(name))
+        return self._view(self.service.ledger.jobs.get(name))
 
     async def pause(self, name: str) -> JobView:
         """Pause a job after the round that is open now."""
@@ -60,7 +60,7 @@ class Jobs:
         return await self.show(name)
 
     def _require_state(self, name: str, allowed: set[str], what: str) -> None:
-        state = self.service.ledger.job(name).state
+        state = self.service.ledger.jobs.get(name).state
         if state not in allowed:
             raise StateError(f"job {name} is {state}: it cannot be {what}")
 
@@ -73,14 +73,14 @@ class Jobs:
                 len(msgspec.msgpack.decode(row.invited, type=list[Invitation])),
                 len(now.stored)
                 if now is not None and now.number == row.round
-                else len(ledger.update_ids(name, row.round)),
+                else len(ledger.updates.ids(name, row.round)),
             )
-            for row in ledger.rounds(name)
+            for row in ledger.rounds.all(name)
         )
 
     def _view(self, row: JobRow) -> JobView:
         ledger, running = self.service.ledger, self.service.runners.get(row.name)
-        stored, versions = ledger.job_value(row.name, "plan"), ledger.versions(row.name)
+        stored, versions = ledger.jobs.value(row.name, "plan"), ledger.versions.all(row.name)
         return present.job_view(
             row,
             versions[-1] if versions else None,

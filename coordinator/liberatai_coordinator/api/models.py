@@ -7,7 +7,7 @@ from liberatai_coordinator.api import present
 from liberatai_coordinator.client.views import EnsembleView, SizesView, VersionView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.store.repository import decode_manifest
+from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.errors import NotFoundError
 from liberatai_core.structure import DataContract, Structure
@@ -22,11 +22,11 @@ class Models:
     async def list(self) -> tuple[VersionView, ...]:
         """Return the newest version of every model."""
         ledger = self.service.ledger
-        return tuple(present.version_view(ledger.version(model)) for model in ledger.models())
+        return tuple(present.version_view(ledger.versions.get(model)) for model in ledger.versions.models())
 
     async def log(self, model: str) -> tuple[VersionView, ...]:
         """Return all versions of a model, newest first."""
-        rows = self.service.ledger.versions(model)
+        rows = self.service.ledger.versions.all(model)
         if not rows:
             raise NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
         return tuple(present.version_view(row) for row in reversed(rows))
@@ -71,4 +71,4 @@ def version_row(service: Service, model: str, ref: str) -> VersionRow:
     Raises:
         NotFoundError: there is none of this number or tag.
     """
-    return service.ledger.version(model, int(ref) if ref.isdigit() else ref)
+    return service.ledger.versions.get(model, int(ref) if ref.isdigit() else ref)

@@ -12,7 +12,7 @@ from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.store.repository import decode_manifest
+from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.contract.messages import Capability
 
@@ -28,13 +28,13 @@ class Plans:
         if yaml_text is not None:
             return await self._dry_run(parse_job(yaml_text, "job"))
         ledger = self.service.ledger
-        name = job_name or (ledger.jobs()[-1].name if ledger.jobs() else "")
-        job = msgspec.json.decode(ledger.job(name).spec, type=JobSpec)
-        stored = ledger.job_value(name, "plan")
+        name = job_name or (ledger.jobs.all()[-1].name if ledger.jobs.all() else "")
+        job = msgspec.json.decode(ledger.jobs.get(name).spec, type=JobSpec)
+        stored = ledger.jobs.value(name, "plan")
         if stored is None:
             return await self._dry_run(job)
         assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
-        versions = ledger.versions(name)
+        versions = ledger.versions.all(name)
         newest = versions[-1] if versions else None
         sizes = self._stored_bytes(name, newest)
         current = await self._by_link(job, assigned)
@@ -89,5 +89,5 @@ class Plans:
         """Return per structure what the newest version's files take on a device; before one, the budget."""
         if newest is not None:
             return present.stored_bytes(decode_manifest(newest.manifest))
-        budgets = self.service.ledger.job_value(job, "keyframes")
+        budgets = self.service.ledger.jobs.value(job, "keyframes")
         return msgspec.msgpack.decode(budgets, type=dict[str, int]) if budgets else {}

@@ -26,7 +26,7 @@ from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
-from liberatai_coordinator.store.repository import Manifest, Member, decode_manifest, decode_variant
+from liberatai_coordinator.store.manifests import Manifest, Member, decode_manifest, decode_variant
 from liberatai_coordinator.store.rows import JobRow, RoundRow, VariantRow, VersionRow
 from liberatai_core.compressor.artifact import TensorSize
 from liberatai_core.compressor.codebook import smallest_bytes

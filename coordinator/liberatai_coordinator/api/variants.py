@@ -8,7 +8,7 @@ from liberatai_coordinator.api.models import version_row
 from liberatai_coordinator.client.views import VariantDetail, VariantView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
-from liberatai_coordinator.store.repository import VariantManifest, decode_variant
+from liberatai_coordinator.store.manifests import VariantManifest, decode_variant
 from liberatai_coordinator.store.rows import VariantRow
 
 
@@ -28,7 +28,9 @@ class Variants:
     async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
         """Return the variants of a version, the smallest first."""
         number = version_row(self.service, model, ref).number
-        return tuple(present.variant_view(row) for row in self.service.ledger.variants(model, number))
+        return tuple(
+            present.variant_view(row) for row in self.service.ledger.versions.variants(model, number)
+        )
 
     async def show(self, model: str, prefix: str) -> VariantDetail:
         """Return one variant by the beginning of its id."""
@@ -45,5 +47,5 @@ class Variants:
         return await asyncio.to_thread(variants.file_of, self.service.repository, row)
 
     def _row(self, model: str, prefix: str) -> VariantRow:
-        self.service.ledger.version(model)  # an unknown model is told as such
-        return self.service.ledger.variant(model, prefix)
+        self.service.ledger.versions.get(model)  # an unknown model is told as such
+        return self.service.ledger.versions.variant(model, prefix)

@@ -42,7 +42,7 @@ from liberatai_coordinator.client.views import (
 )
 from liberatai_coordinator.pictures import heat_map as heat_maps
 from liberatai_coordinator.pictures.fit_report import FitPoint, FitReport
-from liberatai_coordinator.store.repository import MAX_WHY, VariantManifest
+from liberatai_coordinator.store.manifests import MAX_WHY, VariantManifest
 from liberatai_core.contract.limits import MAX_TEXT
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
 from liberatai_core.structure import DataContract, Structure

@@ -32,7 +32,7 @@ from liberatai_coordinator.client.wire import (
     Weights,
     Wire,
 )
-from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_coordinator.store.manifests import VariantManifest
 from liberatai_core.errors import BY_CODE, ConfigError, DigestError, LiberataiError, LinkError, SchemaError
 from liberatai_core.structure import DataContract, Structure
 

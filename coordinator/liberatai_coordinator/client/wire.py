@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from liberatai_coordinator.store.repository import VariantManifest
+from liberatai_coordinator.store.manifests import VariantManifest
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_TEXT
 from liberatai_core.structure import DataContract, Structure
 

@@ -82,14 +82,14 @@ def kept(contributions: Mapping[str, rules.Contribution]) -> dict[str, Contribut
 
 def newest_contributions(ledger: Ledger, device: str) -> list[tuple[str, int, Contribution]]:
     """Return (job, round, what it gave) of a device's newest merged updates, the newest first."""
-    by_job = [_contributions(ledger, job.name, device) for job in ledger.jobs()]
+    by_job = [_contributions(ledger, job.name, device) for job in ledger.jobs.all()]
     newest = heapq.merge(*by_job, key=lambda found: found[0], reverse=True)
     return [found[1:] for found in islice(newest, MAX_CONTRIBUTIONS)]
 
 
 def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, str, int, Contribution]]:
     """Yield (time of its round, job, round, what it gave) of one job, the newest first."""
-    for row in reversed(ledger.rounds(job)):
+    for row in reversed(ledger.rounds.all(job)):
         given = stats_of(row).contributions.get(device)
         if given is not None:
             yield row.opened_s, job, row.round, given

@@ -64,11 +64,11 @@ class Roster:
 
     def recall(self) -> None:
         """Read the plan from the ledger."""
-        stored = self.ledger.job_value(self.job.name, "plan")
+        stored = self.ledger.jobs.value(self.job.name, "plan")
         if stored is not None:
             for assigned in msgspec.msgpack.decode(stored, type=list[plan.Assignment]):
                 self.assigned[assigned.device] = assigned
-        sizes = self.ledger.job_value(self.job.name, "keyframes")
+        sizes = self.ledger.jobs.value(self.job.name, "keyframes")
         if sizes is not None:
             self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
 
@@ -77,7 +77,7 @@ class Roster:
         self._invited_s = {}
         for row in rows[-GAPS * GAPS :]:
             self.note_invited(row)
-        history = self.ledger.job_value(self.job.name, "history")
+        history = self.ledger.jobs.value(self.job.name, "history")
         if history is not None:
             self.history = msgspec.msgpack.decode(history, type=selection.History)
 
@@ -98,8 +98,8 @@ class Roster:
 
     def _store(self) -> None:
         plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
-        self.ledger.set_job_value(self.job.name, "plan", plan_bytes)
-        self.ledger.set_job_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
+        self.ledger.jobs.set_value(self.job.name, "plan", plan_bytes)
+        self.ledger.jobs.set_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
 
     def assign_newcomers(self) -> None:
         """Give devices that came later, or could not take part, one of the structures that the job has."""
@@ -217,15 +217,15 @@ class Roster:
 
     def remember(self, number: int) -> None:
         """Add the rounds before this one to the history, from what the ledger has of them."""
-        rows = [r for r in self.ledger.rounds(self.job.name) if self.history.round < r.round < number]
+        rows = [r for r in self.ledger.rounds.all(self.job.name) if self.history.round < r.round < number]
         for row in rows:
             try:
-                stored = self.ledger.updates(self.job.name, row.round)
+                stored = self.ledger.updates.of_round(self.job.name, row.round)
             except NotFoundError:  # pruned: only rounds from before a long pause of this record
                 stored = []
             self.history = with_round(self.history, row, stored)
         if rows:
-            self.ledger.set_job_value(self.job.name, "history", msgspec.msgpack.encode(self.history))
+            self.ledger.jobs.set_value(self.job.name, "history", msgspec.msgpack.encode(self.history))
 
     def choose(self, number: int, ready: Iterable[Device], wanted: int) -> list[Device]:
         """Return so many of those that are ready, and note which links are only tried again."""
@@ -255,14 +255,14 @@ class Roster:
             version: the newest.
             ready: devices that could take another task.
         """
-        rows = self.ledger.rounds(self.job.name)
+        rows = self.ledger.rounds.all(self.job.name)
         if not rows:
             return []
         approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
         invited = msgspec.msgpack.decode(rows[-1].invited, type=list[deciding.Invitation])
         return deciding.standing(
             [one for one in invited if one.device in approved],
-            set(self.ledger.update_ids(self.job.name, rows[-1].round)),
+            set(self.ledger.updates.ids(self.job.name, rows[-1].round)),
             version=version,
             max_staleness=self.job.rounds.max_staleness,
             free=ready,

@@ -137,10 +137,10 @@ class Runner:
         self.test = await self._long(load_test, self.job, Folder(self.row.base_dir))
         candidates, self._structures = await self._long(candidates_of, self.job)
         self.roster.candidates = {candidate.id: candidate for candidate in candidates}
-        stored = self.ledger.paths(self.job.name)
+        stored = self.ledger.updates.paths(self.job.name)
         self.paths = {device: _decode_path(path) for device, path in stored.items()}
         await self._restore_or_start()
-        rows = self.ledger.rounds(self.job.name)
+        rows = self.ledger.rounds.all(self.job.name)
         self.roster.recall_rounds(rows)
         if not self._buffered and (not rows or rows[-1].state != "open"):
             self.resumed.set()
@@ -154,7 +154,7 @@ class Runner:
     async def recall(self) -> None:
         """Read a finished job back, so that `base_missing` can answer for it."""
         self.roster.recall()
-        await self._long(self.versions.restore, self.ledger.version(self.job.name))
+        await self._long(self.versions.restore, self.ledger.versions.get(self.job.name))
         self.finished = True
         self.resumed.set()
 
@@ -167,11 +167,11 @@ class Runner:
         self.open_round = None
         self.resumed.set()
         newest = self.versions.newest
-        for row in self.ledger.rounds(self.job.name):
+        for row in self.ledger.rounds.all(self.job.name):
             if row.state == "closed" and newest is not None and newest.round == row.round:
-                self.ledger.set_aggregated(self.job.name, row.round, newest.id)
+                self.ledger.rounds.set_aggregated(self.job.name, row.round, newest.id)
             elif row.state in {"open", "closed"}:
-                self.ledger.abandon_round(self.job.name, row.round, f"job {state}")
+                self.ledger.rounds.abandon(self.job.name, row.round, f"job {state}")
         self.ways = {}
         await self._clear_slots()
         if self.versions.newest is not None:
@@ -192,7 +192,7 @@ class Runner:
         return self.versions.newest.number if self.versions.newest else 0
 
     async def _restore_or_start(self) -> None:
-        newest = self.ledger.versions(self.job.name)
+        newest = self.ledger.versions.all(self.job.name)
         self.roster.recall()
         if newest:
             row = max(newest, key=lambda version: version.number)
@@ -255,14 +255,14 @@ class Runner:
             end = await self._collect(row, invitations)
             if isinstance(end, deciding.Abandon):
                 log.warning("round %d of %s abandoned: %s", row.round, self.job.name, end.reason)
-                self.ledger.abandon_round(self.job.name, row.round, end.reason)
+                self.ledger.rounds.abandon(self.job.name, row.round, end.reason)
                 self._round_over()
                 return
-            self.ledger.close_round(self.job.name, row.round, list(end.update_ids))
-            row = self.ledger.round(self.job.name, row.round)
+            self.ledger.rounds.close(self.job.name, row.round, list(end.update_ids))
+            row = self.ledger.rounds.get(self.job.name, row.round)
         if row.state == "closed" and self.versions.now.round == row.round:
             # The crash came between the version and its note in the round: it must not count twice.
-            stored = await self._long(self.ledger.updates, self.job.name, row.round)
+            stored = await self._long(self.ledger.updates.of_round, self.job.name, row.round)
             updates = [decode_update(update.frame) for update in stored]
             self._count_bytes(updates)
             self._note_stats(row.round, await self._judged(updates), self.versions.now.id)
@@ -277,14 +277,14 @@ class Runner:
                 self._failures += 1
                 if self._failures >= MAX_FAILURES:
                     raise
-                self.ledger.abandon_round(self.job.name, row.round, f"{error.code}: {error}")
+                self.ledger.rounds.abandon(self.job.name, row.round, f"{error.code}: {error}")
                 self._round_over()
                 return
             self._failures = 0
         await self._publish_chains()
         await self._publish_head("running")
-        self.ledger.set_published(self.job.name, row.round)
-        await self._long(self.ledger.prune, self.job.name, 2)
+        self.ledger.rounds.set_published(self.job.name, row.round)
+        await self._long(self.ledger.rounds.prune, self.job.name, 2)
         self._round_over()
         wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
         ways = [one.way for one in self._standing(set()) if one.way is not None]
@@ -302,7 +302,7 @@ class Runner:
 
     async def _open(self) -> tuple[RoundRow, list[deciding.Invitation]]:
         await self._wait_for_devices(self.job.rounds.min_devices)
-        number = max((row.round for row in self.ledger.rounds(self.job.name)), default=0) + 1
+        number = max((row.round for row in self.ledger.rounds.all(self.job.name)), default=0) + 1
         chosen, standing = await self._participants(number)
         invitations = self._invite(number, chosen)
         if self._buffered:
@@ -315,7 +315,7 @@ class Runner:
             opened_s=time.time(),
             invited=msgspec.msgpack.encode(invitations),
         )
-        self.ledger.open_round(row)
+        self.ledger.rounds.open(row)
         self.roster.note_invited(row)
         return row, invitations
 
@@ -405,7 +405,7 @@ class Runner:
             buffered=self._buffered,
         )
         self._ended.clear()
-        for update in self.ledger.updates(self.job.name, row.round):
+        for update in self.ledger.updates.of_round(self.job.name, row.round):
             stored = deciding.UpdateStored(device=update.device, update_id=update.update_id, outcome="stored")
             for action in self.open_round.handle(stored):
                 self._note_end(action)
@@ -496,7 +496,7 @@ class Runner:
         self.paths.pop(device, None)
         with contextlib.suppress(DiskError, BusyError):
             # Read again after a restart, it costs the device another question.
-            self.ledger.forget_path(self.job.name, device)
+            self.ledger.updates.forget_path(self.job.name, device)
         self.ways[device] = self.versions.way(self.roster.assigned[device].structure, (), 0)
         if self._buffered and self.open_round is not None:
             self._ask_again(self.open_round, device)
@@ -515,9 +515,9 @@ class Runner:
         invitations = dict(now.invitations) | {
             device: self._lasting(now.number, one, self.ways[device]),
         }
-        row = self.ledger.round(self.job.name, now.number)
+        row = self.ledger.rounds.get(self.job.name, now.number)
         invited = msgspec.msgpack.encode(list(invitations.values()))
-        self.ledger.open_round(replace(row, epoch=self.ledger.epoch, invited=invited))
+        self.ledger.rounds.open(replace(row, epoch=self.ledger.epoch, invited=invited))
         now.invitations = invitations
 
     def may_upload(self, device: str, number: int) -> bool:
@@ -543,7 +543,7 @@ class Runner:
 
     async def _aggregate(self, number: int, started: float) -> None:
         now = self.versions.now
-        stored = await self._long(self.ledger.updates, self.job.name, number)
+        stored = await self._long(self.ledger.updates.of_round, self.job.name, number)
         updates = [decode_update(update.frame) for update in stored]
         advanced = await self._long(
             aggregation.advance,
@@ -565,7 +565,7 @@ class Runner:
             contributions=kept(advanced.contributions),
         )
         # First, for after a crash it cannot be found out again: the version is there, the way to it is gone.
-        self.ledger.set_job_value(self.job.name, MERGED, msgspec.msgpack.encode((number, told)))
+        self.ledger.jobs.set_value(self.job.name, MERGED, msgspec.msgpack.encode((number, told)))
         made = await self._long(
             self.versions.commit,
             advanced,
@@ -579,7 +579,7 @@ class Runner:
 
     def _note_stats(self, number: int, judged: Stats, made: str, started: float | None = None) -> None:
         """Note in the ledger that a round made a version, with what is known of both."""
-        stored = self.ledger.job_value(self.job.name, MERGED)
+        stored = self.ledger.jobs.value(self.job.name, MERGED)
         round_, told = msgspec.msgpack.decode(stored, type=tuple[int, Stats]) if stored else (0, Stats())
         if round_ == number:
             judged = msgspec.structs.replace(
@@ -587,8 +587,8 @@ class Runner:
                 **{name: getattr(judged, name) for name in JUDGED},
                 seconds=0.0 if started is None else time.monotonic() - started,
             )
-        self.ledger.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(judged))
-        self.ledger.set_job_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))
+        self.ledger.rounds.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(judged))
+        self.ledger.jobs.set_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))
 
     async def _judged(self, updates: Sequence[Update]) -> Stats:
         return await self._long(
@@ -599,7 +599,7 @@ class Runner:
         """Return how late the updates of a buffered job are, by what the ledger says of invitations."""
         if not self._buffered:
             return None
-        row = self.ledger.round(self.job.name, number)
+        row = self.ledger.rounds.get(self.job.name, number)
         invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
         return Late(
             staleness={one.update_id: self.versions.now.number - one.version for one in invited},
@@ -638,7 +638,7 @@ class Runner:
             epoch=self.ledger.epoch,
             coordinator=self.coordinator,
             job=self.job.name,
-            round=max((row.round for row in self.ledger.rounds(self.job.name)), default=0),
+            round=max((row.round for row in self.ledger.rounds.all(self.job.name)), default=0),
             held=b"" if way is None else way.held,
             final=() if way is None else way.steps,
         )

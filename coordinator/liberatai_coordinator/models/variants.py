@@ -10,13 +10,8 @@ import hashlib
 import time
 
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.repository import (
-    Manifest,
-    Repository,
-    VariantManifest,
-    decode_manifest,
-    decode_variant,
-)
+from liberatai_coordinator.store.manifests import Manifest, VariantManifest, decode_manifest, decode_variant
+from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import VariantRow, VersionRow
 from liberatai_core.compressor import artifact
 from liberatai_core.errors import (
@@ -74,8 +69,8 @@ def commit(
         manifest=encoded,
         created_s=time.time() if now_s is None else now_s,
     )
-    ledger.add_variant(row)
-    return ledger.variant(model, found)
+    ledger.versions.add_variant(row)
+    return ledger.versions.variant(model, found)
 
 
 def _check_parent(model: str, version: VersionRow, manifest: VariantManifest) -> None:

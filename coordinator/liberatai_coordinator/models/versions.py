@@ -17,16 +17,16 @@ from liberatai_coordinator.models.ensembles import Ensemble, combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed
 from liberatai_coordinator.rounds.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.repository import (
+from liberatai_coordinator.store.manifests import (
     EnsembleRecord,
     Manifest,
-    Repository,
     StepRecord,
     decode_manifest,
     encode_manifest,
     version_id,
 )
-from liberatai_coordinator.store.repository import Member as MemberRecord
+from liberatai_coordinator.store.manifests import Member as MemberRecord
+from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.aggregator.server_optimizer import ServerState
 from liberatai_core.compressor.artifact import restore
@@ -228,7 +228,7 @@ class Versions:
             manifest=content,
             created_s=time.time(),
         )
-        self.ledger.add_version(row)
+        self.ledger.versions.add(row)
         made.id = row.id
         self.newest = made
         self._mark(made.number, records)
@@ -292,7 +292,7 @@ class Versions:
         manifest = decode_manifest(row.manifest)
         records = manifest.structures
         members = {sid: load_member(self.repository, record) for sid, record in records.items()}
-        for older in self.ledger.versions(self.job.name):
+        for older in self.ledger.versions.all(self.job.name):
             if older.number <= row.number:
                 marked = decode_manifest(older.manifest).structures
                 self._mark(older.number, marked)

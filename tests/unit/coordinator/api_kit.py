@@ -29,7 +29,7 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.config import parse_job
-from liberatai_coordinator.store.repository import VariantManifest, version_id
+from liberatai_coordinator.store.manifests import VariantManifest, version_id
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError, StateError
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest, to_bytes

@@ -19,7 +19,7 @@ from liberatai_coordinator.config import (
 from liberatai_coordinator.models import aggregation, ensembles, teaching
 from liberatai_coordinator.models.ensembles import Ensemble
 from liberatai_coordinator.models.members import Public, derive_seed, outputs
-from liberatai_coordinator.store.repository import EnsembleRecord
+from liberatai_coordinator.store.manifests import EnsembleRecord
 from liberatai_core.aggregator.ensemble import Evidence
 from liberatai_core.aggregator.guard import divided
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, TRIALS, method_of

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from liberatai_coordinator.store import ledger as module
-from liberatai_coordinator.store.ledger import Ledger, Outcome
+from liberatai_coordinator.store import refusals, writer
+from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
+from liberatai_coordinator.store.updates import Outcome
 from liberatai_core.errors import (
     BusyError,
     ConfigError,
@@ -38,8 +39,8 @@ def opened(folder: Path, reserve_bytes: int = 0) -> Ledger:
 
 def with_round(folder: Path, number: int = 1) -> Ledger:
     ledger = opened(folder)
-    ledger.create_job("digits", b"{}", "/", 1.0)
-    ledger.open_round(a_round(ledger, number))
+    ledger.jobs.create("digits", b"{}", "/", 1.0)
+    ledger.rounds.open(a_round(ledger, number))
     return ledger
 
 
@@ -69,14 +70,14 @@ def with_frame(update: StoredUpdate, frame: bytes) -> StoredUpdate:
 
 def store(ledger: Ledger, *updates: StoredUpdate) -> list[Outcome | BaseException]:
     async def all_at_once() -> list[Outcome | BaseException]:
-        return await asyncio.gather(*map(ledger.store_update, updates), return_exceptions=True)
+        return await asyncio.gather(*map(ledger.updates.store, updates), return_exceptions=True)
 
     return asyncio.run(all_at_once())
 
 
 def count_transactions(ledger: Ledger) -> list[str]:
     seen: list[str] = []
-    sa.event.listen(ledger._engine, "commit", lambda _connection: seen.append("commit"))
+    sa.event.listen(ledger.database.engine, "commit", lambda _connection: seen.append("commit"))
     return seen
 
 
@@ -88,8 +89,10 @@ def test_a_stored_update_is_there_after_reopening(tmp_path: Path) -> None:
     assert store(ledger, an_update(1), an_update(2)) == ["stored", "stored"]
     ledger.close()
     ledger = opened(tmp_path)
-    assert ledger.updates("digits", 1) == sorted([an_update(1), an_update(2)], key=lambda u: u.update_id)
-    assert ledger.update_ids("digits", 1) == sorted([an_update(1).update_id, an_update(2).update_id])
+    assert ledger.updates.of_round("digits", 1) == sorted(
+        [an_update(1), an_update(2)], key=lambda u: u.update_id
+    )
+    assert ledger.updates.ids("digits", 1) == sorted([an_update(1).update_id, an_update(2).update_id])
     ledger.close()
 
 
@@ -97,7 +100,7 @@ def test_the_same_update_is_a_duplicate_in_one_batch_and_later(tmp_path: Path) -
     ledger = with_round(tmp_path)
     assert sorted(map(str, store(ledger, *[an_update(1)] * 5))) == ["duplicate"] * 4 + ["stored"]
     assert store(ledger, an_update(1)) == ["duplicate"]
-    assert len(ledger.updates("digits", 1)) == 1
+    assert len(ledger.updates.of_round("digits", 1)) == 1
     ledger.close()
 
 
@@ -110,7 +113,7 @@ def test_other_bytes_or_another_id_of_the_same_device_and_round_conflict_and_the
     assert store(ledger, with_frame(first, b"other")) == ["conflict"]
     assert store(ledger, replace(first, update_id=b"z" * 16)) == ["conflict"]
     assert store(ledger, replace(first, device="thief", sha256=first.sha256)) == ["duplicate"]
-    assert ledger.updates("digits", 1) == [first]
+    assert ledger.updates.of_round("digits", 1) == [first]
     ledger.close()
 
 
@@ -127,7 +130,7 @@ def test_an_update_of_an_unknown_or_closed_round_is_refused(tmp_path: Path) -> N
     store(ledger, stored)
     (unknown,) = store(ledger, an_update(1, round_number=2))
     assert isinstance(unknown, RoundUnknownError)
-    ledger.close_round("digits", 1)
+    ledger.rounds.close("digits", 1)
     late, repeated = store(ledger, an_update(2), stored)
     assert isinstance(late, RoundClosedError)
     assert repeated == "duplicate"
@@ -146,17 +149,17 @@ def test_what_waits_together_becomes_few_transactions(tmp_path: Path) -> None:
     commits = count_transactions(ledger)
     results = store(ledger, *(an_update(number) for number in range(300)))
     assert results == ["stored"] * 300
-    assert 3 <= len(commits) < 60
+    assert 1 <= len(commits) < 60
     ledger.close()
 
 
 def test_too_much_waiting_is_refused_with_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PENDING_UPDATES", 10)
+    monkeypatch.setattr(writer, "PENDING_ITEMS", 10)
     ledger = with_round(tmp_path)
-    with ledger._write_lock:  # the disk stands still
+    with ledger.database.write_lock:  # the disk stands still
 
         async def flood() -> tuple[list[asyncio.Task[Outcome]], BaseException | None]:
-            tasks = [asyncio.create_task(ledger.store_update(an_update(n))) for n in range(11)]
+            tasks = [asyncio.create_task(ledger.updates.store(an_update(n))) for n in range(11)]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return tasks, done.pop().exception()
 
@@ -173,13 +176,13 @@ def test_a_caller_that_gives_up_changes_nothing_for_the_others(tmp_path: Path) -
     ledger = with_round(tmp_path)
 
     async def scenario() -> Outcome:
-        task = asyncio.create_task(ledger.store_update(an_update(1)))
+        task = asyncio.create_task(ledger.updates.store(an_update(1)))
         await asyncio.sleep(0)
         task.cancel()
-        return await ledger.store_update(an_update(2))
+        return await ledger.updates.store(an_update(2))
 
     assert asyncio.run(scenario()) == "stored"
-    assert len(ledger.update_ids("digits", 1)) == 2
+    assert len(ledger.updates.ids("digits", 1)) == 2
     ledger.close()
 
 
@@ -190,7 +193,7 @@ def test_a_closed_ledger_refuses_and_closing_twice_is_fine(tmp_path: Path) -> No
     (refused,) = store(ledger, an_update(1))
     assert isinstance(refused, BusyError)
     with pytest.raises(BusyError):
-        ledger.jobs()
+        ledger.jobs.all()
 
 
 def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
     database.close()
     ledger = opened(tmp_path)
     with pytest.raises(DigestError, match="device-1 is damaged"):
-        ledger.updates("digits", 1)
+        ledger.updates.of_round("digits", 1)
     ledger.close()
 
 
@@ -211,7 +214,8 @@ def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
 CHILD = """
 import asyncio, hashlib, sys
 from pathlib import Path
-from liberatai_coordinator.store.ledger import Ledger, StoredUpdate
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import StoredUpdate
 
 ledger = Ledger.open(Path(sys.argv[1]), reserve_bytes=0)
 
@@ -220,11 +224,11 @@ async def one(number):
     sha256 = hashlib.sha256(frame).digest()
     update = StoredUpdate(update_id=sha256[:16], job="digits", round=1, device=f"device-{number}",
         structure="s", samples=1, sha256=sha256, frame=frame, received_s=1.0)
-    result = await ledger.store_update(update)
+    result = await ledger.updates.store(update)
     sys.stdout.write(f"{number} {result}\\n"); sys.stdout.flush()
 
 async def main():
-    for base in range(len(ledger.update_ids("digits", 1)), 1_000_000, 25):
+    for base in range(len(ledger.updates.ids("digits", 1)), 1_000_000, 25):
         await asyncio.gather(*(one(base + i) for i in range(25)))
 
 asyncio.run(main())
@@ -252,7 +256,7 @@ def test_after_kill_9_every_promised_update_is_there_and_none_twice(tmp_path: Pa
         promised |= {int(number) for number, result in said if result in ("stored", "duplicate")}
         ledger = opened(tmp_path)
         assert ledger.epoch == 3 + 2 * attempt
-        found = [update.device for update in ledger.updates("digits", 1)]
+        found = [update.device for update in ledger.updates.of_round("digits", 1)]
         ledger.close()
         assert len(found) == len(set(found))
         assert {f"device-{number}" for number in promised} <= set(found)
@@ -272,13 +276,13 @@ def test_ten_thousand_pending_updates_are_there_after_a_crash(
     source.close()
     start = time.monotonic()
     ledger = opened(crashed)
-    (row,) = ledger.rounds("digits")
-    ids = ledger.update_ids("digits", 1)
+    (row,) = ledger.rounds.all("digits")
+    ids = ledger.updates.ids("digits", 1)
     seconds = time.monotonic() - start
     record_property("recovery_seconds", seconds)
     assert row.state == "open"
     assert ids == sorted(update.update_id for update in updates)
-    assert ledger.close_round("digits", 1) == tuple(ids)
+    assert ledger.rounds.close("digits", 1) == tuple(ids)
     ledger.close()
 
 
@@ -305,12 +309,12 @@ def test_a_second_coordinator_on_the_folder_is_refused_with_the_holder(tmp_path:
 def test_a_full_database_refuses_and_heals(tmp_path: Path) -> None:
     """SQLITE_FULL, provoked by a page limit: nothing half-stored, reading works, it heals by itself."""
     ledger = with_round(tmp_path)
-    with ledger._engine.connect() as connection:
+    with ledger.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar() or 0
     limit = [1 << 30]
     # the limit belongs to a connection; with one connection in the pool it is everybody's
     sa.event.listen(
-        ledger._engine,
+        ledger.database.engine,
         "begin",
         lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count={limit[0]}"),
     )
@@ -319,13 +323,13 @@ def test_a_full_database_refuses_and_heals(tmp_path: Path) -> None:
     refused = [result for result in results if result != "stored"]
     assert refused
     assert all(isinstance(result, DiskError) and "full" in str(result) for result in refused)
-    assert len(ledger.update_ids("digits", 1)) == 40 - len(refused)
+    assert len(ledger.updates.ids("digits", 1)) == 40 - len(refused)
     limit[0] = 1 << 30
     assert set(store(ledger, *(an_update(number, size=8192) for number in range(40)))) <= {
         "stored",
         "duplicate",
     }
-    assert len(ledger.update_ids("digits", 1)) == 40
+    assert len(ledger.updates.ids("digits", 1)) == 40
     ledger.close()
 
 
@@ -348,7 +352,7 @@ def test_a_full_disk_refuses_and_heals(small_disk: Path) -> None:
     refused = [result for result in results if isinstance(result, DiskError)]
     assert refused
     assert len(refused) + results.count("stored") == 60
-    assert len(ledger.update_ids("digits", 1)) == results.count("stored")
+    assert len(ledger.updates.ids("digits", 1)) == results.count("stored")
     ballast.unlink()
     again = store(ledger, *(an_update(number, size=64) for number in range(100, 110)))
     assert again == ["stored"] * 10
@@ -359,14 +363,14 @@ def test_updates_leave_a_reserve_with_which_rounds_can_be_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = opened(tmp_path, reserve_bytes=1 << 20)
-    ledger.create_job("digits", b"{}", "/", 1.0)
-    ledger.open_round(a_round(ledger))
+    ledger.jobs.create("digits", b"{}", "/", 1.0)
+    ledger.rounds.open(a_round(ledger))
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: real._replace(free=(1 << 20) + 100))
     first, second = store(ledger, an_update(1, size=64), an_update(2, size=8192))
     assert first == "stored"
     assert isinstance(second, DiskError)
-    assert ledger.close_round("digits", 1) == (an_update(1).update_id,)
+    assert ledger.rounds.close("digits", 1) == (an_update(1).update_id,)
     ledger.close()
 
 
@@ -385,7 +389,7 @@ results = test.store(ledger, *(test.an_update(n, size=8192) for n in range(60)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 codes = [getattr(result, "code", result) for result in results]
 later = test.store(ledger, test.an_update(1000))
-print(codes.count("stored"), codes.count("E_DISK"), len(ledger.update_ids("digits", 1)), later[0])
+print(codes.count("stored"), codes.count("E_DISK"), len(ledger.updates.ids("digits", 1)), later[0])
 ledger.close()
 """
     done = subprocess.run(
@@ -413,16 +417,16 @@ def test_after_a_failed_fsync_nothing_is_promised_any_more(tmp_path: Path) -> No
         if failing:
             raise failing.pop()
 
-    sa.event.listen(ledger._engine, "commit", commit)
+    sa.event.listen(ledger.database.engine, "commit", commit)
     first, second = store(ledger, an_update(1))[0], store(ledger, an_update(2))[0]
     for refused in (first, second):
         assert isinstance(refused, DiskError)
         assert "fsync failed; restart" in str(refused)
     with pytest.raises(DiskError, match="fsync failed"):
-        ledger.create_job("other", b"", "/", 1.0)
+        ledger.jobs.create("other", b"", "/", 1.0)
     ledger.close()
     ledger = opened(tmp_path)
-    assert ledger.update_ids("digits", 1) == []
+    assert ledger.updates.ids("digits", 1) == []
     ledger.close()
 
 
@@ -467,32 +471,32 @@ def test_traffic_and_the_number_of_updates_of_a_device_are_there_after_reopening
         device="device-1", sent_bytes=2**53, received_bytes=2, session=3, session_sent=4, session_received=5
     )
     ledger = with_round(tmp_path)
-    ledger.set_traffic([first, replace(first, device="device-2")])
-    ledger.set_traffic([replace(first, received_bytes=9)])
+    ledger.devices.set_traffic([first, replace(first, device="device-2")])
+    ledger.devices.set_traffic([replace(first, received_bytes=9)])
     store(ledger, an_update(1), an_update(1), an_update(2))
-    ledger.close_round("digits", 1)
-    ledger.abandon_round("digits", 1, "why not")
-    ledger.open_round(a_round(ledger, 2))
+    ledger.rounds.close("digits", 1)
+    ledger.rounds.abandon("digits", 1, "why not")
+    ledger.rounds.open(a_round(ledger, 2))
     store(ledger, an_update(1, round_number=2))
     ledger.close()
     ledger = opened(tmp_path)
-    assert ledger.traffic() == {
+    assert ledger.devices.traffic() == {
         "device-1": replace(first, received_bytes=9),
         "device-2": replace(first, device="device-2"),
     }
-    assert ledger.update_counts() == {"device-1": 2, "device-2": 1}
+    assert ledger.updates.counts() == {"device-1": 2, "device-2": 1}
     ledger.close()
 
 
 def test_a_round_goes_from_open_to_published(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(2), an_update(1))
-    frozen = ledger.close_round("digits", 1)
+    frozen = ledger.rounds.close("digits", 1)
     assert frozen == tuple(sorted(frozen))
     assert len(frozen) == 2
-    ledger.set_aggregated("digits", 1, "v1", b"stats")
-    ledger.set_published("digits", 1)
-    row = ledger.round("digits", 1)
+    ledger.rounds.set_aggregated("digits", 1, "v1", b"stats")
+    ledger.rounds.set_published("digits", 1)
+    row = ledger.rounds.get("digits", 1)
     assert (row.state, row.frozen, row.version_id, row.stats) == ("published", frozen, "v1", b"stats")
     assert row.frozen_sha256 == hashlib.sha256(b"".join(frozen)).digest()
     ledger.close()
@@ -501,30 +505,30 @@ def test_a_round_goes_from_open_to_published(tmp_path: Path) -> None:
 def test_closing_freezes_everything_stored_even_if_the_caller_forgot_one(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(1), an_update(2))
-    assert len(ledger.close_round("digits", 1, [an_update(1).update_id])) == 2
+    assert len(ledger.rounds.close("digits", 1, [an_update(1).update_id])) == 2
     ledger.close()
 
 
 def test_closing_with_an_update_that_is_not_stored_changes_nothing(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     with pytest.raises(NotFoundError):
-        ledger.close_round("digits", 1, [b"x" * 16])
-    assert ledger.round("digits", 1).state == "open"
+        ledger.rounds.close("digits", 1, [b"x" * 16])
+    assert ledger.rounds.get("digits", 1).state == "open"
     ledger.close()
 
 
 def test_every_step_of_a_round_may_be_repeated_after_a_crash(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(1))
-    assert ledger.close_round("digits", 1) == ledger.close_round("digits", 1)
+    assert ledger.rounds.close("digits", 1) == ledger.rounds.close("digits", 1)
     for _ in range(2):
-        ledger.set_aggregated("digits", 1, "v1")
+        ledger.rounds.set_aggregated("digits", 1, "v1")
     for _ in range(2):
-        ledger.set_published("digits", 1)
-    ledger.set_aggregated("digits", 1, "v1")
-    assert ledger.round("digits", 1).state == "published"
+        ledger.rounds.set_published("digits", 1)
+    ledger.rounds.set_aggregated("digits", 1, "v1")
+    assert ledger.rounds.get("digits", 1).state == "published"
     with pytest.raises(RoundClosedError):
-        ledger.set_aggregated("digits", 1, "v2")
+        ledger.rounds.set_aggregated("digits", 1, "v2")
     ledger.close()
 
 
@@ -533,28 +537,28 @@ def test_an_open_round_is_taken_over_with_its_updates(tmp_path: Path) -> None:
     store(ledger, an_update(1))
     ledger.close()
     ledger = opened(tmp_path)
-    ledger.open_round(replace(a_round(ledger), invited=b"others"))
-    row = ledger.round("digits", 1)
+    ledger.rounds.open(replace(a_round(ledger), invited=b"others"))
+    row = ledger.rounds.get("digits", 1)
     assert (row.epoch, row.invited, row.state) == (2, b"others", "open")
-    assert len(ledger.update_ids("digits", 1)) == 1
-    ledger.close_round("digits", 1)
+    assert len(ledger.updates.ids("digits", 1)) == 1
+    ledger.rounds.close("digits", 1)
     with pytest.raises(RoundClosedError):
-        ledger.open_round(a_round(ledger))
+        ledger.rounds.open(a_round(ledger))
     ledger.close()
 
 
 def test_an_abandoned_round_lists_its_updates_and_makes_no_version(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(1), an_update(2))
-    lost = ledger.abandon_round("digits", 1, "no quorum")
+    lost = ledger.rounds.abandon("digits", 1, "no quorum")
     assert set(lost) == {an_update(1).update_id, an_update(2).update_id}
-    row = ledger.round("digits", 1)
+    row = ledger.rounds.get("digits", 1)
     assert (row.state, row.reason, row.frozen) == ("abandoned", "no quorum", lost)
-    assert ledger.abandon_round("digits", 1, "again") == lost
+    assert ledger.rounds.abandon("digits", 1, "again") == lost
     for step in (
-        lambda: ledger.close_round("digits", 1),
-        lambda: ledger.set_aggregated("digits", 1, "v1"),
-        lambda: ledger.set_published("digits", 1),
+        lambda: ledger.rounds.close("digits", 1),
+        lambda: ledger.rounds.set_aggregated("digits", 1, "v1"),
+        lambda: ledger.rounds.set_published("digits", 1),
     ):
         with pytest.raises(RoundClosedError):
             step()
@@ -563,25 +567,25 @@ def test_an_abandoned_round_lists_its_updates_and_makes_no_version(tmp_path: Pat
 
 def test_a_round_that_made_a_version_cannot_be_abandoned(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
-    ledger.close_round("digits", 1)
-    ledger.set_aggregated("digits", 1, "v1")
+    ledger.rounds.close("digits", 1)
+    ledger.rounds.set_aggregated("digits", 1, "v1")
     with pytest.raises(RoundClosedError, match="made version v1"):
-        ledger.abandon_round("digits", 1, "late")
+        ledger.rounds.abandon("digits", 1, "late")
     ledger.close()
 
 
 def test_unknown_rounds_and_jobs_are_refused(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     with pytest.raises(NotFoundError):
-        ledger.open_round(a_round(ledger))
+        ledger.rounds.open(a_round(ledger))
     for step in (
-        lambda: ledger.round("digits", 1),
-        lambda: ledger.close_round("digits", 1),
-        lambda: ledger.set_round_stats("digits", 1, b""),
+        lambda: ledger.rounds.get("digits", 1),
+        lambda: ledger.rounds.close("digits", 1),
+        lambda: ledger.rounds.set_stats("digits", 1, b""),
     ):
         with pytest.raises(RoundUnknownError):
             step()
-    assert ledger.rounds("digits") == []
+    assert ledger.rounds.all("digits") == []
     ledger.close()
 
 
@@ -589,20 +593,20 @@ def test_pruning_drops_old_frames_gives_space_back_and_still_knows_duplicates(tm
     ledger = with_round(tmp_path)
     for number in (1, 2, 3):
         if number > 1:
-            ledger.open_round(a_round(ledger, number))
+            ledger.rounds.open(a_round(ledger, number))
         store(ledger, *(an_update(device, round_number=number, size=65_536) for device in range(8)))
-        ledger.close_round("digits", number)
-        ledger.set_aggregated("digits", number, f"v{number}")
-        ledger.set_published("digits", number)
-    ledger.open_round(a_round(ledger, 4))
+        ledger.rounds.close("digits", number)
+        ledger.rounds.set_aggregated("digits", number, f"v{number}")
+        ledger.rounds.set_published("digits", number)
+    ledger.rounds.open(a_round(ledger, 4))
     store(ledger, an_update(1, round_number=4))
-    assert ledger.prune("digits", 1) == 16
-    assert ledger.prune("digits", 1) == 0
+    assert ledger.rounds.prune("digits", 1) == 16
+    assert ledger.rounds.prune("digits", 1) == 0
     with pytest.raises(NotFoundError, match="pruned"):
-        ledger.updates("digits", 1)
-    assert len(ledger.updates("digits", 3)) == 8
-    assert len(ledger.updates("digits", 4)) == 1
-    assert len(ledger.update_ids("digits", 1)) == 8
+        ledger.updates.of_round("digits", 1)
+    assert len(ledger.updates.of_round("digits", 3)) == 8
+    assert len(ledger.updates.of_round("digits", 4)) == 1
+    assert len(ledger.updates.ids("digits", 1)) == 8
     assert store(ledger, an_update(1, size=65_536)) == ["duplicate"]
     assert (tmp_path / "ledger.db").stat().st_size < 16 * 65_536
     ledger.close()
@@ -622,9 +626,9 @@ def test_devices_keep_their_first_sight_and_their_status(tmp_path: Path) -> None
         first_seen_s=1.5,
         last_seen_s=1.5,
     )
-    ledger.upsert_device(row)
-    ledger.set_device_status("pi", "quarantined", "nonsense")
-    ledger.upsert_device(
+    ledger.devices.remember(row)
+    ledger.devices.set_status("pi", "quarantined", "nonsense")
+    ledger.devices.remember(
         replace(row, status="quarantined", session=2, capability=b"c", first_seen_s=9.0, last_seen_s=9.0)
     )
     ledger.close()
@@ -638,30 +642,30 @@ def test_devices_keep_their_first_sight_and_their_status(tmp_path: Path) -> None
         first_seen_s=1.5,
         last_seen_s=9.0,
     )
-    assert ledger.devices() == [expected]
+    assert ledger.devices.all() == [expected]
     with pytest.raises(NotFoundError):
-        ledger.set_device_status("nobody", "approved")
+        ledger.devices.set_status("nobody", "approved")
     ledger.close()
 
 
 def test_jobs_their_states_and_their_values_survive(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
-    ledger.set_job_state("digits", "paused", "by an operator")
-    ledger.set_job_value("digits", "plan", b"1")
-    ledger.set_job_value("digits", "plan", b"2")
+    ledger.jobs.set_state("digits", "paused", "by an operator")
+    ledger.jobs.set_value("digits", "plan", b"1")
+    ledger.jobs.set_value("digits", "plan", b"2")
     ledger.close()
     ledger = opened(tmp_path)
-    (job,) = ledger.jobs()
-    assert job == ledger.job("digits")
+    (job,) = ledger.jobs.all()
+    assert job == ledger.jobs.get("digits")
     assert (job.state, job.reason, job.spec, job.base_dir) == ("paused", "by an operator", b"{}", "/")
-    assert ledger.job_value("digits", "plan") == b"2"
-    assert ledger.job_value("digits", "other") is None
+    assert ledger.jobs.value("digits", "plan") == b"2"
+    assert ledger.jobs.value("digits", "other") is None
     with pytest.raises(ConfigError, match="digits exists already"):
-        ledger.create_job("digits", b"", "/", 1.0)
+        ledger.jobs.create("digits", b"", "/", 1.0)
     for step in (
-        lambda: ledger.job("x"),
-        lambda: ledger.set_job_state("x", "running"),
-        lambda: ledger.set_job_value("x", "k", b""),
+        lambda: ledger.jobs.get("x"),
+        lambda: ledger.jobs.set_state("x", "running"),
+        lambda: ledger.jobs.set_value("x", "k", b""),
     ):
         with pytest.raises(NotFoundError):
             step()
@@ -679,23 +683,23 @@ def test_versions_form_a_chain_and_have_tags(tmp_path: Path) -> None:
     first = a_version(0, None)
     second = a_version(1, first.id)
     for row in (first, second, second):
-        ledger.add_version(row)
-    ledger.set_tag("digits", "stable", 1)
-    ledger.set_tag("digits", "stable", 0)
+        ledger.versions.add(row)
+    ledger.versions.set_tag("digits", "stable", 1)
+    ledger.versions.set_tag("digits", "stable", 0)
     tagged = replace(first, tags=("stable",))
-    assert ledger.versions("digits") == [tagged, second]
-    assert ledger.version("digits") == second
-    assert ledger.version("digits", "latest") == second
+    assert ledger.versions.all("digits") == [tagged, second]
+    assert ledger.versions.get("digits") == second
+    assert ledger.versions.get("digits", "latest") == second
     for ref in (0, "0", "stable", first.id):
-        assert ledger.version("digits", ref) == tagged
-    assert ledger.models() == ["digits"]
+        assert ledger.versions.get("digits", ref) == tagged
+    assert ledger.versions.models() == ["digits"]
     ledger.close()
 
 
 def test_a_version_that_contradicts_the_chain_is_refused(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     first = a_version(0, None)
-    ledger.add_version(first)
+    ledger.versions.add(first)
     for wrong in (
         replace(a_version(1, first.id), id="0" * 64),
         a_version(0, None, b"other"),
@@ -703,31 +707,31 @@ def test_a_version_that_contradicts_the_chain_is_refused(tmp_path: Path) -> None
         a_version(2, "f" * 64),
     ):
         with pytest.raises(DigestError):
-            ledger.add_version(wrong)
+            ledger.versions.add(wrong)
     for tag in ("", "latest", "12"):
         with pytest.raises(SchemaError):
-            ledger.set_tag("digits", tag, 0)
+            ledger.versions.set_tag("digits", tag, 0)
     with pytest.raises(NotFoundError):
-        ledger.set_tag("digits", "stable", 7)
+        ledger.versions.set_tag("digits", "stable", 7)
     with pytest.raises(NotFoundError):
-        ledger.version("digits", "7")
+        ledger.versions.get("digits", "7")
     with pytest.raises(NotFoundError):
-        ledger.version("nothing")
-    assert ledger.versions("digits") == [first]
+        ledger.versions.get("nothing")
+    assert ledger.versions.all("digits") == [first]
     ledger.close()
 
 
 def test_refusals_are_counted_over_restarts_and_strangers_share_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_REFUSAL_ROWS", 2)
+    monkeypatch.setattr(refusals, "MAX_REFUSAL_ROWS", 2)
     ledger = opened(tmp_path)
     for device in ("a", "a", "b", "c", "d"):
-        ledger.count_refusal(device, "E_SIG")
+        ledger.refusals.count(device, "E_SIG")
     ledger.close()
     ledger = opened(tmp_path)
-    ledger.count_refusal("a", "E_SIG")
-    assert ledger.refusals() == {"": {"E_SIG": 2}, "a": {"E_SIG": 3}, "b": {"E_SIG": 1}}
+    ledger.refusals.count("a", "E_SIG")
+    assert ledger.refusals.all() == {"": {"E_SIG": 2}, "a": {"E_SIG": 3}, "b": {"E_SIG": 1}}
     ledger.close()
 
 
@@ -736,21 +740,23 @@ def test_two_threads_write_without_losing_a_word(tmp_path: Path) -> None:
 
     async def both() -> None:
         values = [
-            asyncio.to_thread(ledger.set_job_value, "digits", str(number), b"%d" % number)
+            asyncio.to_thread(ledger.jobs.set_value, "digits", str(number), b"%d" % number)
             for number in range(40)
         ]
-        await asyncio.gather(*values, *(ledger.store_update(an_update(number)) for number in range(40)))
+        await asyncio.gather(*values, *(ledger.updates.store(an_update(number)) for number in range(40)))
 
     asyncio.run(both())
-    assert [ledger.job_value("digits", str(number)) for number in range(40)] == [b"%d" % n for n in range(40)]
-    assert len(ledger.update_ids("digits", 1)) == 40
+    assert [ledger.jobs.value("digits", str(number)) for number in range(40)] == [
+        b"%d" % n for n in range(40)
+    ]
+    assert len(ledger.updates.ids("digits", 1)) == 40
     ledger.close()
 
 
 def test_every_connection_waits_for_the_disk_and_checks_references(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     for _ in range(2):
-        with ledger._engine.connect() as first, ledger._engine.connect() as second:
+        with ledger.database.engine.connect() as first, ledger.database.engine.connect() as second:
             for connection in (first, second):
                 found = [
                     connection.exec_driver_sql(f"PRAGMA {name}").scalar()
@@ -776,25 +782,25 @@ def test_what_a_device_holds_is_written_with_the_update_that_proves_it(tmp_path:
     store(ledger, replace(an_update(1), path=b"one"), replace(an_update(2), path=b"two"), an_update(3))
     store(ledger, replace(an_update(1), path=b"a repetition"))
     store(ledger, with_frame(replace(an_update(2), update_id=b"x" * 16, path=b"a conflict"), b"other"))
-    assert ledger.paths("digits") == {"device-1": b"one", "device-2": b"two"}
+    assert ledger.updates.paths("digits") == {"device-1": b"one", "device-2": b"two"}
     ledger.close()
     ledger = opened(tmp_path)
-    assert ledger.paths("digits") == {"device-1": b"one", "device-2": b"two"}
-    ledger.open_round(a_round(ledger, 2))
+    assert ledger.updates.paths("digits") == {"device-1": b"one", "device-2": b"two"}
+    ledger.rounds.open(a_round(ledger, 2))
     store(ledger, replace(an_update(1, round_number=2), path=b"further"), an_update(2, round_number=2))
-    assert ledger.paths("digits") == {"device-1": b"further", "device-2": b"two"}
-    ledger.forget_path("digits", "device-1")
-    ledger.forget_path("digits", "nobody")
-    assert ledger.paths("digits") == {"device-2": b"two"}
-    assert ledger.paths("other") == {}
-    assert [update.path for update in ledger.updates("digits", 1)] == [b"", b"", b""]
+    assert ledger.updates.paths("digits") == {"device-1": b"further", "device-2": b"two"}
+    ledger.updates.forget_path("digits", "device-1")
+    ledger.updates.forget_path("digits", "nobody")
+    assert ledger.updates.paths("digits") == {"device-2": b"two"}
+    assert ledger.updates.paths("other") == {}
+    assert [update.path for update in ledger.updates.of_round("digits", 1)] == [b"", b"", b""]
     ledger.close()
 
 
 def test_an_update_that_is_refused_proves_nothing(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
-    ledger.close_round("digits", 1)
+    ledger.rounds.close("digits", 1)
     (outcome,) = store(ledger, replace(an_update(1), path=b"late"))
     assert isinstance(outcome, RoundClosedError)
-    assert ledger.paths("digits") == {}
+    assert ledger.updates.paths("digits") == {}
     ledger.close()

@@ -26,10 +26,10 @@ LOCAL = LocalScores(
 def add_round(ledger: Ledger, job: str, number: int, opened_s: float, stats: bytes) -> None:
     invited = msgspec.msgpack.encode([])
     row = RoundRow(job=job, round=number, epoch=ledger.epoch, opened_s=opened_s, invited=invited)
-    ledger.open_round(row)
-    ledger.close_round(job, number, [])
-    ledger.set_aggregated(job, number, f"{job}-{number}", stats)
-    ledger.set_published(job, number)
+    ledger.rounds.open(row)
+    ledger.rounds.close(job, number, [])
+    ledger.rounds.set_aggregated(job, number, f"{job}-{number}", stats)
+    ledger.rounds.set_published(job, number)
 
 
 def given(norm: float, device: str = "a") -> bytes:
@@ -40,7 +40,7 @@ def test_contributions_of_all_jobs_come_newest_first_and_not_without_end(tmp_pat
     ledger = Ledger.open(tmp_path)
     try:
         for job in ("one", "two"):
-            ledger.create_job(job, b"{}", ".", 0.0)
+            ledger.jobs.create(job, b"{}", ".", 0.0)
         for number in range(1, 31):
             add_round(ledger, "one", number, 100.0 + 2 * number, given(number))
             add_round(ledger, "two", number, 101.0 + 2 * number, given(-number))
@@ -64,13 +64,13 @@ def test_figures_are_kept_over_a_restart_and_older_rounds_have_none(tmp_path: Pa
     central = CentralScores(version=1, samples=9, structures={"mlp": 0.5}, ensemble=0.75)
     older = {"seconds": 2.0, "local_correct": 3, "local_total": 4, "rule": "mean"}
     ledger = Ledger.open(tmp_path)
-    ledger.create_job("job", b"{}", ".", 0.0)
+    ledger.jobs.create("job", b"{}", ".", 0.0)
     add_round(ledger, "job", 1, 1.0, msgspec.msgpack.encode(older))
     add_round(ledger, "job", 2, 2.0, msgspec.msgpack.encode(Stats(local=LOCAL, central=central, use="mlp")))
     ledger.close()
     ledger = Ledger.open(tmp_path)
     try:
-        first, second = map(stats_of, ledger.rounds("job"))
+        first, second = map(stats_of, ledger.rounds.all("job"))
     finally:
         ledger.close()
     assert (first.seconds, first.local, first.central, first.use) == (2.0, None, None, "")

@@ -10,16 +10,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator.store.repository import (
+from liberatai_coordinator.store.manifests import (
     EnsembleRecord,
     Manifest,
     Member,
-    Repository,
     StepRecord,
     decode_manifest,
     encode_manifest,
     version_id,
 )
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.errors import DigestError, DiskError, NotFoundError, SchemaError
 from liberatai_core.structure import DataContract, Structure, Tensor
 

@@ -17,7 +17,8 @@ from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds.catch_up import Path as Files
 from liberatai_coordinator.rounds.catch_up import Way
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.repository import Repository, decode_manifest
+from liberatai_coordinator.store.manifests import decode_manifest
+from liberatai_coordinator.store.repository import Repository
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.contract.messages import weights_name
 from liberatai_core.learning.families import structure_of
@@ -87,7 +88,7 @@ def test_from_every_version_one_delta_leads_to_the_view_of_the_newest(versions: 
         assert len(way.steps) == (0 if since == 6 else 1)
     single = sum(
         record.delta.size
-        for row in versions.ledger.versions("tiny")[1:]
+        for row in versions.ledger.versions.all("tiny")[1:]
         if (record := decode_manifest(row.manifest).structures[SID]).delta
     )
     merged = ways(versions, paths)[0].size_bytes
@@ -100,13 +101,13 @@ def test_a_restarted_coordinator_knows_the_same_ways(versions: Versions) -> None
         commit(versions)
         paths[number] = versions.now.chains[SID]
     again = Versions(job=JOB, ledger=versions.ledger, repository=versions.repository)
-    again.restore(versions.ledger.version("tiny"))
+    again.restore(versions.ledger.versions.get("tiny"))
     assert ways(again, paths) == ways(versions, paths)
     for way in ways(again, paths).values():
         weights(again, way.path)
     commit(versions)
     commit_id = versions.now.id
-    assert versions.ledger.version("tiny").id == commit_id
+    assert versions.ledger.versions.get("tiny").id == commit_id
     assert again.now.chains[SID] == paths[4]
 
 
@@ -120,7 +121,7 @@ def test_a_chain_stays_short_while_steps_shrink(versions: Versions) -> None:
     assert 2 < len(paths[11]) <= 1 + MAX_STREAMS
     assert max(map(len, paths.values())) <= 1 + MAX_STREAMS
     again = Versions(job=JOB, ledger=versions.ledger, repository=versions.repository)
-    again.restore(versions.ledger.version("tiny"))
+    again.restore(versions.ledger.versions.get("tiny"))
     assert ways(again, paths) == ways(versions, paths)
     for way in ways(again, paths).values():
         assert np.array_equal(weights(again, way.path), versions.now.members[SID].view)
@@ -233,7 +234,7 @@ def test_a_new_keyframe_comes_when_keyframe_and_delta_outgrow_the_storage(versio
     commit(versions, storage_bytes=room)
     (renewed,) = versions.now.chains[SID]
     assert renewed.version == 2
-    record = decode_manifest(versions.ledger.version("tiny").manifest).structures[SID]
+    record = decode_manifest(versions.ledger.versions.get("tiny").manifest).structures[SID]
     assert (record.deltas, record.delta) == ((), None)
     afresh = versions.way(SID, first, 0)
     assert np.array_equal(weights(versions, afresh.path), versions.now.members[SID].view)

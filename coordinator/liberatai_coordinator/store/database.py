@@ -1,0 +1,275 @@
+"""SQLite behind one door: the file and its lock, pragmas, transactions, and what the driver's errors mean.
+
+Reads are consistent snapshots and wait for nobody (write-ahead log). Writes follow each other, and are on the
+disk when they return: `synchronous=FULL`; `NORMAL` may roll back a committed transaction at a power loss.
+"""
+
+import fcntl
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from liberatai_coordinator.store.tables import META, METADATA
+from liberatai_core.errors import BusyError, ConfigError, DiskError, LiberataiError, LockedError
+
+APPLICATION_ID: Final = 0x4C414931
+"""`LAI1`: tells `file` and us that this database is a ledger."""
+SCHEMA_VERSION: Final = 1
+"""Of the tables that a program must understand. One that is only added (and made at the next opening) changes
+nothing for older programs, which leave it alone."""
+RESERVE_BYTES: Final = 32 * 1024 * 1024
+"""Free space that updates leave untouched: rounds can still be closed and published on a full disk."""
+BUSY_TIMEOUT_MS: Final = 10_000
+QUICK_CHECK_BYTES: Final = 1 << 30
+"""A check reads every page; beyond 1 GiB it would break the promise of a recovery within seconds."""
+JOURNAL_BYTES: Final = 64 * 1024 * 1024
+"""The write-ahead log is cut back to this size after a checkpoint."""
+
+_FATAL_SYNC = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+class Database:
+    """The ledger's file. Any thread may read and write.
+
+    Attributes:
+        folder: where it lies.
+        epoch: generation of this coordinator: larger than that of every earlier one on this folder.
+        engine: SQLAlchemy's; for tests, and for nobody else.
+    """
+
+    def __init__(self, folder: Path, lock_fd: int, engine: sa.Engine, reserve_bytes: int) -> None:
+        """Use `Database.open`."""
+        self.folder = folder
+        self.epoch = 0
+        self.engine = engine
+        self.write_lock = threading.Lock()
+        self._path = folder / "ledger.db"
+        self._lock_fd = lock_fd
+        self._reserve_bytes = reserve_bytes
+        self._fault: DiskError | None = None
+
+    @classmethod
+    def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES) -> "Database":
+        """Lock the folder, check the database, and begin a new epoch.
+
+        Args:
+            folder: made if it is not there.
+            reserve_bytes: free space that `require_space` leaves on the disk.
+
+        Raises:
+            LockedError: another coordinator uses the folder.
+            DiskError: the disk refuses, or the database is damaged (the text says what to do).
+            ConfigError: the database is of a newer LiberatAI or of another program.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise DiskError(f"{folder}: {error.strerror}") from None
+        lock_fd = _lock(folder / "lock")
+        engine = _engine(folder / "ledger.db")
+        database = cls(folder, lock_fd, engine, reserve_bytes)
+        try:
+            database._begin_epoch()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def close(self) -> None:
+        """Let go of the folder; idempotent."""
+        if self._lock_fd < 0:
+            return
+        self.engine.dispose()
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    def require_alive(self) -> None:
+        """Refuse when nothing can be promised any more.
+
+        Raises:
+            DiskError: a sync failed.
+            BusyError: the ledger is closed.
+        """
+        if self._fault is not None:
+            raise again(self._fault)
+        if self._lock_fd < 0:
+            raise BusyError("the ledger is closed: the coordinator is stopping")
+
+    def require_space(self, size_bytes: int) -> None:
+        """Refuse what would use up the reserve.
+
+        Raises:
+            DiskError: less than `reserve_bytes` would be free.
+        """
+        if shutil.disk_usage(self.folder).free - size_bytes < self._reserve_bytes:
+            raise DiskError(
+                f"{self.folder}: disk full (less than {self._reserve_bytes} bytes left); free space"
+            )
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """One consistent snapshot."""
+        self.require_alive()
+        try:
+            with self.engine.connect() as connection, connection.begin():
+                yield connection
+        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+            raise self._translate(error) from error
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """One durable transaction."""
+        self.require_alive()
+        try:
+            with self.write_lock, self.engine.connect() as connection:
+                connection = connection.execution_options(write=True)  # noqa: PLW2901 - the same connection
+                with connection.begin():
+                    yield connection
+        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+            raise self._translate(error) from error
+
+    def give_space_back(self) -> None:
+        """Let the file shrink by what was deleted."""
+        # This pragma frees one page per step: only `executescript` goes through all of them, and it
+        # works outside of a transaction.
+        try:
+            with self.write_lock, closing(self.engine.raw_connection()) as connection:
+                driver: Any = connection.driver_connection
+                driver.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(PASSIVE);")
+        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+            raise self._translate(error) from error
+
+    def _begin_epoch(self) -> None:
+        self._check()
+        with self.write() as connection:
+            METADATA.create_all(connection)
+            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            before = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch")).scalar()
+            self.epoch = (before or 0) + 1
+            upsert_many(connection, META, [{"key": "epoch", "value": self.epoch}], keys=("key",))
+
+    def _check(self) -> None:
+        path = self._path
+        try:
+            path.touch(mode=0o600)  # nobody else may read it; SQLite's files beside it take over the mode
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}") from None
+        with self.read() as connection:
+            application = connection.exec_driver_sql("PRAGMA application_id").scalar()
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
+            if tables and (application != APPLICATION_ID or version != SCHEMA_VERSION):
+                fault = f"database format {application:#x} version {version}, this program writes "
+                fault += f"{APPLICATION_ID:#x} version {SCHEMA_VERSION}: install the release that wrote it"
+                raise ConfigError(str(path), [fault])
+            if path.stat().st_size <= QUICK_CHECK_BYTES:
+                result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                if result != "ok":
+                    raise _damaged(path, str(result))
+
+    def _translate(self, error: Exception) -> LiberataiError:
+        origin = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        code = getattr(origin, "sqlite_errorcode", 0) or 0
+        if code in _FATAL_SYNC:
+            # After a failed fsync the kernel may have dropped the pages: nothing later can be trusted.
+            self._fault = DiskError(f"{self._path}: fsync failed; restart the coordinator and check the disk")
+            return again(self._fault)
+        if code & 0xFF in _DAMAGED:
+            return _damaged(self._path, str(origin))
+        if code & 0xFF in _BUSY:
+            return BusyError(f"{self._path}: {origin}; another program uses the database")
+        return DiskError(f"{self._path}: {origin}; free space or check the disk, then it goes on by itself")
+
+
+def upsert_many(
+    connection: sa.Connection,
+    table: sa.Table,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    keys: Sequence[str],
+    keep: Sequence[str] = (),
+) -> None:
+    """Insert rows; of those that are there already replace all columns but `keys` and `keep`.
+
+    PostgreSQL and SQLite write this alike, but SQLAlchemy does not. One statement is prepared for all rows.
+    """
+    if not rows:
+        return
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    insert = dialect.insert(table)
+    new = {name: insert.excluded[name] for name in rows[0] if name not in (*keys, *keep)}
+    connection.execute(insert.on_conflict_do_update(keys, set_=new), list(rows))
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """Return the columns of a row's dataclass."""
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+
+
+def again(error: LiberataiError) -> LiberataiError:
+    """Return a fresh copy: one exception object must not be raised in several tasks."""
+    return type(error)(str(error))
+
+
+def _lock(path: Path) -> int:
+    try:
+        lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock_fd, 0)
+        os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(lock_fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock_fd)
+        raise LockedError(
+            f"two coordinators on one state folder: {path.parent} is used by process {holder}; stop it first"
+        ) from None
+    except OSError as error:
+        os.close(lock_fd)
+        raise DiskError(f"{path}: {error.strerror}; free space or check the disk") from None
+    return lock_fd
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+
+    @sa.event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver's implicit BEGIN is too late for a snapshot
+        for pragma in (
+            "auto_vacuum = INCREMENTAL",  # before the first table, else it has no effect
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            f"busy_timeout = {BUSY_TIMEOUT_MS}",
+            f"journal_size_limit = {JOURNAL_BYTES}",
+        ):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # a deferred transaction that first reads and then writes fails with SQLITE_BUSY at once
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _damaged(path: Path, detail: str) -> DiskError:
+    return DiskError(
+        f"{path} is damaged ({' '.join(detail.split())[:200]}): stop the coordinator, keep a copy of "
+        f"{path.parent}, then restore a backup, or save what can be read with `sqlite3 {path.name} .recover`"
+    )

@@ -1,0 +1,77 @@
+"""What is remembered of devices, and what their sockets carried."""
+
+from collections.abc import Iterable
+
+import sqlalchemy as sa
+
+from liberatai_coordinator.store.database import Database, columns_of, upsert_many
+from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
+from liberatai_coordinator.store.tables import DEVICES, TRAFFIC
+from liberatai_coordinator.store.writer import Latest, Writer
+from liberatai_core.errors import NotFoundError
+
+
+class DeviceStore:
+    """Devices by name. What is heard of them all the time is written by the writer thread, many at once."""
+
+    def __init__(self, database: Database, writer: Writer) -> None:
+        self._database = database
+        self._heard: Latest[str, DeviceRow] = Latest(database, _write_devices)
+        self._traffic: Latest[str, TrafficRow] = Latest(database, _write_traffic)
+        writer.look_after(self._heard)
+        writer.look_after(self._traffic)
+
+    def remember(self, device: DeviceRow) -> None:
+        """Let a device be written within a second or so; never waits for the disk.
+
+        Of a known one everything but `first_seen_s` and `reason` is replaced. If the disk is full it is tried
+        again until it is written.
+        """
+        self._heard.put(device.id, device)
+
+    def flush(self) -> None:
+        """Write now what was remembered; waits for the disk.
+
+        Raises:
+            LiberataiError: not written; it is tried again by itself.
+        """
+        self._heard.flush()
+        self._traffic.flush()
+
+    def all(self) -> list[DeviceRow]:
+        """Return all devices that are on the disk, sorted by name."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(DEVICES).order_by(DEVICES.c.id)).mappings().all()
+        return [DeviceRow(**row) for row in rows]
+
+    def set_status(self, device: str, status: str, reason: str = "") -> None:
+        """Change whether a device is let in, and why.
+
+        Raises:
+            NotFoundError: no such device.
+        """
+        self._heard.flush()  # what was heard before must not come after this and undo it
+        change = sa.update(DEVICES).where(DEVICES.c.id == device).values(status=status, reason=reason)
+        with self._database.write() as connection:
+            if not connection.execute(change).rowcount:
+                raise NotFoundError(f"device {device}: not known (see `liberatai devices list`)")
+
+    def set_traffic(self, rows: Iterable[TrafficRow]) -> None:
+        """Let it be written within a second or so what devices' sockets carried; never waits for the disk."""
+        for row in rows:
+            self._traffic.put(row.device, row)
+
+    def traffic(self) -> dict[str, TrafficRow]:
+        """Return what `set_traffic` remembered, by device."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(TRAFFIC)).mappings().all()
+        return {row["device"]: TrafficRow(**row) for row in rows}
+
+
+def _write_devices(connection: sa.Connection, devices: dict[str, DeviceRow]) -> None:
+    rows = [columns_of(device) for device in devices.values()]
+    upsert_many(connection, DEVICES, rows, keys=("id",), keep=("first_seen_s", "reason"))
+
+
+def _write_traffic(connection: sa.Connection, traffic: dict[str, TrafficRow]) -> None:
+    upsert_many(connection, TRAFFIC, [columns_of(row) for row in traffic.values()], keys=("device",))
