@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,21 @@ RECEIVE_MAXIMUM = 64
 """Unacknowledged messages at once; more only fill memory (notes on MQTT, §2)."""
 
 
+MakeLink = Callable[[CoordinatorConfig, Will], Link]
+"""What makes the link of a coordinator: the will is published if its connection dies."""
+
+
+def mqtt_link(config: CoordinatorConfig, will: Will) -> Link:
+    """Return the link to the broker that the settings name.
+
+    Raises:
+        ConfigError: the URL is wrong, or the password file cannot be read.
+    """
+    return MqttLink(mqtt_settings(config), will=will)
+
+
 @contextmanager
-def build(config: CoordinatorConfig) -> Iterator[Service]:
+def build(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> Iterator[Service]:
     """Put a coordinator together; its ledger is closed at the end.
 
     Raises:
@@ -48,7 +61,7 @@ def build(config: CoordinatorConfig) -> Iterator[Service]:
             topic=topics.coordinator(config.coordinator),
             payload=presence_frame(signer, config.coordinator, ledger.epoch, "lost"),
         )
-        link: Link = MqttLink(mqtt_settings(config), will=will)
+        link = make_link(config, will)
         yield Service(
             config=config,
             link=link,
@@ -127,11 +140,16 @@ def serve(config: CoordinatorConfig) -> int:
         ConfigError, DiskError: it cannot start.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    return asyncio.run(_serve(config))
+    return asyncio.run(run(config))
 
 
-async def _serve(config: CoordinatorConfig) -> int:
-    with build(config) as service:
+async def run(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> int:
+    """Run a coordinator in this event loop until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        LockedError, ConfigError, DiskError: see `serve`.
+    """
+    with build(config, make_link) as service:
         log.info(
             "coordinator %s of fleet %s, epoch %d; agents need coordinator_key: %s",
             config.coordinator,
