@@ -25,7 +25,7 @@ import msgspec
 
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
-from liberatai_agent import gate, probe
+from liberatai_agent import fits, gate, probe
 from liberatai_agent import session as s
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.messages import File, Work
@@ -568,6 +568,8 @@ class Service:
             await asyncio.gather(before, return_exceptions=True)
         task, spec, uid = action.task, action.spec, action.update_id
         try:
+            limits = fits.limits_of(self._config, self._caps, spec.deadline_s)
+            fits.require_fits(spec, task.density, limits)
             left = self._outbox.leftover(task.job, spec.structure.id, mark_of(spec))
             if left.dropped:
                 text = f"{left.dropped} left-overs of a job of this name with other settings"
@@ -591,6 +593,8 @@ class Service:
                 rounds_away=max(0, task.round - left.round - 1) if left.residual is not None else 0,
                 residual_decay=spec.residual_decay,
                 residual_limit=spec.residual_limit,
+                memory_bytes=limits.memory_bytes,
+                cpu_seconds=limits.cpu_seconds,
             )
             started = time.monotonic()
             result = await self._trainer.train(work)

@@ -238,6 +238,18 @@ class TrainingError(LiberataiError):
     code = "E_TRAIN"
 
 
+class MemoryLimitError(LiberataiError):
+    """The task needs more memory than this device gives to a training: a smaller structure may fit."""
+
+    code = "E_MEMORY"
+
+
+class TaskLimitError(LiberataiError):
+    """The task asks for more work than this device does for one training."""
+
+    code = "E_LIMIT"
+
+
 class MissingExtraError(LiberataiError, ImportError):
     """A part that is not installed is needed; the text names the extra."""
 

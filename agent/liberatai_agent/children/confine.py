@@ -1,15 +1,24 @@
 """What a child process does to itself before it works: it dies with its parent and stays in small limits."""
 
+import contextlib
 import ctypes
+import math
 import os
 import resource
 import signal
+from pathlib import Path
 
 NICE = 10
 OPEN_FILES = 256
 FILE_BYTES = 64 << 20
 """The process writes no files; this bounds what a faulty library may leave behind."""
 PR_SET_PDEATHSIG = 1
+OOM_SCORE = 600
+"""Of 1000: when the machine runs out of memory, the training goes before the agent and what others run."""
+MAX_RLIMIT = (1 << 63) - 1
+SLACK = 0.1
+SLACK_BYTES = 32 << 20
+"""Memory above what the device gives: limits count address space, some of which is never used."""
 
 
 def confine(parent: int) -> None:
@@ -19,6 +28,8 @@ def confine(parent: int) -> None:
         # It died before the line above.
         os._exit(1)
     os.nice(NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     for what, limit in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
@@ -27,3 +38,39 @@ def confine(parent: int) -> None:
         hard = resource.getrlimit(what)[1]
         wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (wanted, wanted))
+
+
+def limit(memory_bytes: int, cpu_seconds: float) -> None:
+    """Bound what one piece of work may take from now on; the next call replaces these bounds.
+
+    Memory is counted from what the process holds now: libraries reserve address space that they never use,
+    and how much depends on how they were built.
+
+    Args:
+        memory_bytes: for the whole process, files that it maps included.
+        cpu_seconds: processor time.
+    """
+    data, resident = _held()
+    more = max(0, memory_bytes - resident)
+    _lower(resource.RLIMIT_DATA, data + more + int(SLACK * more) + SLACK_BYTES)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _lower(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + cpu_seconds))
+
+
+def _held() -> tuple[int, int]:
+    """Return the bytes of data in the address space, and of memory in use."""
+    found = {"VmData": 0, "VmRSS": 0}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    return found["VmData"], found["VmRSS"]
+
+
+def _lower(what: int, wanted: int) -> None:
+    """Set a soft limit; the hard one stays, so that the next work may get more."""
+    hard = resource.getrlimit(what)[1]
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(what, (min(soft, MAX_RLIMIT), hard))

@@ -5,7 +5,7 @@ import struct
 import msgspec
 
 from liberatai_agent.events import Returned, TrainingResult
-from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND, MAX_SECONDS
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
 from liberatai_core.structure import DataContract, Structure
@@ -34,6 +34,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
         data_path: private .npz.
         residual: the sparsifier's state, None before the first round.
         returned: refused updates: their content is added to the difference.
+        memory_bytes: what the process may take in all.
+        cpu_seconds: processor time that this training may take.
     """
 
     device: str
@@ -54,6 +56,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     rounds_away: int = 0
     residual_decay: float = 1.0
     residual_limit: int = MAX_ROUND
+    memory_bytes: int = 1 << 62
+    cpu_seconds: float = MAX_SECONDS
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):

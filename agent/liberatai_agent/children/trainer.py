@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from liberatai_agent import control_groups
 from liberatai_agent.children import start
 from liberatai_agent.children.messages import (
     LENGTH,
@@ -28,9 +29,20 @@ from liberatai_agent.children.messages import (
 )
 from liberatai_agent.events import TrainingResult
 from liberatai_core import processes
-from liberatai_core.errors import BY_CODE, BusyError, LiberataiError, TooLargeError, TrainingError
+from liberatai_core.errors import (
+    BY_CODE,
+    BusyError,
+    LiberataiError,
+    MemoryLimitError,
+    TaskLimitError,
+    TooLargeError,
+    TrainingError,
+)
 
 log = logging.getLogger(__name__)
+
+ENDING_S = 1.0
+"""For a process that closed its channel to end by itself."""
 
 
 class TrainerDiedError(TrainingError):
@@ -57,7 +69,7 @@ class Trainer:
         self._channel: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
-        self._ending: asyncio.Task[str] | None = None
+        self._ending: asyncio.Task[int | None] | None = None
         self._busy = False
 
     @property
@@ -94,17 +106,20 @@ class Trainer:
             raise BusyError("a training is under way")
         self._busy = True
         self._stop_clock()
+        kills = control_groups.out_of_memory_kills()
         try:
             await self.warm()
             answer = decode_answer(await self._ask(encode(work)))
         except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError, TooLargeError) as error:
-            code = await self._reap()
-            raise TrainerDiedError(f"the training process ended without an answer ({code})") from error
+            raise _ended(await self._wait_or_kill(), kills) from error
         except asyncio.CancelledError:
             await self._reap()
             raise
         finally:
             self._busy = False
+        if isinstance(answer, Failed) and answer.code == MemoryLimitError.code:
+            # What a failed allocation left behind is given back by the process's end only.
+            await self._reap()
         self._rest()
         if isinstance(answer, Failed):
             raise as_error(answer.code, answer.text)
@@ -162,26 +177,44 @@ class Trainer:
     def _end_idle(self) -> None:
         self._ending = asyncio.create_task(self._reap())
 
-    async def _reap(self) -> str:
-        """Kill the process and return how it ended."""
+    async def _wait_or_kill(self) -> int | None:
+        """Return how a process ended that closed its channel; kill it if it lives on."""
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                # Its end is on the way, and says more than our signal.
+                await asyncio.wait_for(self._process.wait(), ENDING_S)
+        return await self._reap()
+
+    async def _reap(self) -> int | None:
+        """Kill the process; return its exit code, None if there was none."""
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         if channel is not None:
             channel[1].transport.abort()
         if process is None:
-            return "it was not running"
+            return None
         if process.returncode is None:
             # The group is the process's own (start_new_session), and it was not reaped yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = await process.wait()
         _close(process)
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return code
 
 
 def _close(process: Any) -> None:
     # The transport warns at interpreter exit unless its pipes are closed while the loop runs.
     process._transport.close()  # noqa: SLF001
+
+
+def _ended(code: int | None, kills_before: int) -> LiberataiError:
+    """Return the error that tells how a training process ended without an answer."""
+    if code == -signal.SIGKILL and control_groups.out_of_memory_kills() > kills_before:
+        return MemoryLimitError("the training process was killed for want of memory (signal 9)")
+    if code == -signal.SIGXCPU:
+        return TaskLimitError("the training took more processor time than its deadline allows")
+    how = "it was not running" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+    return TrainerDiedError(f"the training process ended without an answer ({how})")
 
 
 def as_error(code: str, text: str) -> LiberataiError:

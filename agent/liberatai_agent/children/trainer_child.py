@@ -6,6 +6,7 @@ Everything is a function of (task, device, round, data, left-overs), so a traini
 gives the same bytes. P9: only sums, counts and the sparse difference leave this process.
 """
 
+import errno
 import hashlib
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from liberatai_agent.children.confine import confine
+from liberatai_agent.children.confine import confine, limit
 from liberatai_agent.children.messages import (
     LENGTH,
     Answer,
@@ -38,8 +39,10 @@ from liberatai_core.errors import (
     DataError,
     DigestError,
     LiberataiError,
+    MemoryLimitError,
     NonFiniteError,
     TooLargeError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ if TYPE_CHECKING:
     from liberatai_core.sparsifier.top_k import State
     from liberatai_core.structure import Structure
     from liberatai_core.weights import Vector
+
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
+"""What torch and the C++ library say when an allocation fails."""
 
 MIN_SAMPLES_FOR_HOLDOUT = 40
 HOLDOUT_SHARE = 0.15
@@ -72,10 +78,19 @@ def work(task: Work, memory: Memory) -> Answer:
         return Done(result=_train(task, memory))
     except LiberataiError as error:
         return Failed(code=error.code, text=str(error)[:512])
-    except MemoryError:
-        return Failed(code="E_TRAIN", text="not enough memory for this structure")
     except Exception as error:  # noqa: BLE001 - a library's fault must not end the process without a word
-        return Failed(code="E_TRAIN", text=f"{type(error).__name__}: {error}"[:512])
+        if out_of_memory(error):
+            text = f"not enough memory for {task.structure.id}: {task.memory_bytes >> 20} MiB are given"
+            return Failed(code=MemoryLimitError.code, text=text)
+        return Failed(code=TrainingError.code, text=f"{type(error).__name__}: {error}"[:512])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception means that memory ran out; torch says so in words only."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in words for said in OUT_OF_MEMORY)
 
 
 def _train(task: Work, memory: Memory) -> TrainingResult:
@@ -314,7 +329,9 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         if len(body) != size:
             return
         try:
-            answer = work(decode_work(body), memory)
+            task = decode_work(body)
+            limit(task.memory_bytes, task.cpu_seconds)
+            answer = work(task, memory)
         except msgspec.MsgspecError as error:
             answer = Failed(code="E_INTERNAL", text=f"the trainer was sent nonsense: {error}"[:512])
         sink.write(encode(answer))

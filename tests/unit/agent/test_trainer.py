@@ -21,7 +21,7 @@ from liberatai_agent.events import Returned, TrainingResult
 from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract.messages import Training, weights_name, work_seed
-from liberatai_core.errors import DataError, DigestError
+from liberatai_core.errors import DataError, DigestError, MemoryLimitError, TaskLimitError
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.sparsifier import methods, random_k, top_k
 from liberatai_core.structure import DataContract
@@ -387,6 +387,7 @@ def test_the_process_answers_like_the_function_survives_faults_and_is_confined(
             assert process.nice() == min(19, psutil.Process().nice() + 10)
             assert process.rlimit(psutil.RLIMIT_CORE)[0] == 0
             assert process.rlimit(psutil.RLIMIT_NOFILE)[0] == 256
+            assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "600"
             assert process.environ()["OMP_NUM_THREADS"] == "1"
             # Killed in the middle: the next training is whole and gives the same bytes.
             long = asyncio.create_task(
@@ -405,6 +406,81 @@ def test_the_process_answers_like_the_function_survives_faults_and_is_confined(
     direct = done(work(a_work(chain, data), Memory()))
     assert first.body == second.body == direct.body
     assert first.residual == direct.residual
+
+
+def test_what_takes_more_memory_than_the_device_gives_says_so(chain: Chain, data: Path) -> None:
+    """A batch of 200 000 samples through a wide layer: the limit of the process refuses it, the work names it."""
+    wide = structure_of("mlp", {"hidden": 8192}, DATA)
+    artifact = compress(initial_weights(wide, DATA, 1), wide, 100_000)
+    path = data.with_name("wide")
+    path.write_bytes(artifact)
+    step = File(path=str(path), digest=weights_name(digest(restore(artifact, wide))))
+    np.savez(data, x=np.zeros((200_000, 6), np.float32), y=np.arange(200_000) % 3)
+    training = Training(epochs=1, batch_size=65_536)
+    heavy = a_work(([step], []), data, structure=wide, training=training, memory_bytes=400 << 20)
+
+    async def scenario() -> tuple[int, int]:
+        trainer = Trainer(60.0)
+        try:
+            await trainer.warm()
+            pid = trainer.pid
+            assert pid is not None
+            peak = asyncio.create_task(peak_rss(pid))
+            with pytest.raises(MemoryLimitError, match="not enough memory"):
+                await trainer.train(heavy)
+            assert trainer.pid is None, "what it holds is given back"
+            return await peak, (await trainer.train(a_work(chain, data))).samples
+        finally:
+            await trainer.close()
+
+    most, samples = asyncio.run(scenario())
+    assert most <= 1.2 * (400 << 20)
+    assert samples == 170_000
+
+
+async def peak_rss(pid: int) -> int:
+    most = 0
+    while True:
+        try:
+            most = max(most, psutil.Process(pid).memory_info().rss)
+        except psutil.Error:
+            return most
+        await asyncio.sleep(0.01)
+
+
+def test_a_training_that_takes_more_processor_time_than_its_deadline_says_so(
+    chain: Chain, data: Path
+) -> None:
+    async def scenario() -> None:
+        trainer = Trainer(60.0)
+        try:
+            await trainer.train(
+                a_work(chain, data, training=Training(epochs=1000, batch_size=1), cpu_seconds=0.2)
+            )
+        finally:
+            await trainer.close()
+
+    with pytest.raises(TaskLimitError, match="processor time"):
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_kill_for_memory_says_so_and_other_kills_do_not(
+    chain: Chain, data: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    kills = iter([4, 5 if counted else 4])
+    monkeypatch.setattr("liberatai_agent.control_groups.out_of_memory_kills", lambda: next(kills))
+    shot = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+    async def scenario() -> None:
+        trainer = Trainer(60.0, [sys.executable, "-c", shot])
+        try:
+            await trainer.train(a_work(chain, data))
+        finally:
+            await trainer.close()
+
+    with pytest.raises(MemoryLimitError if counted else TrainerDiedError, match="signal 9"):
+        asyncio.run(scenario())
 
 
 def test_a_cancelled_training_leaves_no_process(chain: Chain, data: Path) -> None:
