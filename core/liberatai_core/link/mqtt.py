@@ -37,6 +37,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, TooLargeError
+from liberatai_core.link.keepalive import Keepalive
 from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Received, Traffic, Will
 from liberatai_core.link.mailbox import Mailbox
 from liberatai_core.link.packet import check_filter, check_topic, publish_bytes
@@ -50,7 +51,6 @@ IN_FLIGHT = 8  # unacknowledged messages: 8 chunks of 128 KiB are 1 MiB of memor
 PAUSE_MESSAGES, PAUSE_BYTES = 64, 2 << 20  # unread messages that stop the reading
 GIVE_UP_MESSAGES, GIVE_UP_BYTES = 1024, 16 << 20  # ... and the connection, when acknowledgements are awaited
 FILTERS_PER_PACKET = 64  # 64 filters of 100 bytes fit every broker's packet limit
-PING_AFTER = 0.6  # of the keepalive; paho waits for all of it, and amqtt does not wait any longer either
 CONNACK_TIMEOUT_S = 10.0  # a port that accepts and says nothing
 TRIAL_TIMEOUT_S = 4.0  # the same while the version is not known: the other one may be answered at once
 ACK_TIMEOUT_S = 120.0  # no acknowledgement at all for so long: 8 chunks of 256 KiB need 67 s at 250 kbit/s
@@ -243,6 +243,7 @@ class _Paho(Client):
     """paho's client with what it lacks. All use of paho's inside is in this class."""
 
     counters: _Counters
+    alive: Keepalive
     refused = ""
     lingering = False
 
@@ -253,13 +254,15 @@ class _Paho(Client):
             raise _RefusedPacketError(self.refused)
         data = super()._sock_recv(min(bufsize, READ_BYTES))
         self.counters.moved(received=len(data))
+        if data:
+            self.alive.heard(time.monotonic())
         return data
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
-        """Count, and note the time: paho does that for its own pings only."""
+        """Count, and note the time."""
         sent = super()._sock_send(buf)
         self.counters.moved(sent=sent)
-        self._last_msg_out = time.monotonic()
+        self.alive.sent(time.monotonic())
         return sent
 
     def _packet_handle(self) -> MQTTErrorCode:
@@ -270,17 +273,25 @@ class _Paho(Client):
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         return super()._packet_handle()
 
-    def tend(self, *, reading: bool) -> None:
-        """Ping in good time, and look after the connection; while nothing is read, await no answer."""
-        now = time.monotonic()
-        due_s = self._keepalive * PING_AFTER
-        if self.is_connected() and due_s and self._ping_t == 0 and now - self._last_msg_out >= due_s:
+    def agreed(self) -> None:
+        """Take over the keepalive that holds since the CONNACK: MQTT 5 lets the broker set it."""
+        self.alive.keepalive_s = self._keepalive
+
+    def tend(self, looked_s: float, *, reading: bool) -> bool:
+        """Ping when it is time; False: the peer is dead. While nothing is read, no answer is awaited.
+
+        paho's own rule (`loop_misc`) is not used: it judges a ping in the pass that sends it, by the age of
+        the last byte that came in.
+        """
+        now_s = time.monotonic()
+        if not self.is_connected():
+            return True
+        if not reading:
+            self.alive.heard(now_s)
+        if self.alive.is_ping_due(now_s):
+            self.alive.asked(now_s)
             self._send_pingreq()
-        if reading:
-            self.loop_misc()
-        else:
-            self._ping_t = 0.0
-            self._last_bytes_received = now
+        return not self.alive.is_dead(looked_s)
 
     def break_off(self) -> None:
         """Close the socket without a goodbye."""
@@ -338,6 +349,7 @@ class _Connection:
         self._loss: _Loss | None = None
         self._waiting: dict[int, tuple[Done, str]] = {}
         self._progress_s = 0.0
+        self._answered = False  # a CONNACK came
         self._stop = self._polite = False
         self._client = self._make_client()
         name = f"mqtt-{settings.client_id}"
@@ -452,6 +464,7 @@ class _Connection:
             manual_ack=True,
         )
         client.counters = self._counters
+        client.alive = Keepalive(settings.keepalive_s, time.monotonic(), time.monotonic())
         client.connect_timeout = settings.connect_timeout_s
         client.max_inflight_messages = IN_FLIGHT
         client.on_connect = self._net_on_connect
@@ -517,7 +530,6 @@ class _Connection:
         poller = select.poll()
         poller.register(self._wake_out, select.POLLIN)
         connect_until = time.monotonic() + self._answer_s
-        tick_s = min(5.0, max(0.1, self._settings.keepalive_s / 10))
         while sock is not None and client.socket() is sock and not self._stop:
             self._net_run_commands()
             if client.socket() is not sock:
@@ -529,7 +541,8 @@ class _Connection:
             )
             # What TLS has decrypted already does not make the socket readable.
             buffered = reading and isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
-            events = dict(poller.poll(0 if buffered else tick_s * 1000))
+            looked_s = time.monotonic()
+            events = dict(poller.poll(0 if buffered else self._net_sleep_ms(looked_s, connect_until)))
             self._net_drain(events)
             seen = events.get(sock.fileno(), 0)
             if reading and (buffered or seen & ~select.POLLOUT):
@@ -539,8 +552,19 @@ class _Connection:
                 return
             if seen & select.POLLOUT:
                 client.loop_write()
-            client.tend(reading=reading)
+            if not client.tend(looked_s, reading=reading):
+                self._net_lose(f"the broker gave no sign of life for {client.alive.keepalive_s:g} s")
             self._net_check_time(connect_until)
+
+    def _net_sleep_ms(self, now_s: float, connect_until: float) -> float:
+        """Return how long the thread may sleep: until something is due; a socket and `wake` end it."""
+        due = [] if self._answered else [connect_until]
+        if self._client.is_connected() and self._client.alive.due_s is not None:
+            due.append(self._client.alive.due_s)
+        if self._waiting:
+            due.append(self._progress_s + ACK_TIMEOUT_S)
+        # A whole millisecond more: a poll that ends too early would be repeated.
+        return max(0.0, min(due, default=now_s + 3600.0) - now_s) * 1000 + 1
 
     def _net_drain(self, events: dict[int, int]) -> None:
         if self._wake_out.fileno() in events:
@@ -551,10 +575,10 @@ class _Connection:
         now = time.monotonic()
         if self._loss is not None:
             self._stop = True  # a callback found a reason to end
-        elif not self._client.is_connected() and now > connect_until:
+        elif not self._answered and now >= connect_until:
             self._net_lose("the broker accepted the connection and said nothing", unanswered=True)
             self._stop = True
-        elif self._waiting and now - self._progress_s > ACK_TIMEOUT_S:
+        elif self._waiting and now - self._progress_s >= ACK_TIMEOUT_S:
             self._net_lose(f"the broker acknowledged nothing for {ACK_TIMEOUT_S:.0f} s")
             self._stop = True
 
@@ -606,6 +630,8 @@ class _Connection:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
+        self._answered = True
+        self._client.agreed()
         if reason.is_failure:
             self._net_lose(f"refused by the broker: {reason}", reason.value)
             return
