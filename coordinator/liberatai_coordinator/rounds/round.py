@@ -1,7 +1,7 @@
 """One round decides: who may answer, what is refused, when it closes. Pure: events in, actions out.
 
     OPEN ──target reached, all answered, or deadline with quorum──▶ CLOSING ──stores done──▶ CLOSED
-      └──────────────── deadline without quorum ──────────────────▶ CLOSING ──stores done──▶ ABANDONED
+      └── deadline, or nobody is left: without quorum ────────────▶ CLOSING ──stores done──▶ ABANDONED
 
 An update that is being stored when the round closes still belongs to it: the round is frozen only when
 no store is under way, so a receipted update is always in the frozen set (promise P1).
@@ -88,7 +88,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """A device will not answer: lost, quarantined or taken away."""
+    """A device will not answer: it said that it failed, or it is lost, quarantined or taken away."""
 
     device: str
 
@@ -216,7 +216,9 @@ class Round:
         closes_s: monotonic time of the deadline.
         buffered: nothing is refused for being late: it goes into this round until the set is frozen, then
             into the next.
-        stored: update ids that the ledger has.
+        stored: update ids that the ledger has, by device.
+        storing: those on their way to the disk.
+        gone: devices that are not waited for.
     """
 
     job: str
@@ -231,6 +233,19 @@ class Round:
     gone: set[str] = field(default_factory=set)
     phase: Phase = Phase.OPEN
     reason: str = ""
+    _waiting: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._waiting = set(self.invitations) - set(self.stored) - self.gone
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Devices that the round still waits for."""
+        return frozenset(self._waiting)
+
+    def reinvite(self, invitation: Invitation) -> None:
+        """Replace what one device was asked to do, by other work of the same round."""
+        self.invitations = {**self.invitations, invitation.device: invitation}
 
     def asked(self, device: str) -> int | None:
         """Return the round whose task a device has, None if it has none."""
@@ -254,9 +269,12 @@ class Round:
                 return self._progress()
             case Gone(device=device):
                 self.gone.add(device)
+                self._waiting.discard(device)
                 return self._progress()
             case Back(device=device):
                 self.gone.discard(device)
+                if device in self.invitations and device not in self.stored:
+                    self._waiting.add(device)
                 return []
 
     def _arrived(self, update: Update) -> list[Action]:
@@ -298,13 +316,14 @@ class Round:
             return Refuse(device=device, update_id=update_id, error=error)
         repeated = device in self.stored or outcome == "duplicate"
         self.stored[device] = update_id
+        self._waiting.discard(device)
         return Accept(device=device, update_id=update_id, code=DuplicateError.code if repeated else "")
 
     def _progress(self) -> list[Action]:
         if self.phase is Phase.OPEN:
-            waiting = set(self.invitations) - set(self.stored) - self.gone
-            enough = len(self.stored) >= self.target
-            if enough or (not waiting and len(self.stored) >= self.quorum):
+            # Too few updates are kept till the deadline: whoever is gone may come back with one more.
+            all_in = not self._waiting and (not self.stored or len(self.stored) >= self.quorum)
+            if all_in or len(self.stored) >= self.target:
                 self.phase = Phase.CLOSING
         if self.phase is not Phase.CLOSING or self.storing:
             return []
@@ -313,5 +332,6 @@ class Round:
             self.phase = Phase.CLOSED
             return [Close(update_ids=frozen)]
         self.phase = Phase.ABANDONED
-        self.reason = f"{len(frozen)} of {self.quorum} needed updates at the deadline"
+        when = "at the deadline" if self._waiting or frozen else "and no device is left that could send one"
+        self.reason = f"{len(frozen)} of {self.quorum} needed updates {when}"
         return [Abandon(reason=self.reason, update_ids=frozen)]

@@ -205,3 +205,44 @@ def test_events_and_actions_are_frozen() -> None:
     for kind in (Tick, Store, Close, UpdateArrived):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(kind.__new__(kind), dataclasses.fields(kind)[0].name, None)
+
+
+def test_devices_that_failed_are_not_waited_for() -> None:
+    now = make_round(devices=4, target=4, quorum=2)
+    answer(now, "d0")
+    assert now.handle(Gone(device="d3")) == []
+    assert answer(now, "d1") == [Accept(device="d1", update_id=update("d1").update_id)]
+    assert now.waiting == {"d2"}
+    assert now.handle(Gone(device="d2")) == [Close(update_ids=ids("d0", "d1"))]
+
+
+def test_a_round_that_nobody_can_answer_ends_at_once() -> None:
+    now = make_round(devices=2, target=2, quorum=1)
+    assert now.handle(Gone(device="d0")) == []
+    (end,) = now.handle(Gone(device="d1"))
+    assert isinstance(end, Abandon)
+    assert "no device is left" in end.reason
+
+
+def test_too_few_updates_wait_for_a_device_that_may_come_back() -> None:
+    now = make_round(devices=3, target=3, quorum=2)
+    answer(now, "d0")
+    assert now.handle(Gone(device="d1")) == []
+    assert now.handle(Gone(device="d2")) == []
+    assert answer(now, "d1")[-1] == Close(update_ids=ids("d0", "d1"))
+
+
+def test_an_event_costs_the_same_whatever_the_number_of_invitations() -> None:
+    class Counted(dict):  # what walks over all invitations is seen
+        walks = 0
+
+        def __iter__(self):
+            Counted.walks += 1
+            return super().__iter__()
+
+    now = make_round(devices=50, target=50, quorum=50)
+    now.invitations = Counted(now.invitations)
+    for n in range(49):
+        answer(now, f"d{n}")
+        now.handle(Tick(now_s=1.0))
+    assert Counted.walks == 0
