@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from liberatai_coordinator.jobs.tasks import Tasks
+from liberatai_coordinator.models.updates import Kept
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.rows import RoundRow
@@ -27,6 +28,7 @@ class Collecting:
             said about an update: a refusal would throw away what the round is waiting for. In a buffered job
             it is cleared between two rounds: the next one takes what comes late.
         finished: set when the slots hold the way to the finished model.
+        decoded: what the check of updates has read; the aggregation need not read it again.
     """
 
     tasks: Tasks
@@ -34,6 +36,7 @@ class Collecting:
     now: deciding.Round | None = None
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     finished: bool = False
+    decoded: Kept = field(default_factory=Kept)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _end: deciding.Close | deciding.Abandon | None = None
     _told: set[bytes] = field(default_factory=set)
@@ -77,6 +80,7 @@ class Collecting:
         """Forget the round: its version is there, or it has none."""
         self.now = None
         self.tasks.ways = {}
+        self.decoded.clear()
 
     def decide(self, event: deciding.Event) -> list[deciding.Action]:
         """Let the open round decide about an event; returns what must be done about updates."""

@@ -11,14 +11,13 @@ import msgspec
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs import judging
-from liberatai_coordinator.jobs.materials import Labelled
 from liberatai_coordinator.jobs.records import Stats, kept
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.work import Work
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
-from liberatai_coordinator.models.members import Public
-from liberatai_coordinator.models.updates import decode_update
+from liberatai_coordinator.models.members import Labelled, Public
+from liberatai_coordinator.models.updates import Decoded, decode_update
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.ledger import Ledger
@@ -46,6 +45,7 @@ class Merging:
     """Makes the versions of one job.
 
     Attributes:
+        decoded: what the check of updates has read.
         counters: of every device's socket as its last update told them, (sent, received), for all jobs.
         public: the coordinator's own data.
         test: (inputs, labels) that decide nothing.
@@ -58,6 +58,7 @@ class Merging:
     roster: Roster
     work: Work
     counters: dict[str, tuple[int, int]]
+    decoded: Mapping[bytes, Decoded]
     public: Public = field(default_factory=Public)
     test: Labelled | None = None
     _failures: int = 0
@@ -105,6 +106,7 @@ class Merging:
             updates,
             self.public,
             self._late(number),
+            self.decoded,
         )
         up, down, counters = _carried(self.counters, updates)
         told = Stats(

@@ -99,6 +99,7 @@ class Runner:
             roster=self.roster,
             work=self.work,
             counters=self.counters,
+            decoded=self.collecting.decoded,
         )
 
     @property

@@ -278,7 +278,7 @@ class Round:
                 return []
 
     def _arrived(self, update: Update) -> list[Action]:
-        error = self._fault(update)
+        error = self.fault(update)
         if isinstance(error, DuplicateError):
             return [Accept(device=update.device, update_id=update.update_id, code=error.code)]
         if error is not None:
@@ -288,7 +288,8 @@ class Round:
         self.storing[update.device] = update.update_id
         return [Store(update=update)]
 
-    def _fault(self, update: Update) -> LiberataiError | None:
+    def fault(self, update: Update) -> LiberataiError | None:
+        """Return why an update does not count in this round, or no more than it does already; None: it may."""
         invitation = self.invitations.get(update.device)
         if update.job != self.job or invitation is None or update.round != self.asked(update.device):
             return RoundUnknownError(
