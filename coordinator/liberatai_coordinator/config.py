@@ -231,6 +231,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         share_class_counts: devices tell how many samples of each class they have (sums; needed by
             "label_free" and "by_samples"). Off: these are the uniform average.
         seed: of initial weights, training and distillation.
+        share: of the devices that other jobs want, too, relative to the shares of those jobs.
     """
 
     name: Annotated[str, Meta(pattern=NAME)]
@@ -245,6 +246,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     evaluate: Evaluate = Evaluate()
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    share: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
 
     @property
     def nested(self) -> Literal["off", "width", "depth", "both"]:

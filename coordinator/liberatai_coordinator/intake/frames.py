@@ -40,9 +40,12 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A frame that was looked into: a message with the key that signed it, or why it is refused.
+    """A frame that was looked into.
 
     Attributes:
+        message: what it says, None: it could not be opened.
+        public_key: that signed it.
+        error: why it is refused.
         found: what a closer look at the message found, see `Frames.look`.
     """
 
@@ -90,13 +93,16 @@ class Frames:
         return [self._open(frame) for frame in batch]
 
     def _open(self, frame: Frame) -> Opened:
+        message, public_key = None, b""
         try:
             opened = open_frame(frame.payload, self.fleet, self.key)
-            found = self.look(frame, opened.message, opened.public_key)
+            message, public_key = opened.message, opened.public_key
+            found = self.look(frame, message, public_key)
         except LiberataiError as error:
-            return Opened(frame=frame, error=error)
+            return Opened(frame=frame, message=message, public_key=public_key, error=error)
         except Exception as error:
             # A bug: this one frame is refused, the coordinator lives on.
             log.exception("fault while opening a message on %s", frame.topic)
-            return Opened(frame=frame, error=FrameError(f"{type(error).__name__}: {error}"))
-        return Opened(frame=frame, message=opened.message, public_key=opened.public_key, found=found)
+            fault = FrameError(f"{type(error).__name__}: {error}")
+            return Opened(frame=frame, message=message, public_key=public_key, error=fault)
+        return Opened(frame=frame, message=message, public_key=public_key, found=found)

@@ -120,6 +120,8 @@ class Updates:
             error = RoundUnknownError(f"no open round {update.round} of {update.job}")
         elif (fault := now.fault(update)) is not None:
             error = fault
+        elif opened.error is not None:
+            error = opened.error
         elif isinstance(opened.found, Decoded):
             await self._store(runner, update, opened.frame.payload, opened.found)
             return True

@@ -1,5 +1,7 @@
 """Jobs: what was asked for, what state it is in, and small values that must outlive a restart."""
 
+from collections.abc import Mapping
+
 import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of, upsert_many
@@ -14,8 +16,15 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, name: str, spec: bytes, base_dir: str, created_s: float) -> None:
-        """Remember a new job in the state "waiting".
+    def create(
+        self,
+        name: str,
+        spec: bytes,
+        base_dir: str,
+        created_s: float,
+        values: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Remember a new job in the state "waiting", with values as `set_value` writes them.
 
         Raises:
             ConfigError: a job of this name exists.
@@ -25,6 +34,9 @@ class JobStore:
             if connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
                 raise ConfigError("job", [f"name: a job {name} exists already; choose another name"])
             connection.execute(sa.insert(JOBS), columns_of(row))
+            rows = [{"job": name, "key": key, "value": value} for key, value in (values or {}).items()]
+            if rows:
+                connection.execute(sa.insert(JOB_VALUES), rows)
 
     def all(self) -> list[JobRow]:
         """Return all jobs, oldest first."""

@@ -135,6 +135,12 @@ class RoundStore:
         with self._database.read() as connection:
             return [_round_row(row) for row in connection.execute(query).mappings()]
 
+    def newest_number(self, job: str) -> int:
+        """Return the number of a job's newest round, 0 before the first."""
+        with self._database.read() as connection:
+            query = sa.select(sa.func.max(ROUNDS.c.round)).where(ROUNDS.c.job == job)
+            return int(connection.execute(query).scalar() or 0)
+
     def get(self, job: str, number: int) -> RoundRow:
         """Return one round.
 

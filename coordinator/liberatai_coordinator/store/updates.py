@@ -72,6 +72,14 @@ class UpdateStore:
         with self._database.read() as connection:
             return update_ids(connection, job, number)
 
+    def senders(self, job: str, number: int) -> list[tuple[str, bytes]]:
+        """Return (device, update id) of what is stored for a round, without reading any frame."""
+        query = sa.select(UPDATES.c.device, UPDATES.c.update_id).where(
+            UPDATES.c.job == job, UPDATES.c.round == number
+        )
+        with self._database.read() as connection:
+            return [(device, update_id) for device, update_id in connection.execute(query)]
+
     def has(self, job: str, device: str, update_id: bytes) -> bool:
         """Return whether an update is stored, in whichever round (also after pruning)."""
         query = sa.select(UPDATES.c.round).where(
