@@ -1,6 +1,7 @@
 """What a client may ask about jobs."""
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from liberatai_coordinator.client.views import JobView, RoundView
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
+from liberatai_coordinator.jobs.tasks import RUN
 from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.rows import JobRow
+from liberatai_core.contract.messages import RUN_BYTES
 from liberatai_core.errors import StateError
 
 
@@ -29,8 +32,10 @@ class Jobs:
         job, ledger = parse_job(yaml_text, "job"), self.service.ledger
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(materials.check, job, Path(base_dir))
-        ledger.jobs.create(job.name, msgspec.json.encode(job), base_dir, time.time())
-        self.service.start_job(ledger.jobs.get(job.name))
+        ledger.jobs.create(
+            job.name, msgspec.json.encode(job), base_dir, time.time(), {RUN: os.urandom(RUN_BYTES)}
+        )
+        self.service.jobs.start(ledger.jobs.get(job.name))
         return await self.show(job.name)
 
     async def list(self) -> tuple[JobView, ...]:
@@ -44,20 +49,24 @@ class Jobs:
     async def pause(self, name: str) -> JobView:
         """Pause a job after the round that is open now."""
         self._require_state(name, {"waiting", "running"}, "paused")
-        self.service.pause_job(name)
+        self.service.jobs.pause(name)
         return await self.show(name)
 
     async def resume(self, name: str) -> JobView:
         """Go on with a paused job."""
         self._require_state(name, {"paused"}, "resumed")
-        self.service.resume_job(name)
+        self.service.jobs.unpause(name)
         return await self.show(name)
 
     async def abort(self, name: str) -> JobView:
         """End a job for good; its versions stay."""
         self._require_state(name, {"waiting", "running", "paused"}, "aborted")
-        await self.service.abort_job(name)
+        await self.service.jobs.abort(name)
         return await self.show(name)
+
+    async def delete(self, name: str) -> None:
+        """Forget an ended job, so that its name can be used again; its versions stay."""
+        await self.service.jobs.delete(name)
 
     def _require_state(self, name: str, allowed: set[str], what: str) -> None:
         state = self.service.ledger.jobs.get(name).state

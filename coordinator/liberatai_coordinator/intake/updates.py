@@ -246,7 +246,9 @@ class Updates:
             place.owner, place.transfer or "", place.part or 0, frame.payload, time.monotonic()
         )
         if isinstance(found, bytes):
-            self.again(Frame(place=place, topic=frame.topic, payload=found, token=frame.token, retained=False))
+            self.again(
+                Frame(place=place, topic=frame.topic, payload=found, token=frame.token, retained=False)
+            )
             return
         if found is not None:
             self._spawn(self._credit(found))

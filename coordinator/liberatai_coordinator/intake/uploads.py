@@ -72,7 +72,9 @@ class Uploads:
         self.open[key].touched_s = now_s
         return self._credit(key)
 
-    def chunk(self, device: str, transfer: str, part: int, data: bytes, now_s: float) -> Credit | bytes | None:
+    def chunk(
+        self, device: str, transfer: str, part: int, data: bytes, now_s: float
+    ) -> Credit | bytes | None:
         """Take a chunk: the whole content once complete, a credit when the window is used up, or None.
 
         Raises:

@@ -58,7 +58,9 @@ class Collecting:
         self._note(opened.handle(deciding.Tick(now_s=time.monotonic())))
         self.resumed.set()
 
-    async def ended(self, number: int, invitations: Sequence[Invitation]) -> deciding.Close | deciding.Abandon:
+    async def ended(
+        self, number: int, invitations: Sequence[Invitation]
+    ) -> deciding.Close | deciding.Abandon:
         """Tell the devices of the open round, and wait for its end."""
         now = self.now
         if now is None:
@@ -117,7 +119,11 @@ class Collecting:
         # What a finished job told it before a restart is not known any more, but that it was asked for is.
         if not again and (way is None or not way.held):
             return
-        if self.buffered and now is not None and now.phase in (deciding.Phase.CLOSED, deciding.Phase.ABANDONED):
+        if (
+            self.buffered
+            and now is not None
+            and now.phase in (deciding.Phase.CLOSED, deciding.Phase.ABANDONED)
+        ):
             return  # its set is frozen: the device asks again, and the next round answers
         tasks.from_nothing(device)
         if self.buffered and now is not None:

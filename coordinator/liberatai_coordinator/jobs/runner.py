@@ -174,9 +174,7 @@ class Runner:
             await self.opening.wait_for_devices()
             self.roster.make()
             chosen = {sid: self._structures[sid] for sid in self.roster.keyframe_bytes}
-            await self.work.do(
-                self.versions.start, chosen, self.roster.keyframe_bytes, self.merging.public
-            )
+            await self.work.do(self.versions.start, chosen, self.roster.keyframe_bytes, self.merging.public)
         await self.tasks.publish_newest("running")
 
     async def _finish(self) -> None:
