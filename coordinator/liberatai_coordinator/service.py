@@ -185,9 +185,6 @@ class Service:
                 token=event.token,
                 retained=event.retained,
             )
-            if place.leaf == "x" and place.part is not None:
-                self.updates.chunk(frame)
-                return
             if event.payload:
                 self.frames.add(frame)
                 return
@@ -205,9 +202,8 @@ class Service:
         self.fleet.count_refusal(device, error)
         self.ledger.refusals.count(device, error.code)
 
-    def _look(self, frame: Frame, message: Message, key: bytes) -> object:
-        """Check what needs no decision, in the thread that opens frames."""
-        self._require_own(message, key, frame.place)
+    def _look(self, frame: Frame, message: Message) -> object:
+        """Look closer at an update, in the thread that opens frames."""
         if isinstance(message, Update) and frame.place.leaf == "x":
             return self.updates.look(message)
         return None
@@ -239,11 +235,16 @@ class Service:
     def _handle(self, opened: Opened) -> bool:
         """Give a message to whoever handles it; True: they acknowledge it."""
         frame, message, error = opened.frame, opened.message, opened.error
-        if isinstance(message, Update) and frame.place.leaf == "x" and not isinstance(error, NOT_ITS_OWN):
+        if message is not None:
+            self._require_own(message, opened.public_key, frame.place)
+        if isinstance(message, Update) and frame.place.leaf == "x":
             self.updates.take(opened, message)
             return True
         if error is not None:
             raise error
+        if frame.place.leaf == "x" and frame.place.part is not None:
+            self.updates.chunk(frame)
+            return True
         match message:
             case Offer() if frame.place.leaf == "x":
                 self.updates.offer(opened, message)
@@ -293,9 +294,6 @@ class Service:
         self.jobs.fleet_changed(changed)
         return changed
 
-
-NOT_ITS_OWN = (TopicError, SignatureError)
-"""What is refused without a receipt: whose word it is, is not known."""
 
 LEAF: dict[type[Message], str] = {
     State: "state",

@@ -190,8 +190,8 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
             async with coordinator(broker, folder) as service:
                 crash_at(service, name, call, after=after)
                 await Operations.of(service).jobs.create(buffered(), str(folder))
-                await until(lambda: service._jobs["tiny"].done())
-                assert isinstance(service._jobs["tiny"].exception(), Crash)
+                await until(lambda: service.jobs._running["tiny"].done())
+                assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
                 await driver
@@ -374,7 +374,7 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
                     text.replace("min_devices: 3", "min_devices: 1"), str(tmp_path)
                 )
                 crash_at(service, "rounds.close", 4, after=True)
-                await until(lambda: service._jobs["tiny"].done())
+                await until(lambda: service.jobs._running["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
                 rows = service.ledger.rounds.all("tiny")

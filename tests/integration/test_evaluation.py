@@ -148,8 +148,8 @@ def test_a_crash_between_a_version_and_its_note_loses_no_figure(tmp_path: Path) 
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "rounds.set_aggregated", 2, after=False)
                 await Operations.of(service).jobs.create(text, str(tmp_path))
-                await until(lambda: service._jobs["tiny"].done())
-                assert isinstance(service._jobs["tiny"].exception(), Crash)
+                await until(lambda: service.jobs._running["tiny"].done())
+                assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
                 rounds = (await Operations.of(service).jobs.show("tiny")).rounds

@@ -33,7 +33,7 @@ from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.messages import Event, Head, Offer, Report, State
+from liberatai_core.contract.messages import Cancel, Event, Head, Offer, Report, State
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import ConfigError, DataError, DiskError, NotFoundError, StateError
 from liberatai_core.link.memory import MemoryBroker
@@ -154,8 +154,8 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
             async with coordinator(broker, folder) as service:
                 crash_at(service.ledger, name, call, after=after)
                 await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
-                await until(lambda: service._jobs["tiny"].done())
-                assert isinstance(service._jobs["tiny"].exception(), Crash)
+                await until(lambda: service.jobs._running["tiny"].done())
+                assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
                 assert await final_digests(service) == wanted
@@ -458,7 +458,7 @@ def test_what_devices_hold_is_known_after_a_crash(tmp_path: Path) -> None:
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "rounds.close", 2, after=False)
                 await Operations.of(service).jobs.create(job_yaml(rounds=4), str(tmp_path))
-                await until(lambda: service._jobs["tiny"].done())
+                await until(lambda: service.jobs._running["tiny"].done())
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
             for device in fleet:
@@ -479,7 +479,13 @@ def test_the_broker_holds_the_newest_version_and_nothing_of_older_ones(tmp_path:
             assert isinstance(head, Head)
             assert [step.version for step in head.chains["mlp-hidden8"]] == [0, 6]
             blobs = {topic.split("/")[5] for topic in broker.retained if "/pub/b/" in topic}
-            final = {step.blob.blob for way in service.runners["tiny"].ways.values() for step in way.steps}
+            cancels = [
+                message
+                for topic, frame in broker.retained.items()
+                if topic.endswith("/task") and isinstance(message := decode(frame), Cancel)
+            ]
+            assert len(cancels) == 3
+            final = {step.blob.blob for cancel in cancels for step in cancel.final}
             assert blobs == final | {step.blob.blob for step in head.chains["mlp-hidden8"]}
 
     run(scenario())
@@ -499,7 +505,7 @@ def test_the_state_of_a_server_optimiser_survives_a_restart(tmp_path: Path, rule
                     if name == "crashed":
                         crash_at(service.ledger, "rounds.open", 3, after=False)
                     await Operations.of(service).jobs.create(text, str(folder))
-                    await until(lambda: service._jobs["tiny"].done())
+                    await until(lambda: service.jobs._running["tiny"].done())
                 async with coordinator(broker, folder) as service:
                     await until(lambda: finished(service))
                     digests.append(await final_digests(service))
@@ -681,7 +687,7 @@ def test_after_a_restart_a_finished_job_still_gives_its_model_to_who_lost_files(
                 await until(lambda: bool(fleet[0].cancels))
                 told = fleet[0].cancels[-1]
                 assert (told.job, told.held) == ("tiny", b"")
-                assert told.final == service._recalled["tiny"].versions.now.chains["mlp-hidden8"]
+                assert told.final == service.jobs._recalled["tiny"].versions.now.chains["mlp-hidden8"]
                 assert {step.blob.blob for step in told.final} <= set(service.publisher.blobs)
                 await fleet[0].say(*base_missing(fleet[0]))
                 await fleet[1].say(*base_missing(fleet[1]))
@@ -701,7 +707,7 @@ def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path)
             await Operations.of(service).jobs.create(text.replace("name: tiny", "name: first"), str(tmp_path))
             await until(lambda: service.ledger.jobs.get("first").state == "finished")
             await until(lambda: all(device.cancels for device in fleet))
-            held = dict(service.runners["first"].paths)
+            held = service.ledger.updates.paths("first")
             for device in fleet:
                 device.sent.clear()
             await Operations.of(service).jobs.create(
@@ -717,7 +723,7 @@ def test_only_the_job_whose_round_is_open_answers_who_lost_files(tmp_path: Path)
             await lost.say(*base_missing(lost))
             await until(lambda: len(lost.tasks) > before)
             assert (lost.tasks[-1].job, lost.tasks[-1].held) == ("second", b"")
-            assert service.runners["first"].paths == held
+            assert service.ledger.updates.paths("first") == held
             lost.answers = True
             await lost._answer(lost.tasks[-1])
             await until(lambda: service.ledger.jobs.get("second").state == "finished")
@@ -768,7 +774,7 @@ def test_a_link_that_was_measured_to_be_hopeless_is_tried_again_and_until_then_t
                 assert reason.startswith("waits: no device can take part (a: link of 1 bit/s measured: ")
                 assert not fleet[0].tasks
                 monkeypatch.setattr(roster_module, "LINK_S", 0.0)
-                service.runners["tiny"].fleet_changed.set()
+                service.runners["tiny"].opening.fleet_changed.set()
                 await until(lambda: finished(service))
                 assert (await Operations.of(service).jobs.show("tiny")).reason == ""
                 (task,) = fleet[0].tasks
@@ -812,10 +818,10 @@ def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -
             await Operations.of(service).jobs.create(
                 job_yaml(rounds=1, devices=1).replace("tiny", "next"), str(tmp_path)
             )
-            await until(lambda: bool(service.runners["tiny"].waits and service.runners["next"].waits))
-            told = [(await Operations.of(service).jobs.show(name)).reason for name in ("tiny", "next")]
-            assert told[0] == "waits: 2 of 3 devices are online (rounds.min_devices)"
-            assert told[1] == "waits: its devices serve job tiny first"
+            await until(lambda: bool(service.runners["tiny"].waits))
+            assert (
+                await Operations.of(service).jobs.show("tiny")
+            ).reason == "waits: 2 of 3 devices are online (rounds.min_devices)"
             await Operations.of(service).jobs.pause("next")
             async with devices(broker, "c") as more:
                 await until(lambda: finished(service))

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from liberatai_core.contract.frame import open_frame
-from liberatai_core.contract.messages import Message
+from liberatai_core.contract.frame import key_id, open_frame
+from liberatai_core.contract.messages import Capability, Message
 from liberatai_core.contract.topics import Place
 from liberatai_core.errors import FrameError, LiberataiError
 
@@ -69,7 +69,7 @@ class Frames:
 
     fleet: str
     key: Callable[[bytes], bytes | None]
-    look: Callable[[Frame, Message, bytes], object]
+    look: Callable[[Frame, Message], object]
     handle: Callable[[list[Opened]], None]
     _waiting: deque[Frame] = field(default_factory=deque)
     _there: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,14 +90,28 @@ class Frames:
                 self.handle(await asyncio.to_thread(self._open_all, batch))
 
     def _open_all(self, batch: list[Frame]) -> list[Opened]:
-        return [self._open(frame) for frame in batch]
+        introduced: dict[bytes, bytes] = {}
 
-    def _open(self, frame: Frame) -> Opened:
+        def key(wanted: bytes) -> bytes | None:
+            return self.key(wanted) or introduced.get(wanted)
+
+        found = []
+        for frame in batch:
+            opened = self._open(frame, key)
+            if isinstance(opened.message, Capability):
+                # What a new device says next may be in the same batch; whether it is let in, `handle` decides.
+                introduced[key_id(opened.public_key)] = opened.public_key
+            found.append(opened)
+        return found
+
+    def _open(self, frame: Frame, key: Callable[[bytes], bytes | None]) -> Opened:
         message, public_key = None, b""
+        if frame.place.part is not None:
+            return Opened(frame=frame)  # a chunk is signed as a part of the whole; it only keeps its place
         try:
-            opened = open_frame(frame.payload, self.fleet, self.key)
+            opened = open_frame(frame.payload, self.fleet, key)
             message, public_key = opened.message, opened.public_key
-            found = self.look(frame, message, public_key)
+            found = self.look(frame, message)
         except LiberataiError as error:
             return Opened(frame=frame, message=message, public_key=public_key, error=error)
         except Exception as error:

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from liberatai_coordinator.fleet.devices import Fleet
@@ -246,9 +246,7 @@ class Updates:
             place.owner, place.transfer or "", place.part or 0, frame.payload, time.monotonic()
         )
         if isinstance(found, bytes):
-            self.again(
-                Frame(place=place, topic=frame.topic, payload=found, token=frame.token, retained=False)
-            )
+            self.again(replace(frame, place=replace(place, part=None), payload=found))
             return
         if found is not None:
             self._spawn(self._credit(found))

@@ -1,4 +1,4 @@
-"""The open round of a job: does what `round` decides, and answers devices that cannot go on from what they hold."""
+"""The open round of a job: does what `round` decides, and answers devices that lack what they go on from."""
 
 import asyncio
 import time

@@ -83,9 +83,9 @@ class Merging:
         except (DiskError, BusyError):
             raise
         except Exception as error:
-            known = isinstance(error, LiberataiError)
-            told = f"{error.code}: {error}" if known else f"E_INTERNAL: {type(error).__name__}: {error}"
-            log.error("round %d of %s: %s", row.round, self.job.name, told, exc_info=not known)  # noqa: TRY400
+            told = _told(error)
+            unknown = not isinstance(error, LiberataiError)
+            log.error("round %d of %s: %s", row.round, self.job.name, told, exc_info=unknown)  # noqa: TRY400
             self._failures += 1
             if self._failures >= MAX_FAILURES:
                 raise
@@ -170,10 +170,16 @@ class Merging:
         )
 
 
+def _told(error: Exception) -> str:
+    if isinstance(error, LiberataiError):
+        return f"{error.code}: {error}"
+    return f"E_INTERNAL: {type(error).__name__}: {error}"
+
+
 def _carried(
     before: Mapping[str, tuple[int, int]], updates: Sequence[Update]
 ) -> tuple[int, int, dict[str, tuple[int, int]]]:
-    """Return the bytes that devices' sockets carried since their last update of any job, and the new counters."""
+    """Return the bytes that sockets carried since their devices' last update, and the new counters."""
     up = down = 0
     counters = {}
     for update in updates:

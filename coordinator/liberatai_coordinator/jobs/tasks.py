@@ -215,7 +215,7 @@ class Tasks:
         )
 
     async def tell_end(self, devices: Iterable[str], number: int) -> None:
-        """Tell devices that the job is over after round `number`; with a way, it leads to the finished model."""
+        """Tell devices that the job is over after round `number`; a way leads to the finished model."""
         await self.slots.end(self._cancel(device, number) for device in devices)
 
     def _cancel(self, device: str, number: int) -> Cancel:

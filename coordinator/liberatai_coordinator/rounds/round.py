@@ -289,7 +289,7 @@ class Round:
         return [Store(update=update)]
 
     def fault(self, update: Update) -> LiberataiError | None:
-        """Return why an update does not count in this round, or no more than it does already; None: it may."""
+        """Return why an update does not count here, or no more than it does already; None: it may."""
         invitation = self.invitations.get(update.device)
         if update.job != self.job or invitation is None or update.round != self.asked(update.device):
             return RoundUnknownError(

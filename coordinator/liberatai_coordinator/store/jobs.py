@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from liberatai_coordinator.store.database import Database, columns_of, upsert_many
 from liberatai_coordinator.store.rounds import end_rounds
 from liberatai_coordinator.store.rows import JobRow
-from liberatai_coordinator.store.tables import JOB_VALUES, JOBS
+from liberatai_coordinator.store.tables import JOB_VALUES, JOBS, PATHS, ROUNDS, UPDATES
 from liberatai_core.errors import ConfigError, NotFoundError
 
 
@@ -87,6 +87,19 @@ class JobStore:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
             end_rounds(connection, name, f"job {state}")
+
+    def delete(self, name: str) -> None:
+        """Forget a job: its rounds, the ids of its updates, what its devices held. Its versions stay.
+
+        Raises:
+            NotFoundError: no such job.
+        """
+        with self._database.write() as connection:
+            if not connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
+                raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
+            for table in (UPDATES, ROUNDS, PATHS, JOB_VALUES):
+                connection.execute(sa.delete(table).where(table.c.job == name))
+            connection.execute(sa.delete(JOBS).where(JOBS.c.name == name))
 
     def set_value(self, name: str, key: str, value: bytes) -> None:
         """Remember a small value for a job, e.g. its assignments.
