@@ -3,6 +3,7 @@
 import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of, upsert_many
+from liberatai_coordinator.store.rounds import end_rounds
 from liberatai_coordinator.store.rows import JobRow
 from liberatai_coordinator.store.tables import JOB_VALUES, JOBS
 from liberatai_core.errors import ConfigError, NotFoundError
@@ -54,6 +55,26 @@ class JobStore:
         with self._database.write() as connection:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
+
+    def end(self, name: str, state: str, reason: str = "") -> None:
+        """End a job: its rounds under way and its state change together, or not at all.
+
+        A round whose version is in the ledger is aggregated; any other one is abandoned, with its updates
+        listed. The same is done again at every call, so a call that failed may be repeated.
+
+        Args:
+            name: of the job.
+            state: "aborted", "failed" or "finished".
+            reason: why.
+
+        Raises:
+            NotFoundError: no such job.
+        """
+        change = sa.update(JOBS).where(JOBS.c.name == name).values(state=state, reason=reason)
+        with self._database.write() as connection:
+            if not connection.execute(change).rowcount:
+                raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
+            end_rounds(connection, name, f"job {state}")
 
     def set_value(self, name: str, key: str, value: bytes) -> None:
         """Remember a small value for a job, e.g. its assignments.

@@ -8,8 +8,9 @@ import msgspec
 import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of
+from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import RoundRow
-from liberatai_coordinator.store.tables import JOBS, ROUNDS, UPDATES
+from liberatai_coordinator.store.tables import JOBS, ROUNDS, UPDATES, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
 
 
@@ -192,6 +193,37 @@ def _known_round(connection: sa.Connection, job: str, number: int) -> RoundRow:
 def _change_round(connection: sa.Connection, row: RoundRow, changes: Mapping[str, Any]) -> None:
     where = (ROUNDS.c.job == row.job, ROUNDS.c.round == row.round)
     connection.execute(sa.update(ROUNDS).where(*where).values(**changes))
+
+
+def end_rounds(connection: sa.Connection, job: str, reason: str) -> None:
+    """End the rounds of a job that are under way, so that each of their updates has a fate (promise P1).
+
+    A round whose version is in the ledger made it, whatever was noted in the round; the others are abandoned.
+    """
+    query = sa.select(ROUNDS).where(ROUNDS.c.job == job, ROUNDS.c.state.in_(("open", "closed")))
+    for row in map(_round_row, connection.execute(query).mappings().all()):
+        stored = tuple(update_ids(connection, job, row.round))
+        made = _version_of(connection, job, row.round, stored) if row.state == "closed" else ""
+        if made:
+            _change_round(connection, row, {"state": "aggregated", "version_id": made})
+        else:
+            _change_round(connection, row, {"state": "abandoned", "reason": reason, **_frozen(stored)})
+
+
+def _version_of(connection: sa.Connection, job: str, number: int, ids: tuple[bytes, ...]) -> str:
+    """Return the id of the version that counts exactly these updates of this round; "" if there is none."""
+    query = (
+        sa.select(VERSIONS.c.id, VERSIONS.c.manifest)
+        .where(VERSIONS.c.model == job)
+        .order_by(VERSIONS.c.number.desc())
+        .limit(1)  # rounds follow each other: what one under way made is the newest
+    )
+    newest = connection.execute(query).first()
+    if newest is None:
+        return ""
+    manifest = decode_manifest(newest.manifest)
+    counted = tuple(sorted(update_id.hex() for update_id in ids))
+    return str(newest.id) if (manifest.round, manifest.updates) == (number, counted) else ""
 
 
 def _frozen(ids: tuple[bytes, ...]) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from liberatai_coordinator.store import refusals, writer
 from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.manifests import Manifest, Member, StepRecord, encode_manifest
 from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
 from liberatai_coordinator.store.updates import Outcome
 from liberatai_core.errors import (
@@ -31,6 +32,7 @@ from liberatai_core.errors import (
     RoundUnknownError,
     SchemaError,
 )
+from liberatai_core.structure import DataContract, Structure, Tensor
 
 
 def opened(folder: Path, reserve_bytes: int = 0) -> Ledger:
@@ -669,6 +671,79 @@ def test_jobs_their_states_and_their_values_survive(tmp_path: Path) -> None:
     ):
         with pytest.raises(NotFoundError):
             step()
+    ledger.close()
+
+
+def manifest_of(number: int, counted: tuple[bytes, ...]) -> VersionRow:
+    structure = Structure(family="mlp", params={"hidden": 2}, tensors=(Tensor(name="w", shape=(2, 2)),))
+    member = Member(
+        structure=structure,
+        master="a" * 64,
+        view="b" * 64,
+        digest="c" * 64,
+        keyframe=StepRecord(version=number, blob="d" * 64, size=1, digest="c" * 64),
+    )
+    encoded = encode_manifest(
+        Manifest(
+            model="digits",
+            number=number,
+            parent=None,
+            round=number,
+            structures={structure.id: member},
+            data=DataContract(input_shape=(1, 2), classes=2),
+            updates=tuple(sorted(one.hex() for one in counted)),
+        )
+    )
+    sha = hashlib.sha256(encoded).hexdigest()
+    return VersionRow(model="digits", number=number, id=sha, parent=None, manifest=encoded, created_s=1.0)
+
+
+@pytest.mark.parametrize("state", ["aborted", "failed"])
+def test_the_end_of_a_job_is_the_end_of_its_rounds_in_one_transaction(tmp_path: Path, state: str) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1), an_update(2))
+    commits = count_transactions(ledger)
+    ledger.jobs.end("digits", state, "why")
+    assert len(commits) == 1
+    row = ledger.rounds.get("digits", 1)
+    assert (row.state, row.reason, len(row.frozen)) == ("abandoned", f"job {state}", 2)
+    assert (ledger.jobs.get("digits").state, ledger.jobs.get("digits").reason) == (state, "why")
+    ledger.jobs.end("digits", state, "why")
+    assert ledger.rounds.get("digits", 1) == row
+    with pytest.raises(NotFoundError):
+        ledger.jobs.end("nothing", state)
+    ledger.close()
+
+
+def test_a_disk_that_refuses_the_end_of_a_job_leaves_job_and_rounds_as_they_were(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1))
+
+    def commit(_connection: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    sa.event.listen(ledger.database.engine, "commit", commit)
+    with pytest.raises(DiskError):
+        ledger.jobs.end("digits", "failed", "why")
+    sa.event.remove(ledger.database.engine, "commit", commit)
+    assert ledger.jobs.get("digits").state == "waiting"
+    assert ledger.rounds.get("digits", 1).state == "open"
+    ledger.close()
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_end_of_a_job_looks_into_the_ledger_for_what_a_closed_round_made(
+    tmp_path: Path, counts: bool
+) -> None:
+    """Its updates are counted in a version or listed, never both, also before the job has loaded."""
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1), an_update(2))
+    frozen = ledger.rounds.close("digits", 1)
+    version = manifest_of(1, frozen if counts else ())  # or one of an earlier job of this name
+    ledger.versions.add(version)
+    ledger.jobs.end("digits", "aborted")
+    row = ledger.rounds.get("digits", 1)
+    assert (row.state, row.version_id) == (("aggregated", version.id) if counts else ("abandoned", ""))
     ledger.close()
 
 
