@@ -11,6 +11,7 @@ from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
     JobState,
+    JobSummary,
     JobView,
     LocalView,
     RoundView,
@@ -77,6 +78,26 @@ def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> 
         round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
         round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
         refusals=dict(refusals),
+    )
+
+
+def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummary:
+    """Return a job without its rounds.
+
+    Args:
+        row: of the ledger.
+        newest: version of its model; None before the first one.
+        waits: why no round opens, in words; "" while one is open.
+    """
+    number = newest.number if newest else 0
+    return JobSummary(
+        name=row.name,
+        state=msgspec.convert(row.state, JobState),
+        rounds_done=number,
+        rounds_total=msgspec.json.decode(row.spec, type=JobSpec).rounds.count,
+        created_s=row.created_s,
+        reason=row.reason or waits,
+        version=number,
     )
 
 

@@ -130,9 +130,10 @@ class RoundStore:
         with self._database.write() as connection:
             _change_round(connection, _known_round(connection, job, number), {"stats": stats})
 
-    def all(self, job: str) -> list[RoundRow]:
-        """Return the rounds of a job in order."""
-        query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round)
+    def all(self, job: str, *, after: int = 0) -> list[RoundRow]:
+        """Return the rounds of a job in order; only those with a larger number than `after`."""
+        where = (ROUNDS.c.job == job, ROUNDS.c.round > after)
+        query = sa.select(ROUNDS).where(*where).order_by(ROUNDS.c.round)
         with self._database.read() as connection:
             return [_round_row(row) for row in connection.execute(query).mappings()]
 
