@@ -19,7 +19,8 @@ from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, GateSettings
 from liberatai_agent.events import Returned, TrainingResult
-from liberatai_agent.service import Service, read_status
+from liberatai_agent.service import Service
+from liberatai_agent.status import read_status
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, encode_spec, open_frame, seal
@@ -261,7 +262,11 @@ def no_bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             "gflops": 1.0,
             "data": {"samples": 60, "input_shape": [4], "classes": 3},
         }
-        monkeypatch.setattr(probe, "_run_bench", lambda *_: found)
+
+        async def run_bench(*_: object) -> dict[str, Any]:
+            return found
+
+        monkeypatch.setattr(probe, "_run_bench", run_bench)
 
 
 def status_file(folder: Path) -> dict[str, Any]:
@@ -536,7 +541,7 @@ async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows
                 broker.kill(DEVICE)  # the same offer comes again; what is there is not repeated
                 await co.first(Offer, number=2, transfer=offer.transfer)
         frame = whole.join()
-        update = open_frame(frame, FLEET, lambda _: agent._signer.public_key).message
+        update = open_frame(frame, FLEET, lambda _: agent._identity.signer.public_key).message
         assert isinstance(update, Update)
         assert update.body == trainer.body + b"\1"
         assert seen == whole.chunks
@@ -618,7 +623,7 @@ async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path: Pa
         final = await a_keyframe(co, b"final model")
         cancel = Cancel(device=DEVICE, epoch=1, coordinator="co1", job="job", round=2, final=(final,))
         await co.say(co.topics.down(DEVICE, "task"), cancel)
-        await co.until(lambda: agent._session.stage == "none")
+        await co.until(lambda: agent._session.task is None)
         trainer.hold.set()
         await co.until((tmp_path / "state" / "blobs" / final.blob.blob).exists)
         assert not co.all(Update)
@@ -674,7 +679,7 @@ async def test_a_fault_in_the_data_is_reported_and_heals_when_the_file_is_mended
         assert report.reason.startswith("E_DATA")
         assert (await co.first(Capability)).samples == 0
         np.savez(tmp_path / "absent.npz", x=np.ones((4, 4), np.float32), y=[0, 1, 2, 0])
-        await agent._look_again()
+        await agent._machine.look_at_machine()
         await co.first(Report, phase="idle")
         assert (await co.first(Capability, samples=4)).data == DATA
 
