@@ -214,6 +214,12 @@ class LinkError(LiberataiError):
     code = "E_LINK"
 
 
+class BrokerRefusedError(LinkError):
+    """The broker does not do what was asked: no right to publish or to subscribe there."""
+
+    code = "E_BROKER"
+
+
 class LockedError(LiberataiError):
     """Another process already uses this state folder."""
 
