@@ -35,6 +35,8 @@ MAX_TABLES = 40
 """Tables of one message: a decoder holds up to 128 KiB for each."""
 MAX_ALPHABET = 512
 """Symbols of one table; all tables together are numbered in 16 bits."""
+_WORTH_FILLING = 11
+"""A table of slots pays from 2^11 symbols on."""
 _LOW = 1 << STATE_BITS
 _PORTION = 1 << 14
 """Values packed at a time: their intermediate results fit a cache."""
@@ -152,7 +154,8 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
     frequencies = np.concatenate(coded.tables).astype(np.uint32)
     starts = np.concatenate([np.cumsum(table) - table for table in coded.tables]).astype(np.uint32)
     least, limits = _renormalisation(frequencies, decoder=True)
-    slots = _slots(coded.tables)
+    slots = _slots(coded)
+    begins = np.cumsum(frequencies) - frequencies
     offsets = _offsets(coded).astype(np.uint16)
     owner = coded.of_symbols() if len(coded.tables) > 1 else None
     state = _states(data[: 3 * lanes])
@@ -164,7 +167,12 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
         row = slice(first, min(first + lanes, total))
         now = state[: row.stop - first]
         slot = now & mask
-        if owner is None:
+        if slots is None:
+            # The last table and symbol that begin at or before the slot; each table has TOTAL slots.
+            place = slot if owner is None else (owner[row].astype(np.uint32) << precision) + slot
+            number = np.searchsorted(begins, place, side="right") - 1
+            symbols[row] = number if owner is None else number - offsets[owner[row]]
+        elif owner is None:
             number = slots[slot]
             symbols[row] = number
         else:
@@ -188,8 +196,15 @@ def decode(data: bytes, coded: Coded, lanes: int) -> tuple[Symbols, bytes]:
     return symbols, _state_bytes(state) + data[used:]
 
 
-def _slots(tables: list[Integers]) -> NDArray[np.unsignedinteger]:
-    """Return the symbol of every slot, one table after the other."""
+def _slots(coded: Coded) -> NDArray[np.unsignedinteger] | None:
+    """Return the symbol of every slot, one table after the other; None if that is not worth it.
+
+    It takes a while to fill, so that a few symbols with many tables are searched instead: what a message
+    costs to decode depends on its symbols, not on how many tables it brings.
+    """
+    tables = coded.tables
+    if coded.symbols < len(tables) << _WORTH_FILLING:
+        return None
     kind = np.uint8 if max(table.size for table in tables) <= 1 << 8 else np.uint16
     slots: NDArray[np.unsignedinteger] = np.empty(len(tables) << PRECISION, kind)
     for number, table in enumerate(tables):
