@@ -16,9 +16,11 @@ from typing import Any
 import msgspec
 
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec
-from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.fleet.devices import Device, Fleet, Status
 from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.intake.presence import LEAF, Presence
 from liberatai_coordinator.intake.uploads import Uploads
+from liberatai_coordinator.jobs.attendance import Attendance
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.runner import COUNTERS, Runner
 from liberatai_coordinator.models.updates import check_update
@@ -27,12 +29,10 @@ from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import (
-    DeviceRow,
     JobRow,
     StoredUpdate,
-    TrafficRow,
 )
-from liberatai_core.contract import limits
+from liberatai_core.contract import limits, messages
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, open_frame, seal
 from liberatai_core.contract.messages import (
     Capability,
@@ -41,16 +41,15 @@ from liberatai_core.contract.messages import (
     Event,
     Message,
     Offer,
-    Presence,
     Receipt,
     Report,
+    SessionSeen,
     State,
     Telemetry,
     Update,
 )
 from liberatai_core.contract.topics import Place, Topics, parse
 from liberatai_core.errors import (
-    BaseMissingError,
     BusyError,
     DiskError,
     FrameError,
@@ -71,10 +70,6 @@ DISK_RETRY_S = 10.0
 
 RESUME_S = 10.0
 """How long an update waits for a restarted job to find its round, before the device is told to try again."""
-
-TRAFFIC_S = 60.0
-"""Between two writes of what devices' sockets carried. Their counters are totals: a crash loses nothing
-but the last words of an agent that started anew in the meantime."""
 
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
@@ -101,18 +96,24 @@ class Service:
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _recalled: dict[str, Runner] = field(default_factory=dict)
     _recalling: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
     _counters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    devices: Presence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.devices = Presence(
+            fleet=self.fleet,
+            ledger=self.ledger,
+            jobs=Attendance(runners=self.runners, answer_baseless=self._spawn_baseless),
+            answer=self._answer,
+        )
 
     # --- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
-        self.fleet.restore(
-            [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in self.ledger.devices.all()]
-        )
-        self._spawn(self._remember_traffic())
+        self.devices.restore()
+        self.devices.set_connected(False)
+        self._spawn(self.devices.run())
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
         await self.link.subscribe(*self.topics.from_devices)
@@ -133,19 +134,20 @@ class Service:
                     case Connected(protocol=protocol):
                         log.info("connected to %s (%s)", self.config.broker, protocol)
                         self.connected = protocol
+                        self.devices.set_connected(True)
                         self._spawn(self.publisher.republish())
                     case Disconnected(reason=reason, retry_in_s=retry):
                         if self.connected or retry > 1:
                             log.warning("no broker: %s; next try in %.1f s", reason, retry)
                         self.connected = ""
+                        self.devices.set_connected(False)
         finally:
             await self._stop(presence)
 
     async def _stop(self, presence: str) -> None:
         for task in [*self._jobs.values(), *self._tasks]:
             task.cancel()
-        with contextlib.suppress(LiberataiError):
-            self._save_traffic()
+        self.devices.save_traffic()
         with contextlib.suppress(TimeoutError, LiberataiError):
             await asyncio.wait_for(
                 self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
@@ -160,21 +162,6 @@ class Service:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _remember_traffic(self) -> None:
-        while True:
-            await asyncio.sleep(TRAFFIC_S)
-            try:
-                self._save_traffic()
-            except LiberataiError as error:
-                log.warning("traffic of devices is not written: %s %s", error.code, error)
-
-    def _save_traffic(self) -> None:
-        known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
-        changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
-        if changed:
-            self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
-            self._saved_traffic |= changed
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -202,14 +189,16 @@ class Service:
         self._require_own(message, opened.public_key, place)
         match message:
             case Update() if place.leaf == "x":
+                self.devices.note_alive(message.device)
                 self._spawn(self._update(message, event.payload, event.token))
                 return
             case Offer() if place.leaf == "x":
+                self.devices.note_alive(message.device)
                 await self._offer(message)
             case State() | Capability() | Report() | Telemetry() | Event() if (
                 place.leaf == LEAF[type(message)]
             ):
-                self._hear(message, opened.public_key, retained=event.retained)
+                await self.devices.hear(message, opened.public_key, retained=event.retained)
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
         self.link.ack(event.token)
@@ -226,20 +215,8 @@ class Service:
         if owner != device and not isinstance(message, Capability):
             raise SignatureError(f"{owner} signed in the name of {device}")
 
-    def _hear(self, message: Message, key: bytes, *, retained: bool) -> None:
-        before = self.fleet.devices.get(getattr(message, "device", ""))
-        # What the broker had in store is no sign of life.
-        now_s = before.last_seen_s if retained and before is not None else 0.0
-        device, lasting = self.fleet.hear(message, key, now_s or time.time())
-        # A stranger that waits for approval may say what it likes; it is written down once.
-        if lasting and (before is None or device.status != "pending"):
-            self.ledger.devices.remember(_row(device))
-        if isinstance(message, Event) and message.code == BaseMissingError.code:
-            self._spawn(self._baseless(device.id))
-        if before is None and device.status == "pending":
-            log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
-        if before is None or before.online != device.online or before.capability != device.capability:
-            self._fleet_changed(device)
+    def _spawn_baseless(self, device: Device) -> None:
+        self._spawn(self._baseless(device.id))
 
     async def _baseless(self, device: str) -> None:
         """Let one job answer a device that does not hold what it was told to go on from.
@@ -282,17 +259,6 @@ class Service:
                 self._recalled[row.name] = job
         return job
 
-    def _fleet_changed(self, device: Device) -> None:
-        gone = device.state in {"offline", "lost"} or device.status != "approved"
-        for job in self.runners.values():
-            job.fleet_changed.set()
-            if job.open_round is not None and device.id in job.open_round.invitations:
-                # Not Gone at once: a device that lost its connection usually comes back with its update.
-                if device.status == "quarantined":
-                    job.decide(deciding.Gone(device=device.id))
-                elif not gone:
-                    job.decide(deciding.Back(device=device.id))
-
     async def _offer(self, offer: Offer) -> None:
         self.fleet.admit(offer.device)
         job = self.runners.get(offer.job)
@@ -310,6 +276,7 @@ class Service:
     async def _chunk(self, place: Place, event: Received) -> None:
         result = self.uploads.chunk(place.owner, place.transfer or "", place.part or 0, event.payload)
         if isinstance(result, Credit):
+            self.devices.note_alive(place.owner)
             await self._answer(result)
         elif result is not None:
             opened = open_frame(result, self.topics.fleet, self.fleet.key)
@@ -320,8 +287,8 @@ class Service:
             return
         self.link.ack(event.token)
 
-    async def _answer(self, credit: Credit) -> None:
-        await self.publisher.send(self.topics.down(credit.device, "xa"), credit)
+    async def _answer(self, message: Credit | SessionSeen) -> None:
+        await self.publisher.send(self.topics.down(message.device, "xa"), message)
 
     # --- updates -------------------------------------------------------------------------------
 
@@ -546,73 +513,12 @@ class Service:
         Raises:
             UnknownDeviceError: nobody has heard of it.
         """
-        changed = self.fleet.set_status(device, status, reason)
-        self.ledger.devices.remember(_row(changed))
-        self.ledger.devices.set_status(device, status, reason)
-        self._fleet_changed(changed)
-        return changed
-
-
-LEAF: dict[type[Message], str] = {
-    State: "state",
-    Capability: "caps",
-    Report: "rep",
-    Telemetry: "tele",
-    Event: "ev",
-}
-"""Where each message belongs: a State on the topic of a Capability is refused."""
+        return self.devices.set_status(device, status, reason)
 
 
 def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> bytes:
     """Return a signed CoordinatorState."""
-    body = CoordinatorState(coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, Presence))
+    body = CoordinatorState(
+        coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, messages.Presence)
+    )
     return seal(body, signer)
-
-
-def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
-    capability = msgspec.msgpack.decode(row.capability, type=Capability) if row.capability else None
-    return Device(
-        id=row.id,
-        public_key=row.public_key,
-        status=msgspec.convert(row.status, Status),
-        capability=capability,
-        session=row.session,
-        last_seen_s=row.last_seen_s,
-        reason=row.reason,
-        traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
-        updates=updates,
-    )
-
-
-def _traffic(row: TrafficRow) -> DeviceTraffic:
-    return DeviceTraffic(
-        sent_bytes=row.sent_bytes,
-        received_bytes=row.received_bytes,
-        session=row.session,
-        session_sent=row.session_sent,
-        session_received=row.session_received,
-    )
-
-
-def _traffic_row(device: str, told: DeviceTraffic) -> TrafficRow:
-    return TrafficRow(
-        device=device,
-        sent_bytes=told.sent_bytes,
-        received_bytes=told.received_bytes,
-        session=told.session,
-        session_sent=told.session_sent,
-        session_received=told.session_received,
-    )
-
-
-def _row(device: Device) -> DeviceRow:
-    return DeviceRow(
-        id=device.id,
-        public_key=device.public_key,
-        status=device.status,
-        capability=msgspec.msgpack.encode(device.capability) if device.capability else None,
-        session=device.session,
-        first_seen_s=device.last_seen_s,
-        last_seen_s=device.last_seen_s,
-        reason=device.reason,
-    )

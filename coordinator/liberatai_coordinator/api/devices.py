@@ -55,4 +55,5 @@ class Devices:
         for job in self.service.runners.values():
             if device.id in job.roster.assigned:
                 structure = job.roster.assigned[device.id].structure
-        return present.device_view(device, structure, self.service.fleet.refusals.get(device.id, {}))
+        fleet = self.service.fleet
+        return present.device_view(device, fleet.shown(device), structure, fleet.refusals.get(device.id, {}))

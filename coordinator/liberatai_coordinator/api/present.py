@@ -36,11 +36,14 @@ from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
 
 
-def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> DeviceView:
+def device_view(
+    device: Device, shown: tuple[str, str], structure: str, refusals: Mapping[str, int]
+) -> DeviceView:
     """Return a device.
 
     Args:
         device: as the fleet knows it.
+        shown: its state, and what is odd about it (`Fleet.shown`).
         structure: that it trains in the newest job it takes part in; "" for none.
         refusals: number of refused messages by error code.
     """
@@ -48,9 +51,9 @@ def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> 
     return DeviceView(
         id=device.id,
         status=device.status,
-        state=device.state,
+        state=shown[0],
         phase=report.phase if report else "",
-        reason=device.reason or (report.reason if report else ""),
+        reason=device.reason or shown[1] or (report.reason if report else ""),
         profile=capability.profile if capability else "",
         tier=capability.tier if capability else "",
         form=form_of(capability.tier, capability.runtimes) if capability else "",

@@ -8,6 +8,7 @@ devices or jobs: what changed is told to the jobs together, a moment later.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -87,6 +88,7 @@ class Presence:
         traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
         rows = self.ledger.devices.all()
         self.fleet.restore([_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in rows])
+        self.fleet.refusals = {name: Counter(codes) for name, codes in self.ledger.refusals.all().items()}
         self._saved_traffic = {device.id: device.traffic for device in self.fleet.devices.values()}
 
     async def run(self) -> None:
@@ -95,10 +97,12 @@ class Presence:
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
-            self._note_changed(*self.fleet.expire(now_s))
-            self.fleet.forget_pending(now_s)
-            self._forget()
+            silent = self.fleet.expire(now_s)
+            if silent:
+                self._note_changed(*silent)
             self.jobs.tick(now_s)
+            self.fleet.forget_pending(now_s)
+            await self._forget()
             if now_s - saved_s >= TRAFFIC_S:
                 self.save_traffic()
                 saved_s = now_s
@@ -189,10 +193,15 @@ class Presence:
         known = [self.fleet.devices[name] for name in changed if name in self.fleet.devices]
         self.jobs.devices_changed(known, time.monotonic())
 
-    def _forget(self) -> None:
-        if self.fleet.forgotten:
-            names, self.fleet.forgotten = self.fleet.forgotten, []
-            self.ledger.devices.forget(names)
+    async def _forget(self) -> None:
+        names, self.fleet.forgotten = self.fleet.forgotten, []
+        if not names:
+            return
+        try:
+            await asyncio.to_thread(self.ledger.devices.forget, names)
+        except LiberataiError as error:
+            self.fleet.forgotten += names
+            log.warning("devices that never were let in are not forgotten yet: %s %s", error.code, error)
 
 
 def device_row(device: Device) -> DeviceRow:

@@ -38,20 +38,21 @@ class Attendance:
                 self._away.setdefault(device.id, now_s)
         for job in self.runners.values():
             job.fleet_changed.set()
-            if job.open_round is None:
-                continue
-            for device in devices:
-                if device.id in job.open_round.invitations:
-                    self._attend(job, device)
+            now = job.open_round
+            for device in devices if now is not None else ():
+                if now is not None and device.id in now.invitations:
+                    self._attend(job, now, device)
 
     def reported(self, device: Device, report: Report, now_s: float) -> None:
         """Let the round of a task know that its device failed, or that it tries again after all."""
         job = self.runners.get(report.job)
-        if job is None:
+        now = job.open_round if job is not None else None
+        if job is None or now is None or now.asked(device.id) != report.round:
             return
-        if report.phase == "failed":
-            job.device_failed(device.id, report.round, now_s)
-        elif job.open_round is not None and job.open_round.asked(device.id) == report.round and device.online:
+        if report.phase == "failed" and device.id not in now.failed:
+            job.roster.failures.note(device.id, "failed", device.capability, now_s)
+            job.decide(deciding.Failed(device=device.id))
+        elif report.phase != "failed" and device.online and device.id in now.failed | now.gone:
             job.decide(deciding.Back(device=device.id))
 
     def base_missing(self, device: Device) -> None:
@@ -70,13 +71,19 @@ class Attendance:
             grace_s = min(GRACE_S, GRACE_SHARE * job.job.rounds.deadline_s)
             for device, since_s in self._away.items():
                 if now_s - since_s >= grace_s and device in now.invitations and device not in now.gone:
-                    job.device_lost(device, now_s)
+                    self._give_up(job, now, device, now_s)
         late = [device for device, since_s in self._away.items() if now_s - since_s > GRACE_S + 1.0]
         for device in late:
             del self._away[device]
 
-    def _attend(self, job: Runner, device: Device) -> None:
+    def _give_up(self, job: Runner, now: deciding.Round, device: str, now_s: float) -> None:
+        known = job.fleet.devices.get(device)
+        if device not in now.stored and known is not None:
+            job.roster.failures.note(device, "lost", known.capability, now_s)
+        job.decide(deciding.Gone(device=device))
+
+    def _attend(self, job: Runner, now: deciding.Round, device: Device) -> None:
         if device.status == "quarantined":
             job.decide(deciding.Gone(device=device.id))
-        elif device.online and device.status == "approved":
+        elif device.online and device.status == "approved" and device.id in now.gone:
             job.decide(deciding.Back(device=device.id))

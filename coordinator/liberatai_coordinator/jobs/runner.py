@@ -208,11 +208,18 @@ class Runner:
         await self._publish_head("running")
 
     async def _wait_for_devices(self, wanted: int) -> None:
-        while (there := len(self.fleet.ready())) < wanted:
-            self.waits = f"waits: {there} of {wanted} devices are online (rounds.min_devices)"
+        while (there := self._able()) < wanted:
+            self._say_waiting(self.roster.waiting(there))
             self.fleet_changed.clear()
-            await self.fleet_changed.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
         self.waits = ""
+
+    def _able(self) -> int:
+        if not self.roster.keyframe_bytes:
+            return self.roster.able()
+        self.roster.assign_newcomers()
+        return len(self.roster.ready(self._published() + 1))
 
     # --- versions ------------------------------------------------------------------------------
 
@@ -329,7 +336,7 @@ class Runner:
             ready = [device for device in ready if device.id not in busy]
             if ready or standing:
                 break
-            self._say_waiting()
+            self._say_waiting(self.roster.waiting())
             self.fleet_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
@@ -346,8 +353,7 @@ class Runner:
     def _standing(self, ready: set[str]) -> list[deciding.Invitation]:
         return self.roster.standing(self.versions.now.number, ready) if self._buffered else []
 
-    def _say_waiting(self) -> None:
-        words = self.roster.waiting()
+    def _say_waiting(self, words: str) -> None:
         if words != self.waits:
             log.warning("job %s %s", self.job.name, words)
         self.waits = words

@@ -1,7 +1,7 @@
 """One round decides: who may answer, what is refused, when it closes. Pure: events in, actions out.
 
     OPEN ──target reached, all answered, or deadline with quorum──▶ CLOSING ──stores done──▶ CLOSED
-      └──────────────── deadline without quorum ──────────────────▶ CLOSING ──stores done──▶ ABANDONED
+      └── deadline, or nobody is left: without quorum ────────────▶ CLOSING ──stores done──▶ ABANDONED
 
 An update that is being stored when the round closes still belongs to it: the round is frozen only when
 no store is under way, so a receipted update is always in the frozen set (promise P1).
@@ -88,19 +88,26 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """A device will not answer: lost, quarantined or taken away."""
+    """A device will not answer: it is lost, quarantined or taken away."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A device said that it cannot do its task: that is an answer, too, though without an update."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Back:
-    """A device that was gone is there again."""
+    """A device that was gone is there again, or one that failed tries again after all."""
 
     device: str
 
 
-Event = UpdateArrived | UpdateStored | StoreFailed | Tick | Gone | Back
+Event = UpdateArrived | UpdateStored | StoreFailed | Tick | Gone | Failed | Back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +223,10 @@ class Round:
         closes_s: monotonic time of the deadline.
         buffered: nothing is refused for being late: it goes into this round until the set is frozen, then
             into the next.
-        stored: update ids that the ledger has.
+        stored: update ids that the ledger has, by device.
+        storing: those on their way to the disk.
+        gone: devices that are not waited for; they may come back with an update.
+        failed: devices that said that they have none.
     """
 
     job: str
@@ -229,8 +239,22 @@ class Round:
     stored: dict[str, bytes] = field(default_factory=dict)
     storing: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     phase: Phase = Phase.OPEN
     reason: str = ""
+    _waiting: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._waiting = set(self.invitations) - set(self.stored) - self.gone - self.failed
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Devices that the round still waits for."""
+        return frozenset(self._waiting)
+
+    def reinvite(self, invitation: Invitation) -> None:
+        """Replace what one device was asked to do, by other work of the same round."""
+        self.invitations = {**self.invitations, invitation.device: invitation}
 
     def asked(self, device: str) -> int | None:
         """Return the round whose task a device has, None if it has none."""
@@ -254,13 +278,21 @@ class Round:
                 return self._progress()
             case Gone(device=device):
                 self.gone.add(device)
+                self._waiting.discard(device)
+                return self._progress()
+            case Failed(device=device):
+                self.failed.add(device)
+                self._waiting.discard(device)
                 return self._progress()
             case Back(device=device):
                 self.gone.discard(device)
+                self.failed.discard(device)
+                if device in self.invitations and device not in self.stored:
+                    self._waiting.add(device)
                 return []
 
     def _arrived(self, update: Update) -> list[Action]:
-        error = self._fault(update)
+        error = self.fault(update)
         if isinstance(error, DuplicateError):
             return [Accept(device=update.device, update_id=update.update_id, code=error.code)]
         if error is not None:
@@ -270,7 +302,8 @@ class Round:
         self.storing[update.device] = update.update_id
         return [Store(update=update)]
 
-    def _fault(self, update: Update) -> LiberataiError | None:
+    def fault(self, update: Update) -> LiberataiError | None:
+        """Return why an update does not count in this round, or not once more; None: it may."""
         invitation = self.invitations.get(update.device)
         if update.job != self.job or invitation is None or update.round != self.asked(update.device):
             return RoundUnknownError(
@@ -298,13 +331,17 @@ class Round:
             return Refuse(device=device, update_id=update_id, error=error)
         repeated = device in self.stored or outcome == "duplicate"
         self.stored[device] = update_id
+        self._waiting.discard(device)
         return Accept(device=device, update_id=update_id, code=DuplicateError.code if repeated else "")
+
+    def _may_return(self) -> set[str]:
+        return {one for one in self.gone - self.failed if one in self.invitations and one not in self.stored}
 
     def _progress(self) -> list[Action]:
         if self.phase is Phase.OPEN:
-            waiting = set(self.invitations) - set(self.stored) - self.gone
-            enough = len(self.stored) >= self.target
-            if enough or (not waiting and len(self.stored) >= self.quorum):
+            # Too few updates are kept till the deadline where whoever is gone may come back with one more.
+            few = 0 < len(self.stored) < self.quorum <= len(self.stored) + len(self._may_return())
+            if (not self._waiting and not few) or len(self.stored) >= self.target:
                 self.phase = Phase.CLOSING
         if self.phase is not Phase.CLOSING or self.storing:
             return []
@@ -313,5 +350,9 @@ class Round:
             self.phase = Phase.CLOSED
             return [Close(update_ids=frozen)]
         self.phase = Phase.ABANDONED
-        self.reason = f"{len(frozen)} of {self.quorum} needed updates at the deadline"
+        when = "at the deadline"
+        if not self._waiting and not (frozen and self._may_return()):
+            when = "and no device is left that could send one"
+        failed = f"; {len(self.failed)} failed" if self.failed else ""
+        self.reason = f"{len(frozen)} of {self.quorum} needed updates {when}{failed}"
         return [Abandon(reason=self.reason, update_ids=frozen)]
