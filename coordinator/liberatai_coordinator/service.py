@@ -6,7 +6,6 @@ carried out, receipts follow only after the ledger has committed. Long work runs
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -381,7 +380,6 @@ class Service:
             device=update.device,
             structure=update.structure,
             samples=update.samples,
-            sha256=hashlib.sha256(frame).digest(),
             frame=frame,
             received_s=time.time(),
             path=job.path_after(update.device),
