@@ -128,6 +128,20 @@ class LinkDown(Value, frozen=True, kw_only=True):
     """The broker is gone."""
 
 
+class BrokerRefused(Value, frozen=True, kw_only=True):
+    """The broker does not do what was asked.
+
+    Attributes:
+        topic: of what.
+        words: one line for people.
+        packet_bytes: the largest packet that it takes from now on; 0: that is not the matter.
+    """
+
+    topic: str
+    words: str
+    packet_bytes: int = 0
+
+
 class TaskArrived(Value, frozen=True, kw_only=True):
     """A verified task for this device."""
 
@@ -279,6 +293,7 @@ Happened = (
     | MachineChanged
     | LinkUp
     | LinkDown
+    | BrokerRefused
     | TaskArrived
     | CancelArrived
     | CoordinatorChanged

@@ -70,6 +70,7 @@ def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
         "updates_waiting": len(state.pending),
         "last_training": last,
         "model": _model(final_of(state.work), seen.blobs, complete=not missing_of(state.work)),
+        "broker_refuses": [words for _, words in state.refused],
         "refusals": dict(sorted(seen.faults.refused.items())),
         "updates_refused": dict(state.refusals),
         "last_error": seen.faults.last,

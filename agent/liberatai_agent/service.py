@@ -45,7 +45,16 @@ from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Update
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import BusyError, DamagedError, LiberataiError
-from liberatai_core.link.link import Connected, Disconnected, Link, Received, Traffic, Will
+from liberatai_core.link.link import (
+    Connected,
+    Disconnected,
+    Link,
+    LinkEvent,
+    Received,
+    Refused,
+    Traffic,
+    Will,
+)
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +236,7 @@ class Service:
         finally:
             self._handling = False
         self._wait_for_due()
+        self._link.urgent(bool(self._session.pending) or self._session.task is not None)
         self._status.changed()
 
     def _step(self, event: on.Happened) -> None:
@@ -335,7 +345,7 @@ class Service:
                 if link is self._link:
                     self._heard(event)
 
-    def _heard(self, event: Connected | Disconnected | Received) -> None:
+    def _heard(self, event: LinkEvent) -> None:
         self._moved = self._traffic(), time.monotonic()
         match event:
             case Connected():
@@ -353,6 +363,10 @@ class Service:
                 self._connected = None
                 self._saying.pause()
                 self.happened(on.LinkDown())
+            case Refused():
+                log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
+                size = event.max_packet_bytes if event.what == "size" else 0
+                self.happened(on.BrokerRefused(topic=event.topic, words=event.words, packet_bytes=size))
             case Received():
                 self._received(event)
 

@@ -32,11 +32,13 @@ from liberatai_core.contract.messages import (
     Capability,
     CoordinatorState,
     Credit,
+    EpochSeen,
     Event,
     Message,
     Offer,
     Receipt,
     Report,
+    SessionSeen,
     State,
     Step,
     Task,
@@ -183,6 +185,7 @@ class QuickTrainer(Trainer):
         self.dropped: tuple[str, str] | None = None
         self.works: list[Work] = []
         self.hold: asyncio.Event | None = None
+        self.changes: dict[str, Any] = {}
 
     async def warm(self) -> None:
         pass
@@ -191,7 +194,7 @@ class QuickTrainer(Trainer):
         self.works.append(work)
         if self.hold is not None:
             await self.hold.wait()
-        return TrainingResult(
+        result = TrainingResult(
             body=self.body + bytes([work.round]),
             residual=f"after {work.round}".encode(),
             returned=tuple(one.update_id for one in work.returned),
@@ -200,6 +203,7 @@ class QuickTrainer(Trainer):
             train_seconds=0.1,
             loss=0.5,
         )
+        return replace(result, **self.changes)
 
 
 def a_config(folder: Path, **changes: Any) -> AgentConfig:
@@ -691,6 +695,132 @@ async def test_only_one_agent_uses_a_state_folder(tmp_path: Path) -> None:
         await co.first(State, state="online")
         with pytest.raises(LockedError):
             await Service(config, lambda will: MemoryLink(broker, DEVICE, will)).run()
+
+
+@scenario
+async def test_a_device_that_was_put_back_from_a_copy_goes_on_with_a_higher_number(tmp_path: Path) -> None:
+    broker, config = MemoryBroker(), a_config(tmp_path)
+    async with Coordinator(broker) as co:
+        async with an_agent(broker, config) as agent:
+            await co.first(State, state="online", session=1)
+            seen = SessionSeen(device=DEVICE, session=40)
+            await co.say(co.topics.down(DEVICE, "xa"), seen, retain=False)
+            await co.first(State, state="online", session=41)
+            await co.first(Capability, session=41)
+            await co.first(Report, session=41)
+            await co.say(co.topics.down(DEVICE, "xa"), seen, retain=False, signer=STRANGER)
+            await co.task(await a_keyframe(co))
+            await co.first(Update)
+            broker.kill(DEVICE)
+            assert (await co.first(State, state="lost")).session == 41, "the will has the new number too"
+            await co.first(State, state="online", session=41, number=2)
+            assert agent.status()["session"] == 41
+        async with an_agent(broker, config):
+            await co.first(State, state="online", session=42)
+
+
+@scenario
+async def test_a_coordinator_that_was_put_back_is_shown_its_own_word_of_a_higher_epoch(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    async with Coordinator(broker, epoch=7) as co:
+        async with an_agent(broker, a_config(tmp_path)) as agent:
+            await co.first(Report, phase="idle")
+            await co.until(lambda: agent._session.epoch == 7)
+        co.epoch = 2
+        await co.presence("online")
+        async with an_agent(broker, a_config(tmp_path)) as agent:
+            seen = await co.first(EpochSeen)
+            word = open_frame(seen.word, FLEET, lambda _: SIGNER.public_key).message
+            assert isinstance(word, CoordinatorState)
+            assert word.epoch == 7
+            report = await co.first(Report, phase="gated")
+            assert "epoch 2, 7 was seen" in report.reason
+            co.epoch = 8
+            await co.presence("online")
+            await co.first(Report, phase="idle", session=2)
+            assert agent.status()["epoch"] == 8
+
+
+@scenario
+async def test_a_coordinator_that_was_set_up_anew_works_at_once_when_its_key_is_pinned(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    async with Coordinator(broker, epoch=7) as co, an_agent(broker, a_config(tmp_path)) as agent:
+        await co.until(lambda: agent._session.epoch == 7)
+    broker = MemoryBroker()
+    config = a_config(tmp_path, coordinator_key=STRANGER.public_key.hex())
+    async with Coordinator(broker) as co, an_agent(broker, config) as agent:
+        topic = co.topics.coordinator("co1")
+        await co.say(topic, CoordinatorState(coordinator="co1", state="online", epoch=1), signer=STRANGER)
+        await co.until(lambda: agent.status()["coordinator"] == "online")
+        assert agent.status()["epoch"] == 1
+        assert not [event for event in co.all(Event) if event.code == "E_REPLAY"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("samples", 10_000_001), ("samples", 0), ("body", bytes(64 << 20))]
+)
+def test_an_update_that_breaks_a_bound_fails_its_task_and_ends_nothing(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    async def play() -> None:
+        broker, trainer = MemoryBroker(), QuickTrainer()
+        trainer.changes = {field: value}
+        config = a_config(tmp_path)
+        async with Coordinator(broker) as co:
+            async with an_agent(broker, config, trainer):
+                await co.first(Report, phase="idle")
+                keyframe = await a_keyframe(co)
+                await co.task(keyframe)
+                told = await co.first(Event, name="task_failed")
+                assert told.code in ("E_SCHEMA", "E_SIZE", "E_QUOTA")
+                trainer.changes = {}
+                await co.task(keyframe, number=2)
+                await co.receipt(await co.first(Update, round=2))
+            async with an_agent(broker, config, trainer):
+                await co.first(Report, phase="idle", session=2)
+        assert not co.all(Offer)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@scenario
+async def test_a_repeated_credit_costs_nothing(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    trainer = QuickTrainer(body_bytes=10 * CHUNK_BYTES)
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer) as agent:
+        await co.first(Report, phase="idle")
+        await co.task(await a_keyframe(co))
+        offer = await co.first(Offer)
+        credit = Credit(device=DEVICE, transfer=offer.transfer, have=b"", chunks=4)
+        for _ in range(100):
+            await co.say(co.topics.down(DEVICE, "xa"), credit, retain=False)
+        last = Cancel(device=DEVICE, epoch=9, coordinator="co1", job="other", round=1)
+        await co.say(co.topics.down(DEVICE, "task"), last)
+        await co.until(lambda: agent._session.epoch == 9)
+        parts = [place.part for place, _ in co.raw if place.leaf == "x" and place.part is not None]
+        assert sorted(parts) == [0, 1, 2, 3]
+
+
+@scenario
+async def test_a_machine_that_takes_long_to_look_at_is_connected_and_stops_at_once(tmp_path: Path) -> None:
+    """The first look at the data may take two minutes; nothing waits for it but the first word."""
+    broker, running = MemoryBroker(), asyncio.Event()
+
+    async def never(*_: object) -> dict[str, Any]:
+        running.set()
+        await asyncio.sleep(3600)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_run_bench", never)
+        async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
+            await running.wait()
+            await co.until(lambda: agent.status()["connected"])
+            assert not co.heard
 
 
 @scenario

@@ -28,6 +28,7 @@ from liberatai_agent.actions import PublishCapability, PublishState, RaiseSessio
 from liberatai_agent.events import (
     BlobFailed,
     BlobStored,
+    BrokerRefused,
     CancelArrived,
     ChunksSent,
     CoordinatorChanged,
@@ -69,6 +70,7 @@ from liberatai_agent.session.sending import (
 from liberatai_agent.session.state import (
     MAX_EPOCH,
     MAX_FINISHED,
+    MAX_REFUSED,
     SHOW_S,
     Session,
     Stepped,
@@ -111,7 +113,9 @@ def _react(s: Session, event: Happened) -> Stepped:
             s = replace(s, connected=True, packet_bytes=size, said=None, wished=None, told=None)
             return _introduced(s) if s.measured else (s, ())
         case LinkDown():
-            return replace(s, connected=False, said=None, wished=None), ()
+            return replace(s, connected=False, said=None, wished=None, refused=()), ()
+        case BrokerRefused():
+            return _refused(s, event), ()
         case TaskArrived(task=task):
             return _stale(s, "stale_task", task.epoch) or _in_epoch(s, task.epoch, assigned, task)
         case CancelArrived(cancel=cancel):
@@ -149,6 +153,14 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _machine(s, event)
         case Started():
             return _started(s, event)
+
+
+def _refused(s: Session, event: BrokerRefused) -> Session:
+    """Remember what the broker does not want; what is too long for it goes in smaller pieces from now on."""
+    if event.packet_bytes:
+        return replace(s, packet_bytes=min(s.packet_bytes, event.packet_bytes))
+    others = tuple(one for one in s.refused if one[0] != event.topic)
+    return replace(s, refused=(*others, (event.topic, event.words))[-MAX_REFUSED:])
 
 
 def _ticked(s: Session) -> Stepped:

@@ -22,6 +22,8 @@ MAX_FINISHED = 256
 MAX_EPOCH = 2**52
 """Half of what the protocol carries: nothing that is signed can raise the fence beyond it, so whoever has the
 coordinator's key can still speak with a higher epoch."""
+MAX_REFUSED = 8
+"""Topics that a broker refuses and that are remembered: a device has no more."""
 SHOW_S = 10.0
 """Between two words about a coordinator's higher epoch."""
 HEADROOM_BYTES = 4096
@@ -202,6 +204,7 @@ class Session(Value, frozen=True, kw_only=True):
     Attributes:
         device: own name.
         packet_bytes: the largest packet that the broker takes.
+        refused: (topic, words) of what the broker refuses on this connection.
         away: the coordinator said goodbye or was lost.
         coordinator: what it is, as it last said.
         epoch: highest of this coordinator.
@@ -228,6 +231,7 @@ class Session(Value, frozen=True, kw_only=True):
     now_s: float = 0.0
     connected: bool = False
     packet_bytes: int = MAX_PACKET_BYTES
+    refused: tuple[tuple[str, str], ...] = ()
     away: bool = False
     coordinator: str = "unknown"
     epoch: int = 0

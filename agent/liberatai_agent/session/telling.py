@@ -64,6 +64,8 @@ def _report_without_work(s: Session) -> PublishReport:
         return PublishReport(phase="gated", reason=waits_for(s)[:512])
     if s.fault:
         return PublishReport(phase="failed", reason=s.fault[:512])
+    if s.refused:
+        return PublishReport(phase="gated", reason=f"E_BROKER: {s.refused[0][1]}"[:512])
     if s.stale:
         reason = f"E_REPLAY: the coordinator speaks with epoch {s.stale}, {s.epoch} was seen: a copy of it?"
         return PublishReport(phase="gated", reason=reason)

@@ -829,6 +829,24 @@ def test_a_device_that_was_put_back_from_a_copy_takes_a_higher_number_once() -> 
     assert play(on.SessionBehind(session=9)) == [], "a replayed word"
 
 
+def test_what_the_broker_refuses_is_told_until_the_next_connection() -> None:
+    play = online()
+    play(on.BrokerRefused(topic="caps", words="the broker refuses messages to caps"))
+    assert s.report_of(play.session).reason == "E_BROKER: the broker refuses messages to caps"
+    play(on.LinkDown(), on.LinkUp())
+    assert play.phase == "idle"
+
+
+def test_an_update_that_is_too_long_for_the_broker_goes_in_smaller_pieces() -> None:
+    task = a_task()
+    play = online()
+    play(on.TaskArrived(task=task), *stored(task), on.Trained(update_id=task.task_id, result=RESULT))
+    got = play(on.OutboxStored(update_id=task.task_id, transfer="x", size_bytes=20_000))
+    assert of(got, do.SendUpdate)
+    play(on.BrokerRefused(topic="x", words="", packet_bytes=5096))
+    assert of(play(on.Tick(now_s=5.0)), do.SendOffer)[0].chunk_bytes == 1024
+
+
 def test_every_state_of_the_work_is_in_the_table() -> None:
     from typing import get_args
 
