@@ -13,7 +13,6 @@ _BEFORE: Final = (
     "ALTER TABLE updates RENAME TO updates_1",
     "ALTER TABLE rounds RENAME TO rounds_1",
     "ALTER TABLE jobs ADD COLUMN first_version INTEGER NOT NULL DEFAULT 0",
-    "ALTER TABLE jobs ADD COLUMN run BLOB NOT NULL DEFAULT x''",
     "ALTER TABLE versions ADD COLUMN collected INTEGER NOT NULL DEFAULT 0",
 )
 _SLOT: Final = f"""rounds.no * {1 << SLOT_BITS} + senders.no FROM updates_1

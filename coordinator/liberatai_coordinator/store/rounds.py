@@ -14,8 +14,8 @@ from liberatai_coordinator.store.rows import RoundRow, RoundSummary
 from liberatai_coordinator.store.tables import JOBS, ROUNDS, SLOT_BITS, UPDATE_FRAMES, UPDATE_KEYS, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
 
-PRUNED_FRAMES: Final = 500
-"""Dropped in one transaction: some milliseconds in which nobody else writes."""
+DELETED_ROWS: Final = 500
+"""Deleted in one transaction: some milliseconds in which nobody else writes."""
 PAGE_ROUNDS: Final = 20
 """Read at once where only the newest ones may be wanted."""
 
@@ -218,7 +218,7 @@ class RoundStore:
             rows = connection.execute(query).all()
         dropped = 0
         for no, invited in rows:
-            dropped += self._drop_frames(no)
+            dropped += delete_slots(self._database, UPDATE_FRAMES, no)
             short = invited if shorten is None else zlib.compress(shorten(zlib.decompress(invited)), 9)
             change = sa.update(ROUNDS).where(ROUNDS.c.no == no).values(pruned=1, invited=short)
             with self._database.write() as connection:
@@ -227,16 +227,17 @@ class RoundStore:
             self._database.give_space_back()
         return dropped
 
-    def _drop_frames(self, no: int) -> int:
-        """Drop the frames of a round, some at a time."""
-        slots = sa.select(UPDATE_FRAMES.c.slot).where(within(UPDATE_FRAMES.c.slot))
-        some = sa.delete(UPDATE_FRAMES).where(UPDATE_FRAMES.c.slot.in_(slots.limit(PRUNED_FRAMES)))
-        dropped, count = 0, PRUNED_FRAMES
-        while count == PRUNED_FRAMES:
-            with self._database.write() as connection:
-                count = connection.execute(some, slots_of(no)).rowcount
-            dropped += count
-        return dropped
+
+def delete_slots(database: Database, table: sa.Table, round_no: int) -> int:
+    """Delete a round's rows of a table with slots, some per transaction; return how many there were."""
+    some = sa.select(table.c.slot).where(within(table.c.slot)).limit(DELETED_ROWS)
+    change = sa.delete(table).where(table.c.slot.in_(some))
+    deleted, count = 0, DELETED_ROWS
+    while count == DELETED_ROWS:
+        with database.write() as connection:
+            count = connection.execute(change, slots_of(round_no)).rowcount
+        deleted += count
+    return deleted
 
 
 def end_rounds(connection: sa.Connection, job: str, reason: str) -> None:

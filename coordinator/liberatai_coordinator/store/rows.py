@@ -60,7 +60,6 @@ class JobRow:
     """A job: its specification as it was given, and the folder that its paths are relative to.
 
     Attributes:
-        run: drawn when the job was created: what an earlier job of this name asked for is not its own.
         first_version: number of its version 0 in the model, which may have versions of an earlier job.
     """
 
@@ -70,7 +69,6 @@ class JobRow:
     created_s: float
     state: str = "waiting"
     reason: str = ""
-    run: bytes = b""
     first_version: int = 0
 
 

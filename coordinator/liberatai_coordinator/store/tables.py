@@ -51,7 +51,6 @@ JOBS = sa.Table(
     _text("reason"),
     _seconds("created_s"),
     _whole("first_version", server_default="0"),
-    sa.Column("run", sa.LargeBinary, nullable=False, server_default=sa.text("x''")),
     **_STRICT,
 )
 JOB_VALUES = sa.Table(

@@ -75,8 +75,8 @@ class UpdateStore:
             found.append(StoredUpdate(job=job, round=number, **row))
         return sorted(found, key=lambda update: update.update_id)
 
-    def senders(self, job: str, number: int) -> dict[str, bytes]:
-        """Return device -> id of the updates that are stored for a round: much shorter than with frames."""
+    def senders(self, job: str, number: int) -> list[tuple[str, bytes]]:
+        """Return (device, id) of every update that is stored for a round: much faster than with frames."""
         query = (
             sa.select(SENDERS.c.device, UPDATE_KEYS.c.update_id)
             .join_from(UPDATE_KEYS, SENDERS, SENDERS.c.no == _sender(UPDATE_KEYS.c.slot))
@@ -85,7 +85,7 @@ class UpdateStore:
         with self._database.read() as connection:
             no = round_no(connection, job, number)
             rows: Iterable[Any] = [] if no is None else connection.execute(query, slots_of(no))
-            return {device: update_id for device, update_id in rows}  # noqa: C416 - rows
+            return [(device, update_id) for device, update_id in rows]
 
     def ids(self, job: str, number: int) -> list[bytes]:
         """Return the sorted ids of the stored updates of a round (also after pruning)."""

@@ -1008,3 +1008,55 @@ def test_a_migration_that_is_killed_leaves_the_old_ledger(
     database.close()
     monkeypatch.undo()
     opened(tmp_path).close()
+
+
+# --- names of ended jobs -----------------------------------------------------------------------------
+
+
+def test_a_deleted_job_leaves_its_versions_and_its_name(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.jobs.create("other", b"{}", "/", 1.0)
+    ledger.rounds.open(replace(a_round(ledger), job="other"))
+    kept = replace(an_update(1), job="other", update_id=b"o" * 16)
+    store(ledger, *(replace(an_update(number), path=b"p") for number in range(1200)), kept)
+    frozen = ledger.rounds.close("digits", 1)
+    ledger.versions.add(manifest_of(1, frozen))
+    ledger.jobs.set_value("digits", "plan", b"1")
+    ledger.jobs.end("digits", "finished")
+    ledger.jobs.delete("digits")
+    with pytest.raises(NotFoundError):
+        ledger.jobs.get("digits")
+    with pytest.raises(NotFoundError):
+        ledger.jobs.delete("digits")
+    assert [row.number for row in ledger.versions.all("digits")] == [1]
+    assert ledger.updates.of_round("other", 1) == [kept]
+    ledger.jobs.create("digits", b"{}", "/", 2.0, {"run": b"r"})
+    assert ledger.jobs.get("digits").first_version == 2
+    assert ledger.jobs.value("digits", "run") == b"r"
+    assert ledger.jobs.value("digits", "plan") is None
+    assert ledger.rounds.all("digits") == []
+    assert ledger.updates.paths("digits") == {}
+    ledger.rounds.open(a_round(ledger))
+    assert store(ledger, an_update(1)) == ["stored"]
+    assert ledger.updates.counts()["device-1"] == 3
+    ledger.close()
+
+
+def test_an_ended_job_forgets_what_only_rounds_need(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, replace(an_update(1), path=b"p"))
+    ledger.jobs.set_value("digits", "plan", b"1")
+    ledger.jobs.set_value("digits", "history", b"2")
+    ledger.jobs.end("digits", "finished", forget=("history", "merged"))
+    assert ledger.updates.paths("digits") == {}
+    assert [ledger.jobs.value("digits", key) for key in ("plan", "history")] == [b"1", None]
+    ledger.close()
+
+
+def test_a_round_tells_who_sent_without_its_frames(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    store(ledger, an_update(1), an_update(2))
+    told = ledger.updates.senders("digits", 1)
+    assert sorted(told) == [(one.device, one.update_id) for one in (an_update(1), an_update(2))]
+    assert ledger.updates.senders("digits", 2) == []
+    ledger.close()
