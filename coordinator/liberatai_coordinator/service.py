@@ -17,6 +17,7 @@ import msgspec
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec
 from liberatai_coordinator.fleet.devices import Device, Fleet, Status
 from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.presence import LEAF, Presence
 from liberatai_coordinator.intake.uploads import Uploads
 from liberatai_coordinator.jobs.attendance import Attendance
@@ -37,6 +38,7 @@ from liberatai_core.contract.messages import (
     Capability,
     CoordinatorState,
     Credit,
+    EpochSeen,
     Event,
     Message,
     Offer,
@@ -97,8 +99,17 @@ class Service:
     _recalling: asyncio.Lock = field(default_factory=asyncio.Lock)
     _counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     devices: Presence = field(init=False)
+    fencing: Fencing = field(init=False)
+    jumps: int = 0
 
     def __post_init__(self) -> None:
+        self.fencing = Fencing(
+            ledger=self.ledger,
+            fleet=self.config.fleet,
+            coordinator=self.config.coordinator,
+            public_key=self.signer.public_key,
+            jumps=self.jumps,
+        )
         self.devices = Presence(
             fleet=self.fleet,
             ledger=self.ledger,
@@ -109,13 +120,14 @@ class Service:
     # --- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled, or until `fencing.behind`: then the same must be started once more."""
         self.devices.restore()
         self.devices.set_connected(False)
         self._spawn(self.devices.run())
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
-        await self.link.subscribe(*self.topics.from_devices)
+        # Its own presence, too: before anything is said, it is heard whether this is a copy.
+        await self.link.subscribe(presence, *self.topics.from_devices)
         await self.link.open()
         rows = self.ledger.jobs.all()
         for row in rows:  # from the oldest: the newest word of a device counts
@@ -130,6 +142,8 @@ class Service:
                 match event:
                     case Received():
                         await self._received(event)
+                        if self.fencing.behind:
+                            return
                     case Connected(protocol=protocol):
                         log.info("connected to %s (%s)", self.config.broker, protocol)
                         self.connected = protocol
@@ -147,10 +161,11 @@ class Service:
         for task in [*self._jobs.values(), *self._tasks]:
             task.cancel()
         self.devices.save_traffic()
-        with contextlib.suppress(TimeoutError, LiberataiError):
-            await asyncio.wait_for(
-                self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
-            )
+        if not self.fencing.behind:
+            with contextlib.suppress(TimeoutError, LiberataiError):
+                await asyncio.wait_for(
+                    self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
+                )
         await self.link.close()
 
     def presence(self, state: str) -> bytes:
@@ -171,7 +186,9 @@ class Service:
             if place.leaf == "x" and place.part is not None:
                 await self._chunk(place, event)
                 return
-            if event.payload:
+            if place.side == "co":
+                self._own_presence(place, event)
+            elif event.payload:
                 await self._frame(place, event)
                 return
         except LiberataiError as error:
@@ -198,9 +215,16 @@ class Service:
                 place.leaf == LEAF[type(message)]
             ):
                 await self.devices.hear(message, opened.public_key, retained=event.retained)
+            case EpochSeen() if place.leaf == "ev":
+                self.devices.note_alive(message.device)
+                self.fencing.shown(message.device, message.word)
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
         self.link.ack(event.token)
+
+    def _own_presence(self, place: Place, event: Received) -> None:
+        if place.owner == self.config.coordinator and event.payload:
+            self.fencing.own_presence(event.payload, retained=event.retained)
 
     def _require_own(self, message: Message, key: bytes, place: Place) -> None:
         """Refuse what one device signs in another's name, or sends on another's topic.

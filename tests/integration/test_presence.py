@@ -21,9 +21,9 @@ from liberatai_coordinator.fleet import devices as fleet_devices
 from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.intake.presence import Jobs
 from liberatai_coordinator.jobs import attendance
-from liberatai_coordinator.service import Service
+from liberatai_coordinator.service import Service, presence_frame
 from liberatai_core.contract.frame import Signer, open_frame
-from liberatai_core.contract.messages import Report, SessionSeen, State, Telemetry
+from liberatai_core.contract.messages import EpochSeen, Report, SessionSeen, State, Telemetry
 from liberatai_core.errors import DiskError
 from liberatai_core.link.link import Received
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
@@ -299,5 +299,42 @@ def test_many_devices_that_appear_at_once_are_told_together_and_written_together
                 await until(lambda: len(service.ledger.devices.all()) == 200)
             assert sum(counting.told) >= 200
             assert len(counting.told) < 100  # in bunches, not one by one
+
+    run(scenario())
+
+
+def test_a_coordinator_put_back_from_a_copy_finds_its_epoch_at_the_broker_and_goes_on_above_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        for _ in range(4):
+            async with coordinator(broker, tmp_path / "lost") as service:
+                await until(lambda: bool(service.connected))
+        assert service.ledger.epoch == 4
+        async with coordinator(broker, tmp_path / "copy") as service:
+            assert service.ledger.epoch == 1
+            await until(lambda: service.fencing.behind)
+        async with devices(broker, "a") as (a,), coordinator(broker, tmp_path / "copy") as service:
+            assert service.ledger.epoch == 5
+            await Operations.of(service).jobs.create(job_yaml(rounds=1, devices=1), str(tmp_path))
+            await until(lambda: finished(service))
+            assert not service.fencing.behind
+            assert {task.epoch for task in a.tasks} == {5}
+
+    run(scenario())
+
+
+def test_a_coordinator_put_back_from_a_copy_is_shown_its_epoch_by_a_device(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        word = presence_frame(Signer.from_seed(COORDINATOR_KEY, FLEET), "co1", 9, "online")
+        async with devices(broker, "a") as (a,):
+            async with coordinator(broker, tmp_path) as service:
+                await until(lambda: len(service.fleet.ready()) == 1)
+                await a.say(a.topics.up("a", "ev"), EpochSeen(device="a", session=1, word=word))
+                await until(lambda: service.fencing.behind)
+            async with coordinator(broker, tmp_path) as service:
+                assert service.ledger.epoch == 10
 
     run(scenario())

@@ -42,6 +42,7 @@ class Operations:
         """Return what the coordinator says about itself: fleet, epoch, link, counts."""
         service = self.service
         faults = [] if service.fleet.connected else ["no broker: nothing is heard of any device"]
+        faults += [service.fencing.fault] if service.fencing.fault else []
         return {
             "ok": not faults,
             "faults": faults,

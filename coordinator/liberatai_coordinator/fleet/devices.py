@@ -95,6 +95,7 @@ class Device:
         alive_s: the coordinator's own clock then, or when it came to know what the broker has in store.
         silent: it gave no sign of life for too long.
         note: what is odd about it, in words; "" where nothing is.
+        ignores: why it does not believe this coordinator, by its own word; "" if it does.
         traffic: what its socket carried, as far as it said so.
         updates: of this device that were stored, in all jobs.
     """
@@ -113,6 +114,7 @@ class Device:
     silent: bool = False
     reason: str = ""
     note: str = ""
+    ignores: str = ""
     traffic: DeviceTraffic = DeviceTraffic()
     updates: int = 0
 
@@ -132,6 +134,9 @@ class Device:
         interval_s = self.capability.telemetry_s if self.capability else 60.0
         return max(SILENT_LEAST_S, SILENT_INTERVALS * interval_s)
 
+
+OBEYING = ("fetching", "training", "sending")
+"""What a device does only for a coordinator that it believes."""
 
 LIVING = ("online", "draining")
 """States that only a living device is in."""
@@ -246,7 +251,7 @@ class Fleet:
         """Return a device's state for people, and what is odd about it in words."""
         if not self.connected and device.said in LIVING:
             return "unknown", "the coordinator has no broker"
-        return device.state, device.note
+        return device.state, device.note or device.ignores
 
     # --- what devices say ----------------------------------------------------------------------
 
@@ -427,11 +432,15 @@ def _heard(device: Device, message: Message, session: int) -> Device:
         case Capability():
             return replace(device, capability=message)
         case Report():
-            return replace(device, report=message)
+            believes = message.phase in OBEYING
+            return replace(device, report=message, ignores="" if believes else device.ignores)
         case Telemetry():
             traffic = device.traffic.heard(session, message.sent_bytes, message.received_bytes)
             return replace(device, telemetry=message, traffic=traffic)
         case Event():
-            return replace(device, last_event=message)
+            device = replace(device, last_event=message)
+            if message.code == ReplayError.code and message.name.startswith("stale_"):
+                return replace(device, ignores=f"it does not believe this coordinator: {message.text}")
+            return device
         case _:
             return device

@@ -163,6 +163,16 @@ class Database:
             self.epoch = (before or 0) + 1
             upsert_many(connection, META, [{"key": "epoch", "value": self.epoch}], keys=("key",))
 
+    def raise_epoch(self, epoch: int) -> None:
+        """Let the next start begin above an epoch that was used before; on disk when this returns.
+
+        Raises:
+            DiskError, BusyError: it cannot be written.
+        """
+        with self.write() as connection:
+            value = max(self.epoch, epoch)
+            upsert_many(connection, META, [{"key": "epoch", "value": value}], keys=("key",))
+
     def _check(self) -> None:
         path = self._path
         try:

@@ -15,7 +15,7 @@ from liberatai_coordinator.fleet.devices import (
 )
 from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.limits import MAX_SESSION
-from liberatai_core.contract.messages import Capability, Report, State, Telemetry
+from liberatai_core.contract.messages import Capability, Event, Report, State, Telemetry
 from liberatai_core.errors import (
     NotFoundError,
     ReplayError,
@@ -319,6 +319,18 @@ def test_a_session_beyond_all_that_a_device_can_be_told_of_is_refused() -> None:
     with pytest.raises(SchemaError, match="session"):
         fleet.hear(online(session=MAX_SESSION + 1), key_of("d0"), 1.0)
     assert fleet.require("d0").session == 1
+
+
+def test_a_device_that_does_not_believe_this_coordinator_says_so_until_it_obeys() -> None:
+    fleet = fleet_of("d0")
+    stale = Event(
+        device="d0", session=1, number=1, name="stale_task", code="E_REPLAY", text="epoch 1, 4 was seen"
+    )
+    fleet.hear(stale, key_of("d0"), 1.0)
+    fleet.hear(Telemetry(device="d0", session=1), key_of("d0"), 2.0)
+    assert "epoch 1, 4 was seen" in fleet.shown(fleet.require("d0"))[1]
+    fleet.hear(Report(device="d0", session=1, phase="fetching", job="j", round=1), key_of("d0"), 3.0)
+    assert fleet.shown(fleet.require("d0")) == ("online", "")
 
 
 # --- devices that wait for approval --------------------------------------------------------------
