@@ -176,7 +176,7 @@ Decoded = tuple[Symbols, bytes]
 def decode(data: bytes, coded: Coded, lanes: int) -> Decoded:
     """Return the symbols and the raw bytes (at least 3 per lane) of a message.
 
-    Besides the result it holds 128 KiB per table, 100 bytes per lane and 1 MiB.
+    Besides the result it holds 128 KiB per table, 60 bytes per lane and 1 MiB.
 
     Raises:
         CodecError: the message is truncated, or its padding is not zero.
@@ -230,8 +230,8 @@ def _side_by_side(messages: Sequence[Message]) -> list[Decoded | CodecError]:
     bits = _Bits(messages, shape[1])
     # numpy is fastest where nothing is converted on the way: places are int64, all else uint32.
     first, place = np.zeros(shape, np.int64), np.empty(shape, np.int64)
-    slot, looked_up, width = (np.empty(shape, np.uint32) for _ in range(3))
-    real = np.empty(shape, np.float32)
+    slot, other, width = (np.empty(shape, np.uint32) for _ in range(3))
+    real = other.view(np.float32)
     mask, precision, one_bit, exponent = (np.uint32(n) for n in (TOTAL - 1, PRECISION, 1, _EXPONENT))
     for row, symbols in enumerate(numbers):
         tables.switch(first, row)
@@ -241,17 +241,16 @@ def _side_by_side(messages: Sequence[Message]) -> list[Decoded | CodecError]:
         place += first
         tables.look_up(place, symbols)
         place[:] = symbols
-        state *= tables.frequencies.take(place, out=looked_up, mode="wrap")
+        state *= tables.frequencies.take(place, out=other, mode="wrap")
         state += slot
-        state -= tables.starts.take(place, out=looked_up, mode="wrap")
+        state -= tables.starts.take(place, out=other, mode="wrap")
         # The exponent of a float32 says how many bits are missing; without the last bit it is exact.
         np.right_shift(state, one_bit, out=width)
         real[:] = width
         np.right_shift(real.view(np.uint32), _MANTISSA, out=width)
         np.subtract(exponent, width, out=width)
-        window = bits.read(width)
         state <<= width
-        state |= window
+        state |= bits.read(width, slot, other, place)
         if row % _GLANCE == 0 and bits.spent():
             break
     return [
@@ -351,41 +350,44 @@ class _Bits:
 
     def __init__(self, messages: Sequence[Message], lanes: int) -> None:
         """Start at the first bit of every message."""
-        self.parts = [one.data[3 * one.lanes :] for one in messages]
+        self.parts = [memoryview(one.data)[3 * one.lanes :] for one in messages]
         self.limits = np.array([8 * len(part) for part in self.parts])
         self.at = np.zeros(len(messages), np.int64)
         # A row takes 2 bytes per lane at most.
         self.row = 16 * lanes
         self.size = max(min(max(map(len, self.parts)), _SEGMENT), self.row // 8) + 8
         self.whole = all(len(part) <= self.size for part in self.parts)
-        self.places, self.window = (np.empty((len(messages), lanes), np.uint32) for _ in range(2))
-        self.index = np.empty((len(messages), lanes), np.int64)
         self._fill()
 
     def _fill(self) -> None:
         """Look at the next `size` bytes of every message."""
         self.start = np.minimum(self.at, self.limits) >> 3
         parts = [
-            part[start : start + self.size].ljust(self.size, b"\0")
+            bytes(part[start : start + self.size]).ljust(self.size, b"\0")
             for part, start in zip(self.parts, self.start.tolist(), strict=True)
         ]
         self.windows = _windows(b"".join(parts))
         self.shift = (np.arange(len(parts)) * self.size - self.start) << 3
 
-    def read(self, width: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Return the next `width` (at most 25) bits for every lane."""
+    def read(
+        self,
+        width: NDArray[np.uint32],
+        places: NDArray[np.uint32],
+        window: NDArray[np.uint32],
+        index: Integers,
+    ) -> NDArray[np.uint32]:
+        """Return the next `width` (at most 25) bits of every lane in `window`; the rest is scratch."""
         if not self.whole and (self.at - 8 * self.start > 8 * self.size - self.row).any():
             self._fill()
-        places, window = self.places, self.window
         np.add.accumulate(width, axis=1, out=places)
         before = (self.at + self.shift).astype(np.uint32)
         self.at += places[:, -1]
         places -= width
         places += before[:, None]
         np.right_shift(places, np.uint32(3), out=window)
-        self.index[:] = window
+        index[:] = window
         places &= np.uint32(7)
-        self.windows.take(self.index, out=window, mode="clip")
+        self.windows.take(index, out=window, mode="clip")
         window <<= places
         # A shift by all 32 bits leaves nothing.
         np.subtract(np.uint32(32), width, out=places)
