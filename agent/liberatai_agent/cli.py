@@ -335,7 +335,8 @@ def _check_machine(config: "AgentConfig") -> Checks:
     found.append(
         (True if has_torch else None, "torch" if has_torch else "no torch", "" if has_torch else advice)
     )
-    is_open, reason = gate.decide(snapshot(config), config.gate)
+    now = gate.decide(snapshot(config), config.gate)
+    is_open, reason = now.open, now.reason
     found.append(
         (
             True if is_open else None,

@@ -6,6 +6,7 @@ when something begins.
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,11 +32,13 @@ class Watched:
     Attributes:
         pids: own processes.
         is_busy: whether a task is in hand.
+        is_training: whether a training runs.
         held_bytes: what files of models take.
     """
 
     pids: Callable[[], tuple[int, ...]]
     is_busy: Callable[[], bool]
+    is_training: Callable[[], bool]
     held_bytes: Callable[[], int]
 
 
@@ -67,7 +70,7 @@ class MachineWatch:
         self._config, self._profile, self._identity = config, profile, identity
         self._meter, self._watched, self._happened = meter, watched, happened
         self._load = probe.LoadMeter()
-        self._gate: tuple[bool, str] = (True, "")
+        self._gate = gate.Gate()
         self._quota = ""
         self._look = asyncio.Event()
         self._data_mark: tuple[str, int, int] | None = None
@@ -103,10 +106,11 @@ class MachineWatch:
         """Notice whether training is allowed, and what is left of the day's quota."""
         rules = self._config.gate
         load = self._load.others(self._watched.pids()) if rules.max_load_others is not None else None
-        is_open, reason = gate.decide(snapshot(self._config, load), rules)
-        if (is_open, reason) != self._gate:
-            self._gate = is_open, reason
-            self._happened(GateChanged(open=is_open, reason=reason))
+        own = sum(probe.rss(pid) or 0 for pid in self._watched.pids() if pid != os.getpid())
+        seen = snapshot(self._config, load, own_memory_bytes=own, training=self._watched.is_training())
+        before, self._gate = self._gate, gate.decide(seen, rules, self._gate, now_s())
+        if (before.open, before.reason) != (self._gate.open, self._gate.reason):
+            self._happened(GateChanged(open=self._gate.open, reason=self._gate.reason))
         self._meter.count()
         quota = self._meter.quota_bytes
         words = gate.quota_words(self._meter.day_bytes, quota) if quota and self._meter.spent else ""
@@ -154,7 +158,13 @@ class MachineWatch:
         )
 
 
-def snapshot(config: AgentConfig, load_others: float | None = None) -> gate.Snapshot:
+def snapshot(
+    config: AgentConfig,
+    load_others: float | None = None,
+    *,
+    own_memory_bytes: int = 0,
+    training: bool = False,
+) -> gate.Snapshot:
     """Return what the gate decides on."""
     percent, on_mains = probe.battery()
     return gate.Snapshot(
@@ -164,6 +174,8 @@ def snapshot(config: AgentConfig, load_others: float | None = None) -> gate.Snap
         temperature_c=probe.temperature_c(),
         disk_free_bytes=probe.disk_free(config.state_path),
         memory_available_bytes=probe.memory_available(),
+        own_memory_bytes=own_memory_bytes,
+        training=training,
     )
 
 

@@ -36,6 +36,7 @@ from liberatai_agent.outbox import Outbox, open_database
 from liberatai_agent.overview import Seen, overview
 from liberatai_agent.probe import promised_bits_s
 from liberatai_agent.saying import Saying, presence
+from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.state_folder import StateLock
 from liberatai_agent.status import StatusFile
 from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, notify
@@ -167,7 +168,12 @@ class Service:
             self.happened,
         )
         self._status = StatusFile(folder, self.status)
-        watched = Watched(self._pids, lambda: self._session.task is not None, self._store.size_bytes)
+        watched = Watched(
+            self._pids,
+            lambda: self._session.task is not None,
+            lambda: isinstance(self._session.work, TrainingNow),
+            self._store.size_bytes,
+        )
         self._machine = MachineWatch(config, profile, self._identity, self._meter, watched, self.happened)
 
     async def _run(self, damaged: str) -> None:

@@ -261,7 +261,7 @@ def _read(step: File) -> bytes:
 
 
 def _samples(task: Work, memory: Memory) -> "Samples":
-    from liberatai_core.learning.dataset import load_npz  # noqa: PLC0415
+    from liberatai_core.learning.dataset import load_npz, require_training_rows  # noqa: PLC0415
 
     path = Path(task.data_path)
     try:
@@ -271,7 +271,9 @@ def _samples(task: Work, memory: Memory) -> "Samples":
     wanted = (task.data_path, task.data, found.st_mtime_ns, found.st_size)
     if memory.samples is None or memory.samples[0] != wanted:
         memory.samples = None
-        memory.samples = (wanted, load_npz(path, task.data))
+        samples = load_npz(path, task.data)
+        require_training_rows(samples, task.data_path)
+        memory.samples = (wanted, samples)
     return memory.samples[1]
 
 
@@ -282,7 +284,7 @@ def holdout(task: Work, count: int, test: "NDArray[np.bool_] | None") -> "NDArra
     """
     import numpy as np  # noqa: PLC0415
 
-    if test is not None and test.any() and not test.all():
+    if test is not None and test.any():
         return test
     held = np.zeros(count, dtype=np.bool_)
     if count >= MIN_SAMPLES_FOR_HOLDOUT:

@@ -222,8 +222,9 @@ def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
         (lambda path: np.savez(path, x=np.zeros((3, 4)), y=[0, 1]), "y has shape"),
         (lambda path: np.savez(path, x=np.zeros((3, 4))), "no labels"),
         (lambda path: np.savez(path, z=np.zeros((3, 4))), "no inputs"),
+        (lambda path: np.savez(path, x=np.zeros((2, 4)), y=[0, 1], test=[1, 1]), "marked test"),
     ],
-    ids=["missing", "garbage", "empty", "nan", "shape", "labels", "inputs"],
+    ids=["missing", "garbage", "empty", "nan", "shape", "labels", "inputs", "test"],
 )
 def test_every_fault_of_the_data_has_its_sentence(
     tmp_path: Path, make: Callable[[Path], object], complaint: str

@@ -337,8 +337,9 @@ def test_rows_marked_as_test_are_the_holdout(chain: Chain, tmp_path: Path) -> No
         ({"x": np.full((5, 6), np.inf), "y": np.zeros(5, int)}, "NaN or infinity"),
         ({"x": np.zeros((5, 6)), "y": np.full(5, 3)}, "label 3"),
         ({"x": np.zeros((5, 6))}, "no labels"),
+        ({"x": np.zeros((5, 6)), "y": np.zeros(5, int), "test": np.ones(5, int)}, "marked test"),
     ],
-    ids=["missing", "empty", "shape", "nan", "label", "unlabelled"],
+    ids=["missing", "empty", "shape", "nan", "label", "unlabelled", "test"],
 )
 def test_faulty_data_fail_the_task_with_e_data(
     chain: Chain, tmp_path: Path, arrays: dict[str, Any] | None, complaint: str
