@@ -28,12 +28,20 @@ class Returned(Value, frozen=True, kw_only=True):
     body: bytes
 
 
+class ResidualFile(Value, frozen=True, kw_only=True):
+    """A sparsifier's state on disk, and the SHA-256 that it must have."""
+
+    path: str
+    sha256: bytes
+
+
 class TrainingResult(Value, frozen=True, kw_only=True):
     """What one training gave.
 
     Attributes:
         body: encoded sparse difference.
-        residual: the sparsifier's state after it, as it is stored.
+        residual: the sparsifier's state after it; only inside one process.
+        residual_file: where it is otherwise.
         returned: ids of the refused updates whose content went into `body` or `residual`, or cannot be used.
         dropped: (code, text) of the left-overs that could not be used and are gone; None: there were none.
         samples: samples trained on.
@@ -44,7 +52,8 @@ class TrainingResult(Value, frozen=True, kw_only=True):
     """
 
     body: bytes
-    residual: bytes
+    residual: bytes = b""
+    residual_file: ResidualFile | None = None
     returned: tuple[bytes, ...] = ()
     dropped: tuple[str, str] | None = None
     samples: int

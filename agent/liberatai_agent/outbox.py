@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from liberatai_agent.database import Database
-from liberatai_agent.events import Returned, Unsent
-from liberatai_agent.files import write_durably
+from liberatai_agent.events import ResidualFile, Returned, Unsent
+from liberatai_agent.files import sync_folder
 from liberatai_agent.outbox_upgrade import upgrade
 from liberatai_agent.session.state import MAX_FINISHED
 from liberatai_core.contract.frame import HEADER_BYTES
@@ -82,14 +82,13 @@ class Leftover:
     """What goes into the next training of a structure besides its own difference.
 
     Attributes:
-        residual: the sparsifier's state, None before the first round.
+        residual: file of the sparsifier's state, None before the first round.
         round: the round that left it.
         returned: updates that were refused and so never counted.
-        dropped: residuals and returned updates that were deleted now, because they mean something else, or
-            cannot be read any more.
+        dropped: residuals and returned updates that were deleted now, because they mean something else.
     """
 
-    residual: bytes | None
+    residual: ResidualFile | None
     round: int = 0
     returned: tuple[Returned, ...]
     dropped: int = 0
@@ -210,8 +209,7 @@ class Outbox:
     def leftover(self, job: str, structure: str, meaning: bytes) -> Leftover:
         """Return what goes into the next training of this structure.
 
-        What is there for this job and structure with another meaning is deleted: it can never be used. So is
-        a residual that is not what was stored.
+        What is there for this job and structure with another meaning is deleted: it can never be used.
 
         Args:
             job: its name.
@@ -226,11 +224,7 @@ class Outbox:
         residual, number = None, 0
         if rows:
             name, sha256, number = rows[0]
-            residual = self._read_residual(name, sha256)
-        if rows and residual is None:
-            number, dropped = 0, dropped + 1
-            with self._database.transaction() as db:
-                db.execute("DELETE FROM residuals WHERE device = ? AND job = ? AND structure = ?", which)
+            residual = ResidualFile(path=str(self._folder / name), sha256=sha256)
         bodies = self._database.rows(
             "SELECT update_id, round, body FROM returned WHERE device = ? AND job = ? AND structure = ? "
             "ORDER BY update_id",
@@ -257,7 +251,7 @@ class Outbox:
         frame: bytes,
         *,
         task_id: bytes,
-        residual: bytes,
+        residual: ResidualFile | None,
         meaning: bytes,
         returned: tuple[bytes, ...] = (),
     ) -> tuple[bytes, ...]:
@@ -269,7 +263,7 @@ class Outbox:
             update: what is sent.
             frame: the update, sealed: every repetition is the same bytes.
             task_id: of the task that it answers.
-            residual: the sparsifier's state after it.
+            residual: the sparsifier's state after it, in a file of `new_residual`; None: it leaves nothing.
             meaning: of the training's spec, see `meaning_of`.
             returned: ids of refused updates that are done with.
 
@@ -281,9 +275,9 @@ class Outbox:
         """
         if len(frame) > self._max_bytes:
             raise QuotaError(f"update of {len(frame)} bytes, the outbox takes {self._max_bytes}")
-        name, now = f"{update.update_id.hex()}.{time.time_ns():x}", int(time.time())
-        with _files(name):
-            write_durably(self._folder / name, residual)
+        now = int(time.time())
+        with _files(FOLDER):
+            sync_folder(self._folder)
         with self._database.transaction() as db:
             self._finish(db, task_id)
             known = (self._device, update.update_id)
@@ -300,8 +294,8 @@ class Outbox:
                     " meaning) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (*known, update.job, update.round, update.structure, frame, blob_id(frame), now, meaning),
                 )
-                sha256 = hashlib.sha256(residual).digest()
-                self._name_residual(db, update, name, sha256, meaning)
+                if residual is not None:
+                    self._name_residual(db, update, residual, meaning)
         with _files(FOLDER):
             self._remove_unnamed()
         if len(frame) > CUT_BYTES:
@@ -401,14 +395,19 @@ class Outbox:
 
     # --- residuals -----------------------------------------------------------------------------
 
+    def new_residual(self, update_id: bytes) -> Path:
+        """Return the file that the residual of this work is written to, before it is named."""
+        return self._folder / f"{self._device}.{update_id.hex()}.{time.time_ns():x}"
+
     def _name_residual(
-        self, db: sqlite3.Connection, update: Update, name: str, sha256: bytes, meaning: bytes
+        self, db: sqlite3.Connection, update: Update, residual: ResidualFile, meaning: bytes
     ) -> None:
         """Let a file on disk be the newest residual, and forget those of jobs long over."""
+        named = (Path(residual.path).name, residual.sha256, meaning)
         db.execute(
             "INSERT OR REPLACE INTO residuals (device, job, structure, round, file, sha256, meaning) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (self._device, update.job, update.structure, update.round, name, sha256, meaning),
+            (self._device, update.job, update.structure, update.round, *named),
         )
         db.execute(
             "DELETE FROM residuals WHERE device = ? AND number NOT IN "
@@ -416,20 +415,11 @@ class Outbox:
             (self._device, self._device, MAX_RESIDUALS),
         )
 
-    def _read_residual(self, name: str, sha256: bytes) -> bytes | None:
-        try:
-            content = (self._folder / name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DiskError(f"{name}: {error.strerror}") from error
-        return content if hashlib.sha256(content).digest() == sha256 else None
-
     def _remove_unnamed(self) -> None:
-        """Delete files that no row names: a crash left them, or a newer one took their place."""
+        """Delete this device's files that no row names: a crash or a newer one left them."""
         named = {row[0] for row in self._database.rows("SELECT file FROM residuals")}
         for path in list(self._folder.iterdir()):
-            if path.name not in named:
+            if path.name not in named and path.name.startswith(f"{self._device}."):
                 path.unlink(missing_ok=True)
 
     def _rows(self, sql: str) -> list[Any]:

@@ -79,7 +79,7 @@ def _give_unsealed_back(db: sqlite3.Connection, device: str) -> None:
 def _move_residuals(db: sqlite3.Connection, device: str, folder: Path) -> None:
     rows = "SELECT job, structure, round, state, mark FROM old_residuals ORDER BY used"
     for number, (job, structure, of, state, mark) in enumerate(db.execute(rows).fetchall()):
-        name, sha256 = f"upgraded.{number}", hashlib.sha256(state).digest()
+        name, sha256 = f"{device}.upgraded.{number}", hashlib.sha256(state).digest()
         write_durably(folder / name, state)
         db.execute(
             "INSERT INTO residuals (device, job, structure, round, file, sha256, meaning) "

@@ -143,7 +143,7 @@ class Training:
         task, spec = action.task, action.spec
         limits = self._limits(spec.deadline_s)
         require_fits(spec, task.density, limits)
-        left = await asyncio.to_thread(self._outbox.leftover, task.job, spec.structure.id, meaning_of(spec))
+        left = self._outbox.leftover(task.job, spec.structure.id, meaning_of(spec))
         if left.dropped:
             text = f"{left.dropped} left-overs of a job of this name with other settings, or damaged ones"
             self._happened(LeftoverDropped(code=CodecError.code, text=text))
@@ -161,7 +161,8 @@ class Training:
             ),
             data_path=self._data_path,
             codec=spec.codec,
-            residual=left.residual,
+            residual_from=left.residual,
+            residual_to=str(self._outbox.new_residual(action.update_id)),
             returned=left.returned,
             share_class_counts=spec.share_class_counts,
             trained_share=spec.trained_share,
@@ -183,7 +184,7 @@ class Training:
                 update,
                 frame,
                 task_id=action.task.task_id,
-                residual=action.result.residual,
+                residual=action.result.residual_file,
                 meaning=meaning_of(action.spec),
                 returned=action.result.returned,
             )

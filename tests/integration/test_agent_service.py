@@ -18,7 +18,7 @@ from liberatai_agent import probe
 from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, GateSettings
-from liberatai_agent.events import Returned, TrainingResult
+from liberatai_agent.events import ResidualFile, Returned, TrainingResult
 from liberatai_agent.service import Service
 from liberatai_agent.status import read_status
 from liberatai_core.compressor.codebook import compress
@@ -184,6 +184,7 @@ class QuickTrainer(Trainer):
         self.body = b"b" * body_bytes
         self.dropped: tuple[str, str] | None = None
         self.works: list[Work] = []
+        self.residuals: list[bytes | None] = []
         self.hold: asyncio.Event | None = None
         self.changes: dict[str, Any] = {}
 
@@ -194,9 +195,13 @@ class QuickTrainer(Trainer):
         self.works.append(work)
         if self.hold is not None:
             await self.hold.wait()
+        before = work.residual_from
+        self.residuals.append(None if before is None else Path(before.path).read_bytes())
+        after = f"after {work.round}".encode()
+        Path(work.residual_to).write_bytes(after)
         result = TrainingResult(
             body=self.body + bytes([work.round]),
-            residual=f"after {work.round}".encode(),
+            residual_file=ResidualFile(path=work.residual_to, sha256=hashlib.sha256(after).digest()),
             returned=tuple(one.update_id for one in work.returned),
             dropped=self.dropped,
             samples=5,
@@ -568,7 +573,7 @@ async def test_a_refused_update_comes_back_into_the_next_training(tmp_path: Path
         second = await co.first(Update, round=2)
         assert trainer.works[0].returned == ()
         assert trainer.works[1].returned == (Returned(update_id=first.update_id, round=1, body=first.body),)
-        assert trainer.works[1].residual == b"after 1"
+        assert trainer.residuals[1] == b"after 1"
         await co.receipt(second)
         await co.task(keyframe, number=3)
         await co.first(Update, round=3)
@@ -591,13 +596,13 @@ async def test_left_overs_of_a_job_of_the_same_name_with_another_seed_are_droppe
         other = replace(SPEC, seed=7)
         await co.task(keyframe, number=2, spec=other)
         await co.receipt(await co.first(Update, round=2))
-        assert (trainer.works[1].residual, trainer.works[1].returned) == (None, ())
+        assert (trainer.residuals[1], trainer.works[1].returned) == (None, ())
         assert trainer.works[1].rounds_away == 0
         told = await co.first(Event, name="residual_dropped")
         assert (told.code, told.text[:2]) == ("E_CODEC", "2 ")
         await co.task(keyframe, number=3, spec=other)
         await co.receipt(await co.first(Update, round=3))
-        assert trainer.works[2].residual == b"after 2"
+        assert trainer.residuals[2] == b"after 2"
     assert [event.name for event in co.all(Event)].count("residual_dropped") == 1
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from liberatai_agent.children import residual
 from liberatai_agent.children.confine import confine, limit
 from liberatai_agent.children.messages import (
     LENGTH,
@@ -333,11 +334,21 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         try:
             task = decode_work(body)
             limit(task.memory_bytes, task.cpu_seconds)
-            answer = work(task, memory)
+            answer = _with_files(task, memory)
         except msgspec.MsgspecError as error:
             answer = Failed(code="E_INTERNAL", text=f"the trainer was sent nonsense: {error}"[:512])
         sink.write(encode(answer))
         sink.flush()
+
+
+def _with_files(task: Work, memory: Memory) -> Answer:
+    answer = work(task := residual.read(task), memory)
+    if isinstance(answer, Failed):
+        return answer
+    try:
+        return Done(result=residual.write(task, answer.result))
+    except LiberataiError as error:
+        return Failed(code=error.code, text=str(error)[:512])
 
 
 def main(argv: Sequence[str]) -> int:

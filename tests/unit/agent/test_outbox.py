@@ -1,6 +1,7 @@
 """The outbox: nothing is lost or doubled, whatever dies and whenever."""
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -15,8 +16,8 @@ import msgspec
 import pytest
 
 from liberatai_agent import outbox_upgrade
-from liberatai_agent.events import Returned
-from liberatai_agent.outbox import Outbox, meaning_of, open_database
+from liberatai_agent.events import ResidualFile, Returned
+from liberatai_agent.outbox import Leftover, Outbox, meaning_of, open_database
 from liberatai_agent.state_folder import StateLock
 from liberatai_core.contract.frame import Signer, open_frame, seal
 from liberatai_core.contract.messages import TaskSpec, Update, update_id
@@ -50,11 +51,13 @@ def task_id(number: int) -> bytes:
 def store(
     box: Outbox, update: Update, residual: bytes, returned: tuple[bytes, ...] = ()
 ) -> tuple[bytes, ...]:
+    path = box.new_residual(update.update_id)
+    path.write_bytes(residual)
     return box.commit_training(
         update,
         seal(update, SIGNER),
         task_id=task_id(update.round),
-        residual=residual,
+        residual=ResidualFile(path=str(path), sha256=hashlib.sha256(residual).digest()),
         meaning=MARK,
         returned=returned,
     )
@@ -64,6 +67,11 @@ def commit(box: Outbox, number: int = 1, residual: bytes = b"rest", **changes: A
     update = an_update(number, **changes)
     store(box, update, residual)
     return update
+
+
+def residual(left: Leftover) -> bytes | None:
+    """Return what the training process would read."""
+    return None if left.residual is None else Path(left.residual.path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -89,7 +97,7 @@ def test_what_was_committed_is_there_after_reopening(box: Outbox, tmp_path: Path
         assert [(u.update_id, u.job, u.round) for u in again.unsent()] == [(update.update_id, "job", 1)]
         assert [(u.transfer, u.size_bytes) for u in again.unsent()] == [(blob_id(frame), len(frame))]
         left = again.leftover("job", "mlp", MARK)
-        assert (left.residual, left.round, left.dropped) == (b"rest", 1, 0)
+        assert (residual(left), left.round, left.dropped) == (b"rest", 1, 0)
         assert again.finished() == (task_id(1),)
 
 
@@ -103,7 +111,7 @@ def test_the_first_update_of_a_round_wins(box: Outbox) -> None:
     commit(box, body=b"first", residual=b"first rest")
     commit(box, body=b"second", residual=b"second rest")
     assert len(box.unsent()) == 1
-    assert box.leftover("job", "mlp", MARK).residual == b"first rest"
+    assert residual(box.leftover("job", "mlp", MARK)) == b"first rest"
     message = open_frame(box.frame(an_update().update_id), "test", lambda _: SIGNER.public_key).message
     assert isinstance(message, Update)
     assert message.body == b"first"
@@ -129,7 +137,7 @@ def test_a_refused_body_waits_for_the_next_training_and_is_used_once(box: Outbox
     assert box.leftover("job", "cnn", MARK).returned == ()
     store(box, an_update(2), b"new", (update.update_id,))
     left = box.leftover("job", "mlp", MARK)
-    assert (left.residual, left.returned) == (b"new", ())
+    assert (residual(left), left.returned) == (b"new", ())
 
 
 def test_devices_share_a_database_and_see_nothing_of_each_other(tmp_path: Path) -> None:
@@ -140,11 +148,11 @@ def test_devices_share_a_database_and_see_nothing_of_each_other(tmp_path: Path) 
     assert not two.unsent()
     assert not two.finished()
     assert not two.refusals()
-    assert two.leftover("job", "mlp", MARK).residual is None
+    assert residual(two.leftover("job", "mlp", MARK)) is None
     commit(two, residual=b"other")
     two.forget(an_update().update_id)
     assert one.unsent()
-    assert one.leftover("job", "mlp", MARK).residual == b"rest"
+    assert residual(one.leftover("job", "mlp", MARK)) == b"rest"
     database.close()
 
 
@@ -159,22 +167,11 @@ def test_a_frame_that_rotted_is_not_sent_and_its_body_not_given_back(box: Outbox
     assert box.leftover("job", "mlp", MARK).returned == ()
 
 
-def test_a_residual_that_rotted_is_let_go_and_counted(box: Outbox, tmp_path: Path) -> None:
-    commit(box, residual=b"residual" * 1000)
-    (file,) = (tmp_path / "residuals").iterdir()
-    file.write_bytes(b"\0" * 8000)
-    left = box.leftover("job", "mlp", MARK)
-    assert (left.residual, left.round, left.dropped) == (None, 0, 1)
-    assert box.leftover("job", "mlp", MARK).dropped == 0
-    commit(box, 2)
-    assert box.leftover("job", "mlp", MARK).residual == b"rest"
-
-
 def test_no_file_stays_that_no_row_names(box: Outbox, tmp_path: Path) -> None:
     for number in range(1, 9):
         commit(box, number, structure=f"s{number % 6}")
     assert len(list((tmp_path / "residuals").iterdir())) == 4
-    (tmp_path / "residuals" / "left.by.a.crash").write_bytes(b"x")
+    box.new_residual(b"left by a crash").write_bytes(b"x")
     box._database.close()
     with a_box(tmp_path):
         assert len(list((tmp_path / "residuals").iterdir())) == 4
@@ -194,9 +191,9 @@ def test_leftovers_of_an_older_job_of_the_same_name_are_deleted_and_counted_once
     assert box.leftover("job", "cnn", other).dropped == 0, "another structure"
     assert box.leftover("elsewhere", "mlp", other).dropped == 0, "another job"
     left = box.leftover("job", "mlp", other)
-    assert (left.residual, left.round, left.returned, left.dropped) == (None, 0, (), 2)
+    assert (residual(left), left.round, left.returned, left.dropped) == (None, 0, (), 2)
     left = box.leftover("job", "mlp", MARK)
-    assert (left.residual, left.returned, left.dropped) == (None, (), 0)
+    assert (residual(left), left.returned, left.dropped) == (None, (), 0)
     assert [u.round for u in box.unsent()] == [2], "updates are the coordinator's to judge"
 
 
@@ -295,7 +292,7 @@ def test_an_outbox_of_the_second_schema_is_taken_over(tmp_path: Path) -> None:
         assert not box._database.damaged
         assert [u.update_id for u in box.unsent()] == [sent.update_id]
         left = box.leftover("job", "mlp", MARK)
-        assert (left.residual, left.round) == (b"\1\2", 4)
+        assert (residual(left), left.round) == (b"\1\2", 4)
         assert [one.body for one in left.returned] == [b"never sent"]
         assert box.finished() == (task_id(3),)
         assert box.refusals() == {"E_SIG": 2}
@@ -320,7 +317,7 @@ def test_the_quota_drops_superseded_updates_first(tmp_path: Path) -> None:
 def test_residuals_of_old_structures_are_let_go(box: Outbox) -> None:
     for number in range(1, 8):
         commit(box, number, structure=f"s{number}", residual=bytes([number]))
-    kept = [n for n in range(1, 8) if box.leftover("job", f"s{n}", MARK).residual is not None]
+    kept = [n for n in range(1, 8) if residual(box.leftover("job", f"s{n}", MARK)) is not None]
     assert kept == [4, 5, 6, 7]
 
 
@@ -341,10 +338,10 @@ def test_a_full_disk_is_refused_whole_and_heals(tmp_path: Path) -> None:
         commit(box, 2, body=bytes(100_000), residual=b"new")
     assert [u.round for u in box.unsent()] == [1]
     assert box.finished() == (task_id(1),)
-    assert box.leftover("job", "mlp", MARK).residual == b"rest"
+    assert residual(box.leftover("job", "mlp", MARK)) == b"rest"
     raw.execute("PRAGMA max_page_count=1000000")
     commit(box, 2, body=bytes(100_000), residual=b"new")
-    assert box.leftover("job", "mlp", MARK).residual == b"new"
+    assert residual(box.leftover("job", "mlp", MARK)) == b"new"
     database.close()
 
 
@@ -421,8 +418,9 @@ def test_damage_that_shows_while_the_agent_runs_is_told_from_a_full_disk(box: Ou
 
 
 WRITER = """
-import sys
+import hashlib, sys
 from pathlib import Path
+from liberatai_agent.events import ResidualFile
 from liberatai_agent.outbox import Outbox, open_database
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Update, update_id
@@ -437,7 +435,10 @@ while True:
     update = Update(update_id=update_id("dev", "job", number, b"b" * 16), device="dev", job="job", round=number,
         epoch=1, structure="mlp", base=b"b" * 16, samples=3, codec="topk", body=bytes(20_000))
     left = box.leftover("job", "mlp", b"mark").returned
-    box.commit_training(update, seal(update, signer), task_id=number.to_bytes(16, "big"), residual=b"%d" % number,
+    path = box.new_residual(update.update_id)
+    path.write_bytes(b"%d" % number)
+    box.commit_training(update, seal(update, signer), task_id=number.to_bytes(16, "big"),
+        residual=ResidualFile(path=str(path), sha256=hashlib.sha256(b"%d" % number).digest()),
         meaning=b"mark", returned=tuple(one.update_id for one in left))
     if number % 2:
         box.give_back(update.update_id)
@@ -469,7 +470,7 @@ def test_kill_minus_9_at_random_leaves_update_residual_and_task_together(tmp_pat
         done = len(box.finished())
         left = box.leftover("job", "mlp", b"mark")
         assert done in (acknowledged, acknowledged + 1)
-        assert left.residual == b"%d" % done
+        assert residual(left) == b"%d" % done
         rounds = {u.round for u in box.unsent()}
         given_back = {n for n in range(1, done + 1) if n % 2}
         # The last one may have been killed before it was given back, but is never in both places.
