@@ -16,8 +16,8 @@ from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.rows import JobRow, VersionRow
-from liberatai_core.errors import NotFoundError, StateError
+from liberatai_coordinator.store.rows import JobRow
+from liberatai_core.errors import StateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,9 @@ def summaries(ledger: Ledger, waits: Mapping[str, str]) -> tuple[JobSummary, ...
         ledger: has them.
         waits: why no round of a job opens, by name.
     """
+    newest = ledger.versions.newest
     return tuple(
-        present.job_summary(row, _newest(ledger, row.name), waits.get(row.name, ""))
+        present.job_summary(row, newest(row.name, first=row.first_version), waits.get(row.name, ""))
         for row in ledger.jobs.all()
     )
 
@@ -91,15 +92,8 @@ def _view(ledger: Ledger, ended: EndedRounds, row: JobRow, stored: Mapping[int, 
     plan = ledger.jobs.value(row.name, "plan")
     return present.job_view(
         row,
-        _newest(ledger, row.name),
+        ledger.versions.newest(row.name, first=row.first_version),
         msgspec.msgpack.decode(plan, type=tuple[Assignment, ...]) if plan else (),
         ended.rounds(ledger, row, stored),
         waits,
     )
-
-
-def _newest(ledger: Ledger, job: str) -> VersionRow | None:
-    try:
-        return ledger.versions.get(job)
-    except NotFoundError:
-        return None

@@ -89,14 +89,14 @@ def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummar
 
     Args:
         row: of the ledger.
-        newest: version of its model; None before the first one.
+        newest: version that it made; None before the first one.
         waits: why no round opens, in words; "" while one is open.
     """
     number = newest.number if newest else 0
     return JobSummary(
         name=row.name,
         state=msgspec.convert(row.state, JobState),
-        rounds_done=number,
+        rounds_done=max(0, number - row.first_version),
         rounds_total=msgspec.json.decode(row.spec, type=JobSpec).rounds.count,
         created_s=row.created_s,
         reason=row.reason or waits,
@@ -115,7 +115,7 @@ def job_view(
 
     Args:
         row: of the ledger.
-        newest: version of its model; None before the first one.
+        newest: version that it made; None before the first one.
         assigned: its plan.
         rounds: all of them.
         waits: why no round opens, in words; "" while one is open.
@@ -125,7 +125,7 @@ def job_view(
     return JobView(
         name=row.name,
         state=msgspec.convert(row.state, JobState),
-        rounds_done=number,
+        rounds_done=max(0, number - row.first_version),
         rounds_total=job.rounds.count,
         created_s=row.created_s,
         reason=row.reason or waits,
