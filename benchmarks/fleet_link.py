@@ -130,6 +130,9 @@ class SocketLink:
     async def unsubscribe(self, *filters: str) -> None:
         """Do nothing, as above."""
 
+    def urgent(self, on: bool) -> None:
+        """Nothing: this link never tries again."""
+
     def ack(self, token: int) -> None:
         """Tell the exchange that the message is safe; a token of an older connection is ignored."""
         generation, number = divmod(token, 1 << 32)

@@ -198,7 +198,6 @@ class Coordinator:
                 await asyncio.to_thread(self._process.wait, 60)
             except subprocess.TimeoutExpired:
                 self.kill()
-        self.client.close()
         if self._server is not None:
             self._server.close()
 
@@ -360,7 +359,7 @@ class Scale:
         """Abort the job that all devices take part in."""
         self.devices.reset()
         started = time.monotonic()
-        await asyncio.to_thread(self.coordinator.client.abort, "pending")
+        await asyncio.to_thread(self.coordinator.client.jobs.abort, "pending")
         await self._hear(Cancel, self.given.devices)
         self.found["abort_s"] = self.devices.last_s[Cancel] - started
         await self._done("abort")
@@ -370,7 +369,7 @@ class Scale:
     async def _create(self, name: str, rounds: int, target: int) -> None:
         given = self.given
         text = JOB.format(name=name, rounds=rounds, target=target, hidden=given.hidden, seed=given.seed)
-        await asyncio.to_thread(self.coordinator.client.create_job, text, str(self.coordinator.folder))
+        await asyncio.to_thread(self.coordinator.client.jobs.create, text, str(self.coordinator.folder))
 
     async def _send(self, frames: list[tuple[str, bytes]]) -> tuple[float, list[float]]:
         """Send updates at once; returns receipts per second of processor time, and how long each took."""
@@ -420,7 +419,7 @@ class Scale:
             await self._hear(Receipt, number + len(part))
 
     def _require_counted(self, name: str) -> None:
-        for version in self.coordinator.client.log(name):
+        for version in self.coordinator.client.models.log(name):
             if version.version and version.updates != self.given.invited:
                 raise SystemExit(f"version {version.version} counts {version.updates} updates")
 

@@ -101,12 +101,12 @@ def run(folder: Path, given: argparse.Namespace, rounds: int, kills: int, pause_
     unlabeled = folder / "data" / "unlabeled.npz"
     text = JOB.format(rounds=rounds, devices=given.devices, unlabeled=unlabeled, seed=given.seed)
     with LocalFleet(folder, devices, broker=given.broker, fleet="kills") as fleet:
-        fleet.client.create_job(text, str(folder))
+        fleet.client.jobs.create(text, str(folder))
         started = time.monotonic()
         log = disturb(fleet, names, rounds, kills, pause_s, random.Random(given.seed))
         wait(fleet)
         seconds = time.monotonic() - started
-        version = fleet.client.version("kills", "latest")
+        version = fleet.client.models.version("kills", "latest")
         broker = fleet.broker_name
     lost, doubled = audit(folder, rounds, given.devices)
     return Outcome(
@@ -146,7 +146,7 @@ def disturb(
 def done(fleet: LocalFleet) -> int:
     """Return how many rounds are published."""
     try:
-        return fleet.client.job("kills").rounds_done
+        return fleet.client.jobs.show("kills").rounds_done
     except LiberataiError:
         return -1
 
@@ -155,7 +155,7 @@ def wait(fleet: LocalFleet, limit_s: float = 900.0) -> None:
     """Wait for the end of the job."""
     ends = time.monotonic() + limit_s
     while time.monotonic() < ends:
-        view = fleet.client.job("kills")
+        view = fleet.client.jobs.show("kills")
         if view.state == "finished":
             return
         if view.state not in {"running", "waiting"}:

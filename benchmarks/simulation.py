@@ -394,7 +394,12 @@ class Simulation:
                 return [on.BlobStored(blob=ref.blob) for ref in refs]
             case do.ReadSpec(blob=blob):
                 return [on.SpecRead(blob=blob, spec=decode_spec((self._files / blob).read_bytes()))]
-            case do.StartTraining():
+            case do.StartTraining(task=task):
+                # Training outlasts the hold of a routine report; other phases of a round do not.
+                report = Report(
+                    device=device.name, session=1, phase="training", job=task.job, round=task.round
+                )
+                self._up(device, self._topics.up(device.name, "rep"), report)
                 return [self._train(device, action)]
             case do.StoreUpdate(task=task, update_id=uid, result=result):
                 device.results[uid] = (task, result)
@@ -404,10 +409,6 @@ class Simulation:
                 self._send(device, uid)
             case do.Forget(update_id=uid):
                 del device.results[uid]
-            case do.PublishReport(phase="training", job=job, round=number):
-                # Training outlasts the hold of a routine report; other phases of a round do not.
-                report = Report(device=device.name, session=1, phase="training", job=job, round=number)
-                self._up(device, self._topics.up(device.name, "rep"), report)
             case do.Emit(name=name, code=code, text=text):
                 raise RuntimeError(f"{device.name}: {name} {code} {text}")
             case _:

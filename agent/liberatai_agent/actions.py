@@ -2,19 +2,25 @@
 
 from typing import Literal
 
-from liberatai_agent.events import (
-    TrainingResult,
-    Value,
-)
-from liberatai_core.contract.messages import BlobRef, Step, Task, TaskSpec
+from liberatai_agent.events import TrainingResult, Value
+from liberatai_core.contract.messages import BlobRef, Capability, Step, Task, TaskSpec
 
 Phase = Literal["idle", "gated", "fetching", "training", "sending", "failed"]
 
 
 class PublishState(Value, frozen=True, kw_only=True):
-    """Say that the device is there (retained)."""
+    """Say what the device can do, and that it is there (both retained, in this order).
 
-    state: Literal["online", "draining", "offline"] = "online"
+    The capability carries the key that verifies everything else; None: it was said before.
+    """
+
+    capability: Capability | None = None
+
+
+class PublishCapability(Value, frozen=True, kw_only=True):
+    """Say what the device can do (retained)."""
+
+    capability: Capability
 
 
 class PublishReport(Value, frozen=True, kw_only=True):
@@ -67,17 +73,24 @@ class StoreUpdate(Value, frozen=True, kw_only=True):
 
 
 class SendUpdate(Value, frozen=True, kw_only=True):
-    """Send an update of the outbox, or offer it if it is long."""
+    """Send an update of the outbox in one message."""
 
     update_id: bytes
+
+
+class SendOffer(Value, frozen=True, kw_only=True):
+    """Offer an update of the outbox, which is too long for one message, in chunks of this length."""
+
+    update_id: bytes
+    chunk_bytes: int
 
 
 class SendChunks(Value, frozen=True, kw_only=True):
-    """Send the next chunks of a long update: at most `chunks` of those that `have` lacks."""
+    """Send these chunks of an update that was offered."""
 
     update_id: bytes
-    have: bytes
-    chunks: int
+    chunk_bytes: int
+    numbers: tuple[int, ...]
 
 
 class Forget(Value, frozen=True, kw_only=True):
@@ -105,9 +118,20 @@ class KeepPath(Value, frozen=True, kw_only=True):
 
 
 class RememberEpoch(Value, frozen=True, kw_only=True):
-    """Store the highest epoch seen."""
+    """Store the highest epoch seen; `word` is the presence that said so, empty if something else did."""
 
     epoch: int
+    word: bytes = b""
+
+
+class ShowEpoch(Value, frozen=True, kw_only=True):
+    """Show the coordinator the highest epoch that its own key has signed."""
+
+
+class RaiseSession(Value, frozen=True, kw_only=True):
+    """Take a session number above this one, and connect with it."""
+
+    known: int
 
 
 class Emit(Value, frozen=True, kw_only=True):
@@ -121,6 +145,7 @@ class Emit(Value, frozen=True, kw_only=True):
 
 Action = (
     PublishState
+    | PublishCapability
     | PublishReport
     | FetchBlobs
     | ReadSpec
@@ -129,11 +154,14 @@ Action = (
     | StopTraining
     | StoreUpdate
     | SendUpdate
+    | SendOffer
     | SendChunks
     | Forget
     | RestoreResidual
     | DropBlobs
     | KeepPath
     | RememberEpoch
+    | ShowEpoch
+    | RaiseSession
     | Emit
 )

@@ -79,6 +79,13 @@ class BlobStore:
         """Return where a complete blob lies."""
         return self._folder / blob
 
+    def size_bytes(self) -> int:
+        """Return what the files here take, unfinished ones included."""
+        sizes = []
+        with contextlib.suppress(OSError):
+            sizes = [entry.stat().st_size for entry in os.scandir(self._folder)]
+        return sum(sizes)
+
     def has(self, ref: BlobRef) -> bool:
         """Whether a blob is complete."""
         try:
@@ -249,7 +256,7 @@ class Fetcher:
     """Fetches blobs over a link. `deliver` gets every message of a blob topic.
 
     Args:
-        link: where to ask.
+        link: gives where to ask now.
         topics: of the fleet.
         keys: the coordinator's key, for manifests.
         store: where they go.
@@ -258,7 +265,7 @@ class Fetcher:
 
     def __init__(
         self,
-        link: Link,
+        link: Callable[[], Link],
         topics: Topics,
         keys: Keys,
         store: BlobStore,
@@ -275,7 +282,7 @@ class Fetcher:
         """Take one message of a blob topic; what nobody waits for is dropped."""
         queue = self._waiting.get(message.topic)
         if queue is None or queue.full():
-            self._link.ack(message.token)
+            self._link().ack(message.token)
         else:
             queue.put_nowait(message)
 
@@ -335,7 +342,7 @@ class Fetcher:
         queue: asyncio.Queue[Received] = asyncio.Queue(maxsize=2)
         self._waiting[topic] = queue
         try:
-            await self._link.subscribe(topic)
+            await self._link().subscribe(topic)
             async with asyncio.timeout(self._timeout_s):
                 while True:
                     message = await queue.get()
@@ -345,7 +352,7 @@ class Fetcher:
                         if message.payload:
                             self._refused(error.code, f"{topic}: {error}")
                     finally:
-                        self._link.ack(message.token)
+                        self._link().ack(message.token)
         except TimeoutError:
             raise NotFoundError(f"{topic}: nothing (credible) came within {self._timeout_s:g} s") from None
         finally:
@@ -353,7 +360,7 @@ class Fetcher:
             if self._waiting.get(topic) is queue:
                 del self._waiting[topic]
                 with contextlib.suppress(LiberataiError):
-                    await self._link.unsubscribe(topic)
+                    await self._link().unsubscribe(topic)
 
 
 def _names(blob: str, sha256: bytes) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liberatai_core.errors import ConfigError, LiberataiError, NotFoundError
+from liberatai_core.errors import ConfigError, DamagedError, LiberataiError, NotFoundError
 
 if TYPE_CHECKING:
     from liberatai_agent.config import AgentConfig
@@ -151,12 +151,18 @@ async def _serve(config: "AgentConfig") -> int:
     def make_link(will: "Will") -> "MqttLink":
         return MqttLink(mqtt_settings(config), will)
 
-    service = Service(config, make_link)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop)
-    await service.run()
-    return OK
+    while True:
+        service = Service(config, make_link)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, service.stop)
+        try:
+            await service.run()
+        except DamagedError as error:
+            # The next start sets the damaged file aside.
+            _complain(f"{error.code}: {error}")
+        else:
+            return OK
 
 
 def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
@@ -205,8 +211,8 @@ def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
 def _probe(args: argparse.Namespace) -> int:
     from liberatai_agent import probe  # noqa: PLC0415
     from liberatai_agent.config import AgentConfig, load_config, load_profile  # noqa: PLC0415
-    from liberatai_agent.link_meter import NOTHING, announce  # noqa: PLC0415
-    from liberatai_agent.link_watch import read_link  # noqa: PLC0415
+    from liberatai_agent.link_estimate import NOTHING, announce  # noqa: PLC0415
+    from liberatai_agent.link_meter import read_link  # noqa: PLC0415
 
     if args.config is None:
         config = AgentConfig(fleet="none", device="this", coordinator_key="0" * 64, state_dir="/nonexistent")
@@ -254,7 +260,7 @@ def _status(args: argparse.Namespace) -> int:
     import time  # noqa: PLC0415
 
     from liberatai_agent.config import load_config  # noqa: PLC0415
-    from liberatai_agent.service import read_status  # noqa: PLC0415
+    from liberatai_agent.status import read_status  # noqa: PLC0415
 
     folder = args.state_dir if args.state_dir is not None else load_config(args.config).state_path
     found = read_status(folder)
@@ -310,13 +316,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _check_machine(config: "AgentConfig") -> Checks:
     from liberatai_agent import gate, probe  # noqa: PLC0415
-    from liberatai_agent.link_watch import read_link  # noqa: PLC0415
-    from liberatai_agent.outbox import device_seed  # noqa: PLC0415
-    from liberatai_agent.service import snapshot  # noqa: PLC0415
+    from liberatai_agent.identity import Identity  # noqa: PLC0415
+    from liberatai_agent.link_meter import read_link  # noqa: PLC0415
+    from liberatai_agent.machine_watch import snapshot  # noqa: PLC0415
 
     found: Checks = []
     try:
-        device_seed(config.state_path)
+        Identity(config.state_path, config.device, config.fleet)
         found.append((True, f"state folder {config.state_dir}, device key", ""))
     except LiberataiError as error:
         found.append((False, f"state folder: {error.code}: {error}", "see state_dir in the settings"))
@@ -329,7 +335,8 @@ def _check_machine(config: "AgentConfig") -> Checks:
     found.append(
         (True if has_torch else None, "torch" if has_torch else "no torch", "" if has_torch else advice)
     )
-    is_open, reason = gate.decide(snapshot(config.state_path), config.gate)
+    now = gate.decide(snapshot(config), config.gate)
+    is_open, reason = now.open, now.reason
     found.append(
         (
             True if is_open else None,
@@ -409,12 +416,11 @@ async def _check_broker(config: "AgentConfig") -> Checks:
 
 def _enrol(args: argparse.Namespace) -> int:
     from liberatai_agent.config import load_config  # noqa: PLC0415
-    from liberatai_agent.outbox import device_seed  # noqa: PLC0415
-    from liberatai_core.contract.frame import Signer  # noqa: PLC0415
+    from liberatai_agent.identity import Identity  # noqa: PLC0415
 
     config = load_config(args.config)
-    signer = Signer.from_seed(device_seed(config.state_path), config.fleet)
-    print(f"{config.device}: {signer.public_key.hex()}")
+    identity = Identity(config.state_path, config.device, config.fleet)
+    print(f"{config.device}: {identity.signer.public_key.hex()}")
     return OK
 
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from liberatai_core.contract.messages import Cancel, Receipt, Step, Task, TaskSpec
+from liberatai_core.contract.limits import MAX_PACKET_BYTES
+from liberatai_core.contract.messages import Cancel, Capability, Receipt, Step, Task, TaskSpec
 
 Tier = Literal["full", "head", "observe"]
 
@@ -27,12 +28,20 @@ class Returned(Value, frozen=True, kw_only=True):
     body: bytes
 
 
+class ResidualFile(Value, frozen=True, kw_only=True):
+    """A sparsifier's state on disk, and the SHA-256 that it must have."""
+
+    path: str
+    sha256: bytes
+
+
 class TrainingResult(Value, frozen=True, kw_only=True):
     """What one training gave.
 
     Attributes:
         body: encoded sparse difference.
-        residual: the sparsifier's state after it, as it is stored.
+        residual: the sparsifier's state after it; only inside one process.
+        residual_file: where it is otherwise.
         returned: ids of the refused updates whose content went into `body` or `residual`, or cannot be used.
         dropped: (code, text) of the left-overs that could not be used and are gone; None: there were none.
         samples: samples trained on.
@@ -43,7 +52,8 @@ class TrainingResult(Value, frozen=True, kw_only=True):
     """
 
     body: bytes
-    residual: bytes
+    residual: bytes = b""
+    residual_file: ResidualFile | None = None
     returned: tuple[bytes, ...] = ()
     dropped: tuple[str, str] | None = None
     samples: int
@@ -54,17 +64,26 @@ class TrainingResult(Value, frozen=True, kw_only=True):
 
 
 class Unsent(Value, frozen=True, kw_only=True):
-    """An update that waits in the outbox."""
+    """An update that waits in the outbox.
+
+    Attributes:
+        update_id, job, round: of the update.
+        transfer: blob id of its frame.
+        size_bytes: length of its frame.
+    """
 
     update_id: bytes
     job: str
     round: int
+    transfer: str = ""
+    size_bytes: int = 0
 
 
 class Started(Value, frozen=True, kw_only=True):
     """The agent starts; all of this was read from disk or measured.
 
     Attributes:
+        number: of this start.
         unsent: updates without a receipt.
         finished: ids of tasks whose update was stored, oldest first.
         epoch: highest coordinator epoch seen.
@@ -72,8 +91,10 @@ class Started(Value, frozen=True, kw_only=True):
         tier, storage_bytes: of the machine.
         fault: why there is nothing to train on ("E_DATA: …"), "" if there is.
         note: a warning for the operator, shown while the device is idle.
+        measured: whether that is known yet; before it is, nothing is said.
     """
 
+    number: int = 0
     unsent: tuple[Unsent, ...] = ()
     finished: tuple[bytes, ...] = ()
     epoch: int = 0
@@ -82,25 +103,52 @@ class Started(Value, frozen=True, kw_only=True):
     storage_bytes: int = 1 << 62
     fault: str = ""
     note: str = ""
+    measured: bool = True
 
 
 class MachineChanged(Value, frozen=True, kw_only=True):
-    """A new probe or new data."""
+    """The machine and its data were looked at.
+
+    Attributes:
+        tier, storage_bytes, fault, note: as in Started.
+        capability: what the coordinator is told of it, if it is news.
+    """
 
     tier: Tier
     storage_bytes: int
     fault: str = ""
     note: str = ""
+    capability: Capability | None = None
 
 
 class LinkUp(Value, frozen=True, kw_only=True):
-    """The broker is there, all subscriptions are in force."""
+    """The broker is there, all subscriptions are in force.
+
+    Attributes:
+        session_present: the broker kept what it had for us.
+        packet_bytes: the largest packet that it takes.
+    """
 
     session_present: bool = False
+    packet_bytes: int = MAX_PACKET_BYTES
 
 
 class LinkDown(Value, frozen=True, kw_only=True):
     """The broker is gone."""
+
+
+class BrokerRefused(Value, frozen=True, kw_only=True):
+    """The broker does not do what was asked.
+
+    Attributes:
+        topic: of what.
+        words: one line for people.
+        packet_bytes: the largest packet that it takes from now on; 0: that is not the matter.
+    """
+
+    topic: str
+    words: str
+    packet_bytes: int = 0
 
 
 class TaskArrived(Value, frozen=True, kw_only=True):
@@ -116,10 +164,17 @@ class CancelArrived(Value, frozen=True, kw_only=True):
 
 
 class CoordinatorChanged(Value, frozen=True, kw_only=True):
-    """A coordinator came or went."""
+    """A coordinator came or went; `word` is the frame that says so."""
 
     state: Literal["online", "offline", "lost"]
     epoch: int
+    word: bytes = b""
+
+
+class SessionBehind(Value, frozen=True, kw_only=True):
+    """The coordinator has heard a higher session of this device: it was put back from a copy."""
+
+    session: int
 
 
 class BlobStored(Value, frozen=True, kw_only=True):
@@ -165,10 +220,20 @@ class LeftoverDropped(Value, frozen=True, kw_only=True):
     text: str
 
 
+class Renumbered(Value, frozen=True, kw_only=True):
+    """The device goes on with this session number."""
+
+    number: int
+
+
 class OutboxStored(Value, frozen=True, kw_only=True):
-    """Update and residual are durable."""
+    """Update and residual are durable; fields as in Unsent."""
 
     update_id: bytes
+    job: str = ""
+    round: int = 0
+    transfer: str = ""
+    size_bytes: int = 0
 
 
 class StoreFailed(Value, frozen=True, kw_only=True):
@@ -180,10 +245,17 @@ class StoreFailed(Value, frozen=True, kw_only=True):
 
 
 class UpdateDropped(Value, frozen=True, kw_only=True):
-    """The outbox was full and dropped an update."""
+    """The outbox had to drop an update: it was full, or cannot read it any more."""
 
     update_id: bytes
+    code: str = "E_QUOTA"
     reason: str
+
+
+class StateDamaged(Value, frozen=True, kw_only=True):
+    """A file of the agent's own was damaged, and was set aside at the start."""
+
+    what: str
 
 
 class ReceiptArrived(Value, frozen=True, kw_only=True):
@@ -193,11 +265,17 @@ class ReceiptArrived(Value, frozen=True, kw_only=True):
 
 
 class CreditArrived(Value, frozen=True, kw_only=True):
-    """A verified credit for an upload of this update."""
+    """A verified credit for an upload."""
 
-    update_id: bytes
+    transfer: str
     have: bytes
     chunks: int
+
+
+class ChunksSent(Value, frozen=True, kw_only=True):
+    """The chunks of an update that were to be sent went to the broker, or could not go."""
+
+    update_id: bytes
 
 
 class GateChanged(Value, frozen=True, kw_only=True):
@@ -205,6 +283,12 @@ class GateChanged(Value, frozen=True, kw_only=True):
 
     open: bool
     reason: str = ""
+
+
+class QuotaChanged(Value, frozen=True, kw_only=True):
+    """The day's quota of the link is used up ("words" say so), or is not any more ("")."""
+
+    words: str = ""
 
 
 class Tick(Value, frozen=True, kw_only=True):
@@ -218,9 +302,12 @@ Happened = (
     | MachineChanged
     | LinkUp
     | LinkDown
+    | BrokerRefused
     | TaskArrived
     | CancelArrived
     | CoordinatorChanged
+    | SessionBehind
+    | Renumbered
     | BlobStored
     | BlobFailed
     | SpecRead
@@ -232,6 +319,9 @@ Happened = (
     | UpdateDropped
     | ReceiptArrived
     | CreditArrived
+    | ChunksSent
     | GateChanged
+    | QuotaChanged
+    | StateDamaged
     | Tick
 )

@@ -1,10 +1,29 @@
-"""The gate: may this device train now? A pure decision on a snapshot of the machine."""
+"""The gate: may this device train now? A pure decision on a snapshot of the machine and the gate before.
 
-from dataclasses import dataclass
+A training uses memory and makes heat, so a gate that looked at bare numbers would close because of the
+training that it let in, and open once that was stopped, for ever. Therefore
+
+- what the training process holds counts as free, and its load as nobody's;
+- a rule that is broken stays so until the value is better than the limit by a margin;
+- a training that runs is left alone for a while, unless a value is far beyond its limit. Each time the gate
+  stops one, the next one gets twice the time: so that sooner or later one is finished.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from liberatai_agent.config import GateSettings
 
 MIB = 1 << 20
+RUN_S = 60.0
+"""What a training may run with a rule broken: most are over by then."""
+MAX_RUN_S = 86_400.0
+HEAT_MARGIN_C, HEAT_FAR_C = 5.0, 10.0
+"""Cooler by so much: open again. Hotter by so much: at once; boards slow themselves down long before."""
+CHARGE_MARGIN = 5.0
+FREE_MARGIN, FAR = 1.25, 0.5
+"""Shares of a limit from below: open again above the first, closed at once below the second."""
+LOAD_MARGIN, LOAD_FAR = 0.8, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +37,8 @@ class Snapshot:
         temperature_c: hottest sensor.
         disk_free_bytes: where the state lies.
         memory_available_bytes: on the machine or in its container.
-        day_bytes: that the link moved today.
-        day_quota_bytes: that it may move in a day.
+        own_memory_bytes: that the training process holds: it would be available without it.
+        training: whether a training runs.
     """
 
     load_others: float | None = None
@@ -28,28 +47,113 @@ class Snapshot:
     temperature_c: float | None = None
     disk_free_bytes: int | None = None
     memory_available_bytes: int | None = None
-    day_bytes: int | None = None
-    day_quota_bytes: int | None = None
+    own_memory_bytes: int = 0
+    training: bool = False
 
 
-def decide(now: Snapshot, rules: GateSettings) -> tuple[bool, str]:
-    """Return (open, reason); the reason is "" when open and names every rule that is broken otherwise."""
-    broken = []
-    if rules.max_load_others is not None and _above(now.load_others, rules.max_load_others):
-        broken.append(f"other programs use {now.load_others:.2f} processors (max {rules.max_load_others:g})")
-    if not now.on_mains and _below(now.battery_percent, rules.min_battery_percent):
-        broken.append(f"battery at {now.battery_percent:.0f} % (min {rules.min_battery_percent:g} %)")
-    if _above(now.temperature_c, rules.max_temp_c):
-        broken.append(f"{now.temperature_c:.0f} °C (max {rules.max_temp_c:g} °C)")
-    if _below(now.disk_free_bytes, _bytes(rules.min_free_disk_mb)):
-        broken.append(f"{_mib(now.disk_free_bytes)} MiB disk free (min {rules.min_free_disk_mb:g})")
-    if _below(now.memory_available_bytes, _bytes(rules.min_free_memory_mb)):
-        broken.append(
-            f"{_mib(now.memory_available_bytes)} MiB memory available (min {rules.min_free_memory_mb:g})"
-        )
-    if quota_spent(now.day_bytes, now.day_quota_bytes):
-        broken.append(quota_words(now.day_bytes or 0, now.day_quota_bytes or 0))
-    return not broken, "; ".join(broken)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """The gate after a look.
+
+    Attributes:
+        open: training is allowed.
+        reason: "" when open, otherwise every rule that is broken.
+        broken: names of the rules that are broken and not yet well again.
+        run_s: what a training may run with a rule broken.
+        began_s: when the training that runs was first seen; None: none runs.
+    """
+
+    open: bool = True
+    reason: str = ""
+    broken: frozenset[str] = frozenset()
+    run_s: float = RUN_S
+    began_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One rule that can be judged: a value, and the limits that it must not pass.
+
+    Attributes:
+        name: of the rule.
+        value: measured.
+        limit: where the rule is broken.
+        again: where it is well again.
+        far: from where on nothing waits.
+        words: what is said of it.
+        above: the limit is one from above.
+    """
+
+    name: str
+    value: float
+    limit: float
+    again: float
+    far: float
+    words: str
+    above: bool
+
+    def beyond(self, limit: float) -> bool:
+        """Whether the value is on the wrong side of a limit."""
+        return self.value > limit if self.above else self.value < limit
+
+
+def decide(now: Snapshot, rules: GateSettings, before: Gate | None = None, now_s: float = 0.0) -> Gate:
+    """Return the gate after a look at the machine.
+
+    Args:
+        now: what was measured.
+        rules: the device's.
+        before: what this returned at the last look; None: the first one.
+        now_s: of a clock that never goes back.
+    """
+    before = before or Gate()
+    judged = list(_judged(now, rules))
+    broken = [
+        rule for rule in judged if rule.beyond(rule.again if rule.name in before.broken else rule.limit)
+    ]
+    began_s = (now_s if before.began_s is None else before.began_s) if now.training else None
+    # One that was not stopped here came to its end: the next one starts with the usual patience.
+    ended = before.began_s is not None and not now.training and before.open
+    after = replace(
+        before,
+        began_s=began_s,
+        run_s=RUN_S if ended else before.run_s,
+        broken=frozenset(r.name for r in broken),
+    )
+    if not broken:
+        return replace(after, open=True, reason="")
+    far = any(rule.beyond(rule.far) for rule in broken)
+    if before.open and began_s is not None:
+        if not far and now_s - began_s < before.run_s:
+            return after
+        after = replace(after, run_s=min(2 * before.run_s, MAX_RUN_S))
+    return replace(after, open=False, reason="; ".join(rule.words for rule in broken))
+
+
+def _judged(now: Snapshot, rules: GateSettings) -> Iterator[_Rule]:
+    limit, load = rules.max_load_others, now.load_others
+    if limit is not None and load is not None:
+        words = f"other programs use {load:.2f} processors (max {limit:g})"
+        yield _Rule("load", load, limit, LOAD_MARGIN * limit, LOAD_FAR * limit, words, True)
+    limit, charge = rules.min_battery_percent, now.battery_percent
+    if limit is not None and charge is not None and not now.on_mains:
+        words = f"battery at {charge:.0f} % (min {limit:g} %)"
+        yield _Rule("battery", charge, limit, min(100.0, limit + CHARGE_MARGIN), FAR * limit, words, False)
+    limit, heat = rules.max_temp_c, now.temperature_c
+    if limit is not None and heat is not None:
+        words = f"{heat:.0f} °C (max {limit:g} °C)"
+        yield _Rule("heat", heat, limit, limit - HEAT_MARGIN_C, limit + HEAT_FAR_C, words, True)
+    limit, disk = rules.min_free_disk_mb, now.disk_free_bytes
+    if limit is not None and disk is not None:
+        yield _free("disk", disk, limit, f"{disk // MIB} MiB disk free (min {limit:g})")
+    limit, memory = rules.min_free_memory_mb, now.memory_available_bytes
+    if limit is not None and memory is not None:
+        left = memory + now.own_memory_bytes
+        yield _free("memory", left, limit, f"{left // MIB} MiB memory available (min {limit:g})")
+
+
+def _free(name: str, size: int, limit: float, words: str) -> _Rule:
+    return _Rule(name, size / MIB, limit, FREE_MARGIN * limit, FAR * limit, words, False)
 
 
 def quota_spent(day_bytes: int | None, quota_bytes: int | None) -> bool:
@@ -61,19 +165,3 @@ def quota_words(day_bytes: int, quota_bytes: int) -> str:
     """Return why nothing is fetched or trained when the quota is used up."""
     used, whole = day_bytes / MIB, quota_bytes / MIB
     return f"today's link quota is used up: {used:.1f} of {whole:.4g} MiB; goes on tomorrow (UTC)"
-
-
-def _above(value: float | None, limit: float | None) -> bool:
-    return value is not None and limit is not None and value > limit
-
-
-def _below(value: float | None, limit: float | None) -> bool:
-    return value is not None and limit is not None and value < limit
-
-
-def _bytes(mebibytes: float | None) -> float | None:
-    return None if mebibytes is None else mebibytes * MIB
-
-
-def _mib(size: int | None) -> int:
-    return (size or 0) // MIB

@@ -4,9 +4,10 @@ psutil reports the host even inside a container, so control groups are read too.
 unknown. No runtime is imported to find out whether it is there.
 """
 
+import asyncio
+import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +23,11 @@ from liberatai_agent.children import start
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.control_groups import Group
 from liberatai_agent.events import Tier
-from liberatai_agent.link_meter import NOTHING, Announced
-from liberatai_agent.session import CODECS
+from liberatai_agent.files import replace_quickly
+from liberatai_agent.link_estimate import NOTHING, Announced
 from liberatai_core import __version__, processes
 from liberatai_core.contract.limits import MAX_SAMPLES
-from liberatai_core.contract.messages import Capability
+from liberatai_core.contract.messages import SPARSE_METHODS, Capability
 from liberatai_core.profile import Profile
 from liberatai_core.structure import DataContract
 
@@ -203,12 +204,22 @@ def bench(state_dir: Path, data: str | None, *, again: bool = False) -> Bench:
 
     Blocks for about a second. Never raises: what cannot be found out stays unknown.
     """
-    cache = state_dir / "bench.json"
+    kept = None if again else kept_bench(state_dir, data)
+    return asyncio.run(new_bench(state_dir, data)) if kept is None else kept
+
+
+def kept_bench(state_dir: Path, data: str | None) -> Bench | None:
+    """Return what an earlier look found, None if it says nothing about now."""
+    found = _read_cache(state_dir / "bench.json", _cache_name(data))
+    return None if found is None else _as_bench(found, data)
+
+
+async def new_bench(state_dir: Path, data: str | None) -> Bench:
+    """Return what the child process finds now, and keep it. It is killed when this is cancelled."""
     name = _cache_name(data)
-    kept = None if again else _read_cache(cache, name)
-    found = kept if kept is not None else _run_bench(state_dir, data)
-    if kept is None and found:
-        _write_cache(cache, {"for": name, "found": found})
+    found = await _run_bench(state_dir, data)
+    if found:
+        _write_cache(state_dir / "bench.json", {"for": name, "found": found})
     return _as_bench(found, data)
 
 
@@ -238,39 +249,47 @@ def _read_cache(cache: Path, name: str) -> dict[str, Any] | None:
 
 
 def _write_cache(cache: Path, kept: dict[str, Any]) -> None:
-    part = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(json.dumps(kept), encoding="utf-8")
-        part.replace(cache)
-    except OSError:
-        part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        replace_quickly(cache, json.dumps(kept).encode())
 
 
-def _run_bench(state_dir: Path, data: str | None) -> dict[str, Any]:
+async def _run_bench(state_dir: Path, data: str | None) -> dict[str, Any]:
     """Return what the child process says on a pipe of its own; what it prints goes to the log."""
     source, sink = os.pipe()
-    folder = start.fresh_folder(state_dir if state_dir.is_dir() else None, "bench")
-    given = () if data is None else ("--data", str(Path(data).absolute()))
+    folder = start.fresh_folder(state_dir if known(state_dir.is_dir) else None, "bench")
+    given = () if data is None else ("--data", str(Path.cwd() / data))
     command = processes.command("liberatai_agent.children.bench", "--answer", str(sink), *given)
     try:
-        subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=start.LOG,
-            timeout=BENCH_TIMEOUT_S,
-            check=False,
-            pass_fds=(sink,),
-            cwd=folder,
-            env=start.environment(folder),
-        )
+        await _run_to_its_end(command, sink, folder)
         os.set_blocking(source, False)
         found = json.loads(os.read(source, MAX_ANSWER_BYTES))
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, ValueError):
         return {}
     finally:
         os.close(source)
         os.close(sink)
     return found if isinstance(found, dict) else {}
+
+
+async def _run_to_its_end(command: list[str], sink: int, folder: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=start.LOG,
+        pass_fds=(sink,),
+        cwd=folder,
+        env=start.environment(folder),
+    )
+    try:
+        async with asyncio.timeout(BENCH_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        return
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 def _as_bench(found: dict[str, Any], data: str | None) -> Bench:
@@ -313,6 +332,7 @@ def capability(
     public_key: bytes,
     link: Announced = NOTHING,
     quota_spent: bool = False,
+    held_bytes: int = 0,
 ) -> Capability:
     """Return what the coordinator may count on: the smaller of measured and allowed, everywhere.
 
@@ -325,6 +345,7 @@ def capability(
         public_key: the device's.
         link: what was measured of the link.
         quota_spent: whether the link's quota of today is used up.
+        held_bytes: what files of models take now: they make room for the next ones.
     """
     memory = _tightest(
         machine.memory_bytes,
@@ -336,8 +357,9 @@ def capability(
         machine.cpus,
         config.cpu_share if config.cpu_share is not None else (profile.cpu_share if profile else None),
     )
+    reserve = int((config.gate.min_free_disk_mb or 0) * (1 << 20))
     storage = _tightest(
-        machine.disk_free_bytes,
+        max(0, machine.disk_free_bytes + held_bytes - reserve),
         config.storage_kb * 1024
         if config.storage_kb is not None
         else (profile.storage_bytes if profile else DEFAULT_STORAGE_BYTES),
@@ -370,10 +392,11 @@ def capability(
         data=found.data,
         families=found.families[:64],
         runtimes=machine.runtimes,
-        codecs=CODECS,
+        codecs=SPARSE_METHODS,
         link_measured=up_measured,
         day_quota_bytes=wished.quota_bytes or 0,
         quota_spent=quota_spent,
+        telemetry_s=config.telemetry_s,
     )
 
 

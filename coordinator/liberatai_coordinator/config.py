@@ -221,6 +221,18 @@ class Evaluate(Settings, frozen=True, kw_only=True):
     test: str | None = None
 
 
+class Keep(Settings, frozen=True, kw_only=True):
+    """Which versions keep their files; tagged ones, those with variants and the first one always do.
+
+    Attributes:
+        newest: so many.
+        every: of the older ones those whose number it divides; 0: none.
+    """
+
+    newest: Annotated[int, Meta(ge=1, le=100_000)] = 20
+    every: Annotated[int, Meta(ge=0, le=100_000)] = 100
+
+
 class JobSpec(Settings, frozen=True, kw_only=True):
     """A federated training: one YAML file.
 
@@ -231,6 +243,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         share_class_counts: devices tell how many samples of each class they have (sums; needed by
             "label_free" and "by_samples"). Off: these are the uniform average.
         seed: of initial weights, training and distillation.
+        keep: of old versions.
         share: of the devices that other jobs want, too, relative to the shares of those jobs.
     """
 
@@ -246,6 +259,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     evaluate: Evaluate = Evaluate()
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    keep: Keep = Keep()
     share: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
 
     @property

@@ -206,8 +206,6 @@ class LocalFleet:
             agent.signal(signal.SIGTERM)
         for agent in self._agents.values():
             agent.wait()
-        if hasattr(self, "client"):
-            self.client.close()
         if self._coordinator is not None:
             self._coordinator.signal(signal.SIGTERM)
             self._coordinator.wait()
@@ -458,11 +456,11 @@ def run(
     with tempfile.TemporaryDirectory(prefix="liberatai-") as temporary:
         fleet = LocalFleet(folder or Path(temporary), devices, broker=broker)
         with fleet:
-            fleet.client.create_job(text, str(path.parent.absolute()))
+            fleet.client.jobs.create(text, str(path.parent.absolute()))
             finished = wait(fleet, spec.name, on_progress)
-            versions = tuple(fleet.client.log(spec.name))
+            versions = tuple(fleet.client.models.log(spec.name))
             loaded = {
-                structure: fleet.client.weights(spec.name, "latest", structure)
+                structure: fleet.client.models.weights(spec.name, "latest", structure)
                 for structure in versions_structures(versions)
             }
     return Result(
@@ -483,7 +481,7 @@ def wait(fleet: LocalFleet, job: str, on_progress: Callable[[JobView], None] | N
     """
     while True:
         try:
-            view = fleet.client.job(job)
+            view = fleet.client.jobs.show(job)
         except LinkError:
             fleet.require_alive()
             time.sleep(POLL_S)

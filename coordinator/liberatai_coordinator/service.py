@@ -15,37 +15,40 @@ from typing import Any
 import msgspec
 
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.fleet.devices import Device, Fleet, Status
+from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.frames import Frame, Frames, Opened
+from liberatai_coordinator.intake.presence import LEAF, Presence
 from liberatai_coordinator.intake.updates import Updates
+from liberatai_coordinator.jobs.attendance import Attendance
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.queue import Jobs
 from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
-from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
+from liberatai_core.contract import messages
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, seal
 from liberatai_core.contract.messages import (
     Capability,
     CoordinatorState,
+    EpochSeen,
     Event,
     Message,
     Offer,
-    Presence,
     Report,
+    SessionSeen,
     State,
     Telemetry,
     Update,
 )
 from liberatai_core.contract.topics import Place, Topics, parse
-from liberatai_core.errors import BaseMissingError, FrameError, LiberataiError, SignatureError, TopicError
+from liberatai_core.errors import FrameError, LiberataiError, SignatureError, TopicError
 from liberatai_core.link.link import Connected, Disconnected, Link, Received
 
 log = logging.getLogger(__name__)
 
-TRAFFIC_S = 60.0
-"""Between two writes of what devices' sockets carried. Their counters are totals: a crash loses nothing
-but the last words of an agent that started anew in the meantime."""
+EXPIRE_S = 60.0
+"""Between two looks for uploads that nobody goes on with."""
 
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
@@ -66,21 +69,37 @@ class Service:
     fleet: Fleet
     publisher: Publisher
     topics: Topics
+    jumps: int = 0
     jobs: Jobs = field(init=False)
     frames: Frames = field(init=False)
     updates: Updates = field(init=False)
+    devices: Presence = field(init=False)
+    fencing: Fencing = field(init=False)
     connected: str = ""
     started_s: float = field(default_factory=time.time)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
+    _behind: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.fencing = Fencing(
+            ledger=self.ledger,
+            fleet=self.config.fleet,
+            coordinator=self.config.coordinator,
+            public_key=self.signer.public_key,
+            jumps=self.jumps,
+        )
         self.jobs = Jobs(
             ledger=self.ledger,
             repository=self.repository,
             publisher=self.publisher,
             fleet=self.fleet,
             coordinator=self.config.coordinator,
+        )
+        self.devices = Presence(
+            fleet=self.fleet,
+            ledger=self.ledger,
+            jobs=Attendance(runners=self.jobs.runners, answer_baseless=self._answer_baseless),
+            answer=self._answer_session,
         )
         self.frames = Frames(
             fleet=self.topics.fleet, key=self.fleet.key, look=self._look, handle=self._handle_all
@@ -103,21 +122,27 @@ class Service:
     # --- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until cancelled."""
-        traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
-        self.fleet.restore(
-            [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in self.ledger.devices.all()]
-        )
-        self._spawn(self._remember_traffic())
+        """Serve until cancelled, or until `fencing.behind`: then the same must be started once more."""
+        self.devices.restore()
+        self.devices.set_connected(False)
+        self._spawn(self.devices.run())
         self._spawn(self.frames.run())
+        self._spawn(self._expire())
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
-        await self.link.subscribe(*self.topics.from_devices)
+        # Its own presence, too: before anything is said, it is heard whether this is a copy.
+        await self.link.subscribe(presence, *self.topics.from_devices)
         await self.link.open()
         self.jobs.resume()
+        listening = asyncio.create_task(self._listen())
+        behind = asyncio.create_task(self._behind.wait())
         try:
-            await self._listen()
+            await asyncio.wait({listening, behind}, return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
+                listening.result()
         finally:
+            listening.cancel()
+            behind.cancel()
             await self._stop(presence)
 
     async def _listen(self) -> None:
@@ -129,11 +154,13 @@ class Service:
                 case Connected(protocol=protocol):
                     log.info("connected to %s (%s)", self.config.broker, protocol)
                     self.connected = protocol
+                    self.devices.set_connected(True)
                     self._spawn(self.publisher.republish())
                 case Disconnected(reason=reason, retry_in_s=retry):
                     if self.connected or retry > 1:
                         log.warning("no broker: %s; next try in %.1f s", reason, retry)
                     self.connected = ""
+                    self.devices.set_connected(False)
             if time.monotonic() - breath_s > BREATH_S:
                 await asyncio.sleep(0)
                 breath_s = time.monotonic()
@@ -142,12 +169,12 @@ class Service:
         for task in [*self.jobs.cancel(), *self._tasks]:
             task.cancel()
         self.updates.cancel()
-        with contextlib.suppress(LiberataiError):
-            self._save_traffic()
-        with contextlib.suppress(TimeoutError, LiberataiError):
-            await asyncio.wait_for(
-                self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
-            )
+        self.devices.save_traffic()
+        if not self.fencing.behind:
+            with contextlib.suppress(TimeoutError, LiberataiError):
+                await asyncio.wait_for(
+                    self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
+                )
         await self.link.close()
 
     def presence(self, state: str) -> bytes:
@@ -159,18 +186,10 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _remember_traffic(self) -> None:
+    async def _expire(self) -> None:
         while True:
-            await asyncio.sleep(TRAFFIC_S)
-            self._save_traffic()
+            await asyncio.sleep(EXPIRE_S)
             self.updates.uploads.expire(time.monotonic())
-
-    def _save_traffic(self) -> None:
-        known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
-        changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
-        if changed:
-            self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
-            self._saved_traffic |= changed
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -185,7 +204,9 @@ class Service:
                 token=event.token,
                 retained=event.retained,
             )
-            if event.payload:
+            if place.side == "co":
+                self._own_presence(frame)
+            elif event.payload:
                 self.frames.add(frame)
                 return
         except LiberataiError as error:
@@ -193,6 +214,15 @@ class Service:
         except Exception:
             log.exception("fault while handling a message on %s", event.topic)
         self.link.ack(event.token)
+
+    def _own_presence(self, frame: Frame) -> None:
+        if frame.place.owner == self.config.coordinator and frame.payload:
+            self.fencing.own_presence(frame.payload, retained=frame.retained)
+            self._note_fencing()
+
+    def _note_fencing(self) -> None:
+        if self.fencing.behind:
+            self._behind.set()
 
     def _refuse(self, topic: str, payload: bytes, error: LiberataiError) -> None:
         self._count(self.fleet.owner(claimed_key(payload)) or "", error)
@@ -220,11 +250,11 @@ class Service:
         if owner != device and not isinstance(message, Capability):
             raise SignatureError(f"{owner} signed in the name of {device}")
 
-    def _handle_all(self, batch: list[Opened]) -> None:
+    async def _handle_all(self, batch: list[Opened]) -> None:
         for opened in batch:
             frame = opened.frame
             try:
-                if self._handle(opened):
+                if await self._handle(opened):
                     continue
             except LiberataiError as error:
                 self._refuse(frame.topic, frame.payload, error)
@@ -232,53 +262,49 @@ class Service:
                 log.exception("fault while handling a message on %s", frame.topic)
             self.link.ack(frame.token)
 
-    def _handle(self, opened: Opened) -> bool:
+    async def _handle(self, opened: Opened) -> bool:
         """Give a message to whoever handles it; True: they acknowledge it."""
-        frame, message, error = opened.frame, opened.message, opened.error
+        frame, message = opened.frame, opened.message
         if message is not None:
             self._require_own(message, opened.public_key, frame.place)
         if isinstance(message, Update) and frame.place.leaf == "x":
+            self.devices.note_alive(message.device)
             self.updates.take(opened, message)
             return True
-        if error is not None:
-            raise error
+        if opened.error is not None:
+            raise opened.error
         if frame.place.leaf == "x" and frame.place.part is not None:
+            self.devices.note_alive(frame.place.owner)
             self.updates.chunk(frame)
             return True
         match message:
             case Offer() if frame.place.leaf == "x":
+                self.devices.note_alive(message.device)
                 self.updates.offer(opened, message)
                 return True
             case State() | Capability() | Report() | Telemetry() | Event() if (
                 frame.place.leaf == LEAF[type(message)]
             ):
-                self._hear(message, opened.public_key, retained=frame.retained)
-                return False
+                await self.devices.hear(message, opened.public_key, retained=frame.retained)
+            case EpochSeen() if frame.place.leaf == "ev":
+                self.devices.note_alive(message.device)
+                self.fencing.shown(message.device, message.word)
+                self._note_fencing()
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {frame.topic}")
+        return False
 
-    def _hear(self, message: Message, key: bytes, *, retained: bool) -> None:
-        before = self.fleet.devices.get(getattr(message, "device", ""))
-        # What the broker had in store is no sign of life.
-        now_s = before.last_seen_s if retained and before is not None else 0.0
-        device, lasting = self.fleet.hear(message, key, now_s or time.time())
-        # A stranger that waits for approval may say what it likes; it is written down once.
-        if lasting and (before is None or device.status != "pending"):
-            self.ledger.devices.remember(_row(device))
-        if isinstance(message, Event) and message.code == BaseMissingError.code:
-            self._spawn(self._baseless(device.id))
-        if before is None and device.status == "pending":
-            log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
-        if before is None or before.online != device.online or before.capability != device.capability:
-            self.jobs.fleet_changed(device)
+    def _answer_baseless(self, device: Device) -> None:
+        self._spawn(self._give_whole_path(device.id))
 
-    async def _baseless(self, device: str) -> None:
-        if self.fleet.require(device).status != "approved":
-            return
+    async def _give_whole_path(self, device: str) -> None:
         try:
             await self.jobs.base_missing(device)
         except LiberataiError as error:
             log.warning("%s asks for the whole path: %s %s", device, error.code, error)
+
+    async def _answer_session(self, seen: SessionSeen) -> None:
+        await self.publisher.send(self.topics.down(seen.device, "xa"), seen)
 
     # --- devices -------------------------------------------------------------------------------
 
@@ -288,73 +314,12 @@ class Service:
         Raises:
             NotFoundError: nobody has heard of it.
         """
-        changed = self.fleet.set_status(device, status, reason)
-        self.ledger.devices.remember(_row(changed))
-        self.ledger.devices.set_status(device, status, reason)
-        self.jobs.fleet_changed(changed)
-        return changed
-
-
-LEAF: dict[type[Message], str] = {
-    State: "state",
-    Capability: "caps",
-    Report: "rep",
-    Telemetry: "tele",
-    Event: "ev",
-}
-"""Where each message belongs: a State on the topic of a Capability is refused."""
+        return self.devices.set_status(device, status, reason)
 
 
 def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> bytes:
     """Return a signed CoordinatorState."""
-    body = CoordinatorState(coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, Presence))
+    body = CoordinatorState(
+        coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, messages.Presence)
+    )
     return seal(body, signer)
-
-
-def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
-    capability = msgspec.msgpack.decode(row.capability, type=Capability) if row.capability else None
-    return Device(
-        id=row.id,
-        public_key=row.public_key,
-        status=msgspec.convert(row.status, Status),
-        capability=capability,
-        session=row.session,
-        last_seen_s=row.last_seen_s,
-        reason=row.reason,
-        traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
-        updates=updates,
-    )
-
-
-def _traffic(row: TrafficRow) -> DeviceTraffic:
-    return DeviceTraffic(
-        sent_bytes=row.sent_bytes,
-        received_bytes=row.received_bytes,
-        session=row.session,
-        session_sent=row.session_sent,
-        session_received=row.session_received,
-    )
-
-
-def _traffic_row(device: str, told: DeviceTraffic) -> TrafficRow:
-    return TrafficRow(
-        device=device,
-        sent_bytes=told.sent_bytes,
-        received_bytes=told.received_bytes,
-        session=told.session,
-        session_sent=told.session_sent,
-        session_received=told.session_received,
-    )
-
-
-def _row(device: Device) -> DeviceRow:
-    return DeviceRow(
-        id=device.id,
-        public_key=device.public_key,
-        status=device.status,
-        capability=msgspec.msgpack.encode(device.capability) if device.capability else None,
-        session=device.session,
-        first_seen_s=device.last_seen_s,
-        last_seen_s=device.last_seen_s,
-        reason=device.reason,
-    )

@@ -45,8 +45,13 @@ def mqtt_link(config: CoordinatorConfig, will: Will) -> Link:
 
 
 @contextmanager
-def build(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> Iterator[Service]:
+def build(config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, jumps: int = 0) -> Iterator[Service]:
     """Put a coordinator together; its ledger is closed at the end.
+
+    Args:
+        config: settings.
+        make_link: makes its link.
+        jumps: see `Fencing`.
 
     Raises:
         LockedError: another coordinator uses the state folder.
@@ -74,6 +79,7 @@ def build(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> Iterato
             ),
             publisher=Publisher(link=link, signer=signer, topics=topics),
             topics=topics,
+            jumps=jumps,
         )
     finally:
         ledger.close()
@@ -149,28 +155,38 @@ async def run(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> int
     Raises:
         LockedError, ConfigError, DiskError: see `serve`.
     """
-    with build(config, make_link) as service:
-        log.info(
-            "coordinator %s of fleet %s, epoch %d; agents need coordinator_key: %s",
-            config.coordinator,
-            config.fleet,
-            service.ledger.epoch,
-            service.signer.public_key.hex(),
-        )
-        running = asyncio.create_task(service.run())
-        socket = Path(config.state_dir) / config.socket
-        api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, api, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        code = 0 if stop.is_set() else 1
-        for task in (running, api, stopping):
-            task.cancel()
-        results = await asyncio.gather(running, api, stopping, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return code
+    jumps = 0
+    while True:
+        with build(config, make_link, jumps=jumps) as service:
+            code = await _run(service)
+        if not service.fencing.behind or code == 0:
+            return code
+        jumps += 1
+
+
+async def _run(service: Service) -> int:
+    config = service.config
+    log.info(
+        "coordinator %s of fleet %s, epoch %d; agents need coordinator_key: %s",
+        config.coordinator,
+        config.fleet,
+        service.ledger.epoch,
+        service.signer.public_key.hex(),
+    )
+    running = asyncio.create_task(service.run())
+    socket = Path(config.state_dir) / config.socket
+    api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, api, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    code = 0 if stop.is_set() else 1
+    for task in (running, api, stopping):
+        task.cancel()
+    results = await asyncio.gather(running, api, stopping, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return code

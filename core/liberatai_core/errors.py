@@ -214,6 +214,12 @@ class LinkError(LiberataiError):
     code = "E_LINK"
 
 
+class BrokerRefusedError(LinkError):
+    """The broker does not do what was asked: no right to publish or to subscribe there."""
+
+    code = "E_BROKER"
+
+
 class LockedError(LiberataiError):
     """Another process already uses this state folder."""
 
@@ -224,6 +230,12 @@ class StateError(LiberataiError):
     """Not possible in the state that the thing is in now."""
 
     code = "E_STATE"
+
+
+class DamagedError(LiberataiError):
+    """A file of the program's own is not what was written."""
+
+    code = "E_DAMAGED"
 
 
 class NotFoundError(LiberataiError, LookupError):

@@ -51,7 +51,6 @@ def serving(path: Path) -> Iterator[tuple[subprocess.Popen[str], Client]]:
                     time.sleep(0.05)
             yield process, client
         finally:
-            client.close()
             process.terminate()
             process.wait(20)
 
@@ -61,7 +60,7 @@ def test_a_coordinator_without_a_broker_answers_and_says_so(tmp_path: Path, clos
         health = client.health()
         assert health["protocol"] == ""
         assert len(health["public_key"]) == 64
-        assert client.jobs() == []
+        assert client.jobs.list() == ()
         process.terminate()
         assert process.wait(20) == 0
         said = process.communicate()[1]

@@ -17,10 +17,10 @@ from tests.integration.test_agent_service import (
     status_file,
 )
 
-from liberatai_agent import probe, service
+from liberatai_agent import machine_watch, probe
 from liberatai_agent.config import LinkSettings
-from liberatai_agent.link_meter import DAY_S, Link
-from liberatai_agent.link_watch import FILE, read_link
+from liberatai_agent.link_estimate import DAY_S, LinkEstimate
+from liberatai_agent.link_meter import FILE, read_link
 from liberatai_core.contract.messages import Capability, Report, State, Telemetry, Update
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
 
@@ -33,9 +33,13 @@ BLOB_S = 0.1
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No child process for the probe, and looks at the gate and the machine that follow each other soon."""
     found = {"families": ["mlp"], "gflops": 1.0, "data": {"samples": 60, "input_shape": [4], "classes": 3}}
-    monkeypatch.setattr(probe, "_run_bench", lambda *_: found)
-    monkeypatch.setattr(service, "GATE_S", 0.2)
-    monkeypatch.setattr(service, "MACHINE_S", 0.2)
+
+    async def run_bench(*_: object) -> dict[str, object]:
+        return found
+
+    monkeypatch.setattr(probe, "_run_bench", run_bench)
+    monkeypatch.setattr(machine_watch, "BUSY_S", 0.2)
+    monkeypatch.setattr(machine_watch, "MACHINE_S", 0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +63,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryLink, "subscribe", slow_subscribe)
 
 
-def a_state(folder: Path, link: Link) -> None:
+def a_state(folder: Path, link: LinkEstimate) -> None:
     """Leave what an earlier start of the agent counted."""
     (folder / "state").mkdir()
     (folder / "state" / FILE).write_bytes(msgspec.json.encode(link))
@@ -79,7 +83,7 @@ async def test_a_download_is_measured_and_told(tmp_path: Path) -> None:
         assert caps.down_bits_s is not None
         # 320 kB in at least two waits: for the manifest, then for the chunks.
         assert 1e6 < caps.down_bits_s < 8 * 330_000 / BLOB_S
-        assert agent._watch.link.down_bits_s == pytest.approx(caps.down_bits_s)
+        assert agent._meter.link.down_bits_s == pytest.approx(caps.down_bits_s)
     assert read_link(tmp_path / "state").received_bytes > 320_000
 
 
@@ -105,7 +109,7 @@ async def test_an_upload_is_measured_and_the_next_start_knows_it(tmp_path: Path)
 
 @scenario
 async def test_a_used_up_quota_closes_the_gate_holds_downloads_and_says_why(tmp_path: Path) -> None:
-    a_state(tmp_path, Link(day=today(), day_bytes=2 * MIB))
+    a_state(tmp_path, LinkEstimate(day=today(), day_bytes=2 * MIB))
     broker = MemoryBroker()
     config = a_config(tmp_path, link=LinkSettings(quota_mb_per_day=1))
     async with Coordinator(broker) as co, an_agent(broker, config) as agent:
@@ -118,7 +122,7 @@ async def test_a_used_up_quota_closes_the_gate_holds_downloads_and_says_why(tmp_
         assert "link quota is used up" in waiting.reason
         assert not list((tmp_path / "state" / "blobs").iterdir())
         # The next day, as far as the counters know: the earlier one is over.
-        agent._watch.link = msgspec.structs.replace(agent._watch.link, day=today() - 1)
+        agent._meter.link = msgspec.structs.replace(agent._meter.link, day=today() - 1)
         update = await co.first(Update)
         assert update.samples == 5
         await co.first(Capability, quota_spent=False)
@@ -134,7 +138,7 @@ async def test_a_training_that_runs_when_the_quota_ends_is_finished_and_sent(tmp
         await co.first(Report, phase="idle")
         await co.task(await a_keyframe(co))
         await co.until(lambda: trainer.works)
-        agent._watch.link = msgspec.structs.replace(agent._watch.link, day_bytes=MIB)
+        agent._meter.link = msgspec.structs.replace(agent._meter.link, day_bytes=MIB)
         await co.first(Capability, quota_spent=True)
         trainer.hold.set()
         update = await co.first(Update)

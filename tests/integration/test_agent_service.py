@@ -18,8 +18,9 @@ from liberatai_agent import probe
 from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, GateSettings
-from liberatai_agent.events import Returned, TrainingResult
-from liberatai_agent.service import Service, read_status
+from liberatai_agent.events import ResidualFile, Returned, TrainingResult
+from liberatai_agent.service import Service
+from liberatai_agent.status import read_status
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, encode_spec, open_frame, seal
@@ -31,11 +32,13 @@ from liberatai_core.contract.messages import (
     Capability,
     CoordinatorState,
     Credit,
+    EpochSeen,
     Event,
     Message,
     Offer,
     Receipt,
     Report,
+    SessionSeen,
     State,
     Step,
     Task,
@@ -181,7 +184,9 @@ class QuickTrainer(Trainer):
         self.body = b"b" * body_bytes
         self.dropped: tuple[str, str] | None = None
         self.works: list[Work] = []
+        self.residuals: list[bytes | None] = []
         self.hold: asyncio.Event | None = None
+        self.changes: dict[str, Any] = {}
 
     async def warm(self) -> None:
         pass
@@ -190,15 +195,20 @@ class QuickTrainer(Trainer):
         self.works.append(work)
         if self.hold is not None:
             await self.hold.wait()
-        return TrainingResult(
+        before = work.residual_from
+        self.residuals.append(None if before is None else Path(before.path).read_bytes())
+        after = f"after {work.round}".encode()
+        Path(work.residual_to).write_bytes(after)
+        result = TrainingResult(
             body=self.body + bytes([work.round]),
-            residual=f"after {work.round}".encode(),
+            residual_file=ResidualFile(path=work.residual_to, sha256=hashlib.sha256(after).digest()),
             returned=tuple(one.update_id for one in work.returned),
             dropped=self.dropped,
             samples=5,
             train_seconds=0.1,
             loss=0.5,
         )
+        return replace(result, **self.changes)
 
 
 def a_config(folder: Path, **changes: Any) -> AgentConfig:
@@ -261,7 +271,11 @@ def no_bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             "gflops": 1.0,
             "data": {"samples": 60, "input_shape": [4], "classes": 3},
         }
-        monkeypatch.setattr(probe, "_run_bench", lambda *_: found)
+
+        async def run_bench(*_: object) -> dict[str, Any]:
+            return found
+
+        monkeypatch.setattr(probe, "_run_bench", run_bench)
 
 
 def status_file(folder: Path) -> dict[str, Any]:
@@ -536,7 +550,7 @@ async def test_a_long_update_is_offered_and_goes_chunk_by_chunk_as_credit_allows
                 broker.kill(DEVICE)  # the same offer comes again; what is there is not repeated
                 await co.first(Offer, number=2, transfer=offer.transfer)
         frame = whole.join()
-        update = open_frame(frame, FLEET, lambda _: agent._signer.public_key).message
+        update = open_frame(frame, FLEET, lambda _: agent._identity.signer.public_key).message
         assert isinstance(update, Update)
         assert update.body == trainer.body + b"\1"
         assert seen == whole.chunks
@@ -559,7 +573,7 @@ async def test_a_refused_update_comes_back_into_the_next_training(tmp_path: Path
         second = await co.first(Update, round=2)
         assert trainer.works[0].returned == ()
         assert trainer.works[1].returned == (Returned(update_id=first.update_id, round=1, body=first.body),)
-        assert trainer.works[1].residual == b"after 1"
+        assert trainer.residuals[1] == b"after 1"
         await co.receipt(second)
         await co.task(keyframe, number=3)
         await co.first(Update, round=3)
@@ -582,13 +596,13 @@ async def test_left_overs_of_a_job_of_the_same_name_with_another_seed_are_droppe
         other = replace(SPEC, seed=7)
         await co.task(keyframe, number=2, spec=other)
         await co.receipt(await co.first(Update, round=2))
-        assert (trainer.works[1].residual, trainer.works[1].returned) == (None, ())
+        assert (trainer.residuals[1], trainer.works[1].returned) == (None, ())
         assert trainer.works[1].rounds_away == 0
         told = await co.first(Event, name="residual_dropped")
         assert (told.code, told.text[:2]) == ("E_CODEC", "2 ")
         await co.task(keyframe, number=3, spec=other)
         await co.receipt(await co.first(Update, round=3))
-        assert trainer.works[2].residual == b"after 2"
+        assert trainer.residuals[2] == b"after 2"
     assert [event.name for event in co.all(Event)].count("residual_dropped") == 1
 
 
@@ -618,7 +632,7 @@ async def test_a_new_round_and_a_cancel_stop_the_training_that_runs(tmp_path: Pa
         final = await a_keyframe(co, b"final model")
         cancel = Cancel(device=DEVICE, epoch=1, coordinator="co1", job="job", round=2, final=(final,))
         await co.say(co.topics.down(DEVICE, "task"), cancel)
-        await co.until(lambda: agent._session.stage == "none")
+        await co.until(lambda: agent._session.task is None)
         trainer.hold.set()
         await co.until((tmp_path / "state" / "blobs" / final.blob.blob).exists)
         assert not co.all(Update)
@@ -674,7 +688,7 @@ async def test_a_fault_in_the_data_is_reported_and_heals_when_the_file_is_mended
         assert report.reason.startswith("E_DATA")
         assert (await co.first(Capability)).samples == 0
         np.savez(tmp_path / "absent.npz", x=np.ones((4, 4), np.float32), y=[0, 1, 2, 0])
-        await agent._look_again()
+        await agent._machine.look_at_machine()
         await co.first(Report, phase="idle")
         assert (await co.first(Capability, samples=4)).data == DATA
 
@@ -686,6 +700,132 @@ async def test_only_one_agent_uses_a_state_folder(tmp_path: Path) -> None:
         await co.first(State, state="online")
         with pytest.raises(LockedError):
             await Service(config, lambda will: MemoryLink(broker, DEVICE, will)).run()
+
+
+@scenario
+async def test_a_device_that_was_put_back_from_a_copy_goes_on_with_a_higher_number(tmp_path: Path) -> None:
+    broker, config = MemoryBroker(), a_config(tmp_path)
+    async with Coordinator(broker) as co:
+        async with an_agent(broker, config) as agent:
+            await co.first(State, state="online", session=1)
+            seen = SessionSeen(device=DEVICE, session=40)
+            await co.say(co.topics.down(DEVICE, "xa"), seen, retain=False)
+            await co.first(State, state="online", session=41)
+            await co.first(Capability, session=41)
+            await co.first(Report, session=41)
+            await co.say(co.topics.down(DEVICE, "xa"), seen, retain=False, signer=STRANGER)
+            await co.task(await a_keyframe(co))
+            await co.first(Update)
+            broker.kill(DEVICE)
+            assert (await co.first(State, state="lost")).session == 41, "the will has the new number too"
+            await co.first(State, state="online", session=41, number=2)
+            assert agent.status()["session"] == 41
+        async with an_agent(broker, config):
+            await co.first(State, state="online", session=42)
+
+
+@scenario
+async def test_a_coordinator_that_was_put_back_is_shown_its_own_word_of_a_higher_epoch(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    async with Coordinator(broker, epoch=7) as co:
+        async with an_agent(broker, a_config(tmp_path)) as agent:
+            await co.first(Report, phase="idle")
+            await co.until(lambda: agent._session.epoch == 7)
+        co.epoch = 2
+        await co.presence("online")
+        async with an_agent(broker, a_config(tmp_path)) as agent:
+            seen = await co.first(EpochSeen)
+            word = open_frame(seen.word, FLEET, lambda _: SIGNER.public_key).message
+            assert isinstance(word, CoordinatorState)
+            assert word.epoch == 7
+            report = await co.first(Report, phase="gated")
+            assert "epoch 2, 7 was seen" in report.reason
+            co.epoch = 8
+            await co.presence("online")
+            await co.first(Report, phase="idle", session=2)
+            assert agent.status()["epoch"] == 8
+
+
+@scenario
+async def test_a_coordinator_that_was_set_up_anew_works_at_once_when_its_key_is_pinned(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    async with Coordinator(broker, epoch=7) as co, an_agent(broker, a_config(tmp_path)) as agent:
+        await co.until(lambda: agent._session.epoch == 7)
+    broker = MemoryBroker()
+    config = a_config(tmp_path, coordinator_key=STRANGER.public_key.hex())
+    async with Coordinator(broker) as co, an_agent(broker, config) as agent:
+        topic = co.topics.coordinator("co1")
+        await co.say(topic, CoordinatorState(coordinator="co1", state="online", epoch=1), signer=STRANGER)
+        await co.until(lambda: agent.status()["coordinator"] == "online")
+        assert agent.status()["epoch"] == 1
+        assert not [event for event in co.all(Event) if event.code == "E_REPLAY"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("samples", 10_000_001), ("samples", 0), ("body", bytes(64 << 20))]
+)
+def test_an_update_that_breaks_a_bound_fails_its_task_and_ends_nothing(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    async def play() -> None:
+        broker, trainer = MemoryBroker(), QuickTrainer()
+        trainer.changes = {field: value}
+        config = a_config(tmp_path)
+        async with Coordinator(broker) as co:
+            async with an_agent(broker, config, trainer):
+                await co.first(Report, phase="idle")
+                keyframe = await a_keyframe(co)
+                await co.task(keyframe)
+                told = await co.first(Event, name="task_failed")
+                assert told.code in ("E_SCHEMA", "E_SIZE", "E_QUOTA")
+                trainer.changes = {}
+                await co.task(keyframe, number=2)
+                await co.receipt(await co.first(Update, round=2))
+            async with an_agent(broker, config, trainer):
+                await co.first(Report, phase="idle", session=2)
+        assert not co.all(Offer)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@scenario
+async def test_a_repeated_credit_costs_nothing(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    trainer = QuickTrainer(body_bytes=10 * CHUNK_BYTES)
+    async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path), trainer) as agent:
+        await co.first(Report, phase="idle")
+        await co.task(await a_keyframe(co))
+        offer = await co.first(Offer)
+        credit = Credit(device=DEVICE, transfer=offer.transfer, have=b"", chunks=4)
+        for _ in range(100):
+            await co.say(co.topics.down(DEVICE, "xa"), credit, retain=False)
+        last = Cancel(device=DEVICE, epoch=9, coordinator="co1", job="other", round=1)
+        await co.say(co.topics.down(DEVICE, "task"), last)
+        await co.until(lambda: agent._session.epoch == 9)
+        parts = [place.part for place, _ in co.raw if place.leaf == "x" and place.part is not None]
+        assert sorted(parts) == [0, 1, 2, 3]
+
+
+@scenario
+async def test_a_machine_that_takes_long_to_look_at_is_connected_and_stops_at_once(tmp_path: Path) -> None:
+    """The first look at the data may take two minutes; nothing waits for it but the first word."""
+    broker, running = MemoryBroker(), asyncio.Event()
+
+    async def never(*_: object) -> dict[str, Any]:
+        running.set()
+        await asyncio.sleep(3600)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_run_bench", never)
+        async with Coordinator(broker) as co, an_agent(broker, a_config(tmp_path)) as agent:
+            await running.wait()
+            await co.until(lambda: agent.status()["connected"])
+            assert not co.heard
 
 
 @scenario

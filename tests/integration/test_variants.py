@@ -124,8 +124,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 def a_variant(client: Client, budget_bytes: int = 900, **changes: Any) -> tuple[VariantManifest, bytes]:
     """The large structure of version 0 in so many bytes."""
-    view = client.version("tiny")
-    structure, data, content = client.weights("tiny", "0", LARGE.id)
+    view = client.models.version("tiny")
+    structure, data, content = client.models.weights("tiny", "0", LARGE.id)
     file = compress(from_bytes(content), structure, budget_bytes)
     manifest = VariantManifest(
         model="tiny",
@@ -154,17 +154,17 @@ def blobs_of(service: Service) -> set[str]:
 
 def test_a_variant_is_listed_described_and_comes_back_to_its_digest(place: Place) -> None:
     manifest, file = a_variant(place.client)
-    made = place.client.commit_variant("latest", manifest, file)
+    made = place.client.variants.commit("latest", manifest, file)
     assert made.id == version_id(manifest)
     assert (made.version, made.parent, made.parent_structure) == (0, manifest.parent, LARGE.id)
     assert (made.bytes, made.budget_bytes, made.agreement, made.accuracy) == (len(file), 900, 0.75, None)
-    assert place.client.variants("tiny") == [made]
-    found = place.client.variant("tiny", made.id[:8])
+    assert place.client.variants.list("tiny") == (made,)
+    found = place.client.variants.show("tiny", made.id[:8])
     assert found.variant == made
     assert (found.structure, found.data) == (LARGE, DATA)
     assert sum(tensor.bytes for tensor in found.tensors) == len(file)
     assert sum(tensor.weights for tensor in found.tensors) == LARGE.parameters
-    assert place.client.variant_file(found.variant) == file
+    assert place.client.variants.file(found.variant) == file
     assert digest(restore(file, found.structure)).hex() == made.digest
 
 
@@ -175,9 +175,9 @@ def test_the_same_variant_is_stored_once_and_is_there_after_a_restart(tmp_path: 
         Client(tmp_path / "api.sock") as client,
     ):
         manifest, file = a_variant(client)
-        first = client.commit_variant("0", manifest, file)
-        assert client.commit_variant("0", manifest, file) == first
-        assert client.variants("tiny") == [first]
+        first = client.variants.commit("0", manifest, file)
+        assert client.variants.commit("0", manifest, file) == first
+        assert client.variants.list("tiny") == (first,)
     with repository(tmp_path) as service:
         (row,) = service.ledger.versions.variants("tiny")
         assert decode_variant(row.manifest) == manifest
@@ -185,7 +185,7 @@ def test_the_same_variant_is_stored_once_and_is_there_after_a_restart(tmp_path: 
 
 
 def test_a_variant_may_be_a_smaller_member_of_the_family(place: Place) -> None:
-    structure, _, content = place.client.weights("tiny", "0", SMALL.id)
+    structure, _, content = place.client.models.weights("tiny", "0", SMALL.id)
     file = compress(from_bytes(content), structure, 400)
     manifest, _ = a_variant(
         place.client,
@@ -194,7 +194,7 @@ def test_a_variant_may_be_a_smaller_member_of_the_family(place: Place) -> None:
         size=len(file),
         digest=digest(restore(file, structure)).hex(),
     )
-    made = place.client.commit_variant("0", manifest, file)
+    made = place.client.variants.commit("0", manifest, file)
     assert (made.parent_structure, made.structure, made.parameters) == (LARGE.id, SMALL.id, SMALL.parameters)
 
 
@@ -224,8 +224,8 @@ def test_what_a_manifest_claims_is_checked_and_nothing_is_stored_if_it_is_wrong(
     before = blobs_of(place.service)
     manifest, file = a_variant(place.client, **changes)
     with pytest.raises(kind, match=says):
-        place.client.commit_variant("0", manifest, file)
-    assert place.client.variants("tiny") == []
+        place.client.variants.commit("0", manifest, file)
+    assert place.client.variants.list("tiny") == ()
     assert blobs_of(place.service) == before
 
 
@@ -253,7 +253,7 @@ def test_a_damaged_file_is_refused_whatever_byte_is_wrong(place: Place) -> None:
         status, code = posted(place.socket, body)
         assert status == 422, at
         assert code in {"E_CODEC", "E_DIGEST", "E_BOMB", "E_NONFINITE"}, at
-    assert place.client.variants("tiny") == []
+    assert place.client.variants.list("tiny") == ()
     assert blobs_of(place.service) == before
 
 
@@ -267,7 +267,7 @@ def test_a_body_that_is_no_variant_or_too_long_is_refused(
     monkeypatch.setattr(api, "MAX_VARIANT_BYTES", 1000)
     assert len(whole) > 1000
     with pytest.raises(TooLargeError):
-        place.client.commit_variant("0", manifest, file)
+        place.client.variants.commit("0", manifest, file)
 
 
 def test_a_manifest_never_has_a_file_over_its_budget_or_a_figure_that_is_no_number() -> None:
@@ -307,14 +307,14 @@ def test_a_crash_before_the_row_leaves_no_variant_and_a_second_try_makes_it(
     with monkeypatch.context() as broken:
         broken.setattr(place.service.ledger.versions, "add_variant", full)
         with pytest.raises(DiskError, match="disk full"):
-            place.client.commit_variant("0", manifest, file)
-    assert place.client.variants("tiny") == []
-    assert place.client.commit_variant("0", manifest, file).id == version_id(manifest)
+            place.client.variants.commit("0", manifest, file)
+    assert place.client.variants.list("tiny") == ()
+    assert place.client.variants.commit("0", manifest, file).id == version_id(manifest)
 
 
 def test_what_versions_and_variants_name_survives_a_collection_and_nothing_else_does(place: Place) -> None:
     manifest, file = a_variant(place.client)
-    made = place.client.commit_variant("0", manifest, file)
+    made = place.client.variants.commit("0", manifest, file)
     left = place.service.repository.put(b"of nobody")
     ledger = place.service.ledger
     keep = {row.id for row in ledger.versions.all("tiny")} | {
@@ -326,16 +326,16 @@ def test_what_versions_and_variants_name_survives_a_collection_and_nothing_else_
         keep |= decode_variant(variant.manifest).blobs
     assert place.service.repository.collect(keep) == len(b"of nobody")
     assert left not in blobs_of(place.service)
-    assert place.client.variant_file(made) == file
+    assert place.client.variants.file(made) == file
     place.service.repository.verify(manifest)
 
 
 def test_a_damaged_file_in_the_repository_is_found_and_is_the_coordinators_fault(place: Place) -> None:
     manifest, file = a_variant(place.client)
-    made = place.client.commit_variant("0", manifest, file)
+    made = place.client.variants.commit("0", manifest, file)
     place.service.repository.path(manifest.file).write_bytes(file[:-1] + b"\xff\xff")
     with pytest.raises(DigestError, match="is damaged"):
-        place.client.variant_file(made)
+        place.client.variants.file(made)
 
 
 def test_a_ledger_from_before_there_were_variants_gets_the_table(tmp_path: Path) -> None:
@@ -352,34 +352,34 @@ def test_a_ledger_from_before_there_were_variants_gets_the_table(tmp_path: Path)
 def test_a_variant_is_found_by_the_beginning_of_its_id_if_only_one_begins_so(place: Place) -> None:
     for budget in (700, 800, 900):
         manifest, file = a_variant(place.client, budget)
-        place.client.commit_variant("0", manifest, file)
-    ids = [one.id for one in place.client.variants("tiny")]
+        place.client.variants.commit("0", manifest, file)
+    ids = [one.id for one in place.client.variants.list("tiny")]
     assert len(set(ids)) == 3
     for one in ids:
-        assert place.client.variant("tiny", one[:16]).variant.id == one
+        assert place.client.variants.show("tiny", one[:16]).variant.id == one
     with pytest.raises(NotFoundError, match="models show tiny"):
-        place.client.variant("tiny", "g")
+        place.client.variants.show("tiny", "g")
     with pytest.raises(NotFoundError, match="model other: not known"):
-        place.client.variant("other", ids[0])
+        place.client.variants.show("other", ids[0])
     # Sixteen hex digits begin an id: a seventeenth variant would share its first one with another for sure.
     for seed in range(14):
         manifest, file = a_variant(place.client, 900, seed=1 + seed)
-        place.client.commit_variant("0", manifest, file)
-    firsts = [one.id[0] for one in place.client.variants("tiny")]
+        place.client.variants.commit("0", manifest, file)
+    firsts = [one.id[0] for one in place.client.variants.list("tiny")]
     doubled = next(first for first in firsts if firsts.count(first) > 1)
     with pytest.raises(SchemaError, match="give more of the id"):
-        place.client.variant("tiny", doubled)
+        place.client.variants.show("tiny", doubled)
 
 
 def test_the_bytes_of_a_versions_files_are_told_per_tensor(place: Place) -> None:
-    found = place.client.sizes("tiny", "latest", LARGE.id)
-    view = place.client.version("tiny")
+    found = place.client.models.sizes("tiny", "latest", LARGE.id)
+    view = place.client.models.version("tiny")
     assert found.keyframe_bytes + found.delta_bytes == view.bytes[LARGE.id]
     assert sum(tensor.bytes for tensor in found.tensors) == found.keyframe_bytes
     shapes = {tensor.name: tensor.shape for tensor in found.tensors if tensor.weights}
     assert shapes == {tensor.name: tensor.shape for tensor in LARGE.tensors}
     with pytest.raises(NotFoundError, match="no structure 'cnn'"):
-        place.client.sizes("tiny", "latest", "cnn")
+        place.client.models.sizes("tiny", "latest", "cnn")
 
 
 # --- choosing and sizes --------------------------------------------------------------------------
@@ -554,7 +554,7 @@ def test_fitting_commits_every_variant_and_prints_a_table(
     assert len(quick.asked["test"][0]) == len(quick.asked["test"][1]) == 10
     assert quick.asked["on_progress"] is None  # nobody looks at a screen
     assert quick.asked["cache"] == place.socket.parent / "fit"
-    made = place.client.variants("tiny")
+    made = place.client.variants.list("tiny")
     assert [one.budget_bytes for one in made] == [700, 900]
     assert all(one.bytes <= one.budget_bytes for one in made)
     assert [one.agreement for one in made] == [1 - 50 / 700, 1 - 50 / 900]
@@ -566,8 +566,8 @@ def test_fitting_commits_every_variant_and_prints_a_table(
     assert "accuracy 91.00% on 10 samples" in out
     assert "a smaller member diverges more" in out
     for one in made:
-        structure = place.client.variant("tiny", one.id).structure
-        assert digest(restore(place.client.variant_file(one), structure)).hex() == one.digest
+        structure = place.client.variants.show("tiny", one.id).structure
+        assert digest(restore(place.client.variants.file(one), structure)).hex() == one.digest
 
 
 def test_a_dry_run_commits_nothing(
@@ -576,7 +576,7 @@ def test_a_dry_run_commits_nothing(
     found = fit_json(capsys, "--budget", "900", "--unlabeled", files["poisoned"], "--dry-run")
     assert found.dry_run
     assert [point.id for point in found.points] == [""]
-    assert place.client.variants("tiny") == []
+    assert place.client.variants.list("tiny") == ()
 
 
 def test_without_inputs_it_says_what_is_lost(
@@ -586,7 +586,7 @@ def test_without_inputs_it_says_what_is_lost(
     assert "nothing was retrained" in found.lost
     assert (found.points[0].agreement, found.points[0].divergence, found.points[0].accuracy) == (None,) * 3
     assert quick.asked["settings"].retrain is False
-    (made,) = place.client.variants("tiny")
+    (made,) = place.client.variants.list("tiny")
     assert (made.agreement, made.divergence) == (None, None)
     assert main(["models", "fit", "tiny", "--structure", LARGE.id, "--budget", "900"]) == 0
     assert "nothing was retrained" in capsys.readouterr().out
@@ -605,7 +605,7 @@ def test_an_interrupt_commits_nothing_and_exits_with_130(
 ) -> None:
     quick.interrupts = True
     assert main(["models", "fit", "tiny", "--structure", LARGE.id, "--budget", "900"]) == 130
-    assert place.client.variants("tiny") == []
+    assert place.client.variants.list("tiny") == ()
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def test_what_cannot_be_fitted_has_its_code(
 ) -> None:
     assert main(["models", "fit", *arguments]) == code
     assert says in capsys.readouterr().err
-    assert place.client.variants("tiny") == []
+    assert place.client.variants.list("tiny") == ()
 
 
 def test_a_report_has_the_figures_and_a_picture(
@@ -646,7 +646,7 @@ def test_a_report_has_the_figures_and_a_picture(
     assert main(command) == 0
     assert "fit.png: written" in capsys.readouterr().err
     found = msgspec.json.decode((tmp_path / "report/fit.json").read_bytes(), type=fit_report.FitReport)
-    assert [point.id for point in found.points] == [one.id for one in place.client.variants("tiny")]
+    assert [point.id for point in found.points] == [one.id for one in place.client.variants.list("tiny")]
     assert (tmp_path / "report/fit.png").read_bytes().startswith(b"\x89PNG")
     figure = fit_report.draw(found)
     (axes,) = figure.axes
@@ -692,8 +692,8 @@ def three(place: Place) -> list[VariantView]:
     """Variants of 700, 800 and 900 bytes; the one in the middle agrees best."""
     for budget, agreement in ((700, 0.7), (800, 0.9), (900, 0.8)):
         manifest, file = a_variant(place.client, budget, agreement=agreement)
-        place.client.commit_variant("0", manifest, file)
-    return place.client.variants("tiny")
+        place.client.variants.commit("0", manifest, file)
+    return [*place.client.variants.list("tiny")]
 
 
 def test_the_best_variant_that_fits_is_pulled_and_decodes_to_its_digest(
@@ -722,8 +722,8 @@ def test_the_best_variant_that_fits_is_pulled_and_decodes_to_its_digest(
 def test_variants_of_unlike_originals_are_compared_by_accuracy_only(
     place: Place, three: list[VariantView], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    view, out = place.client.version("tiny"), tmp_path / "tiny.lam"
-    structure, _, content = place.client.weights("tiny", "0", SMALL.id)
+    view, out = place.client.models.version("tiny"), tmp_path / "tiny.lam"
+    structure, _, content = place.client.models.weights("tiny", "0", SMALL.id)
     file = compress(from_bytes(content), structure, 600)
     other, _ = a_variant(
         place.client,
@@ -736,7 +736,7 @@ def test_variants_of_unlike_originals_are_compared_by_accuracy_only(
         agreement=0.99,
     )
     assert other.parent == view.id
-    small = place.client.commit_variant("0", other, file)
+    small = place.client.variants.commit("0", other, file)
     pull = ["models", "pull", "tiny", "--budget", "900", "--out", str(out)]
     assert main(pull) == 2
     assert "--structure: missing: variants of" in capsys.readouterr().err
@@ -784,7 +784,7 @@ def test_showing_a_version_says_where_the_bytes_go_and_lists_its_variants(
         assert all(tensor.name in whole for tensor in LARGE.tensors)
     assert main(["models", "show", "tiny", "-o", "json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["id"] == place.client.version("tiny").id
+    assert told["id"] == place.client.models.version("tiny").id
     assert [one["id"] for one in told["variants"]] == [one.id for one in three]
     assert {one["structure"] for one in told["sizes"]} == {LARGE.id, SMALL.id}
 
@@ -812,12 +812,12 @@ def test_a_model_is_fitted_committed_pulled_and_restored(
     assert point.file_bytes <= budget
     assert point.agreement is not None
     assert point.accuracy is not None
-    (made,) = place.client.variants("tiny")
+    (made,) = place.client.variants.list("tiny")
     assert made.id == point.id
-    assert (made.parent, made.parent_structure) == (place.client.version("tiny").id, LARGE.id)
+    assert (made.parent, made.parent_structure) == (place.client.models.version("tiny").id, LARGE.id)
     out = tmp_path / "tiny.lam"
     assert main(["models", "pull", "tiny", "--budget", str(budget), "--out", str(out)]) == 0
-    detail = place.client.variant("tiny", made.id)
+    detail = place.client.variants.show("tiny", made.id)
     assert digest(restore(out.read_bytes(), detail.structure)).hex() == made.digest
 
 
@@ -829,4 +829,4 @@ def test_a_budget_below_every_file_says_the_smallest_possible(
     err = capsys.readouterr().err
     assert BudgetError.code in err
     assert any(character.isdigit() for character in err)
-    assert place.client.variants("tiny") == []
+    assert place.client.variants.list("tiny") == ()

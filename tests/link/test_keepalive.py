@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liberatai_core.errors import LinkError
-from liberatai_core.link.keepalive import Keepalive
 from liberatai_core.link.link import Connected, Disconnected
 from liberatai_core.link.mqtt import MqttLink, MqttSettings
+from liberatai_core.link.mqtt.keepalive import Keepalive
 
 K = 60.0
 

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from liberatai_core.errors import LinkError, TooLargeError
-from liberatai_core.link import mqtt
 from liberatai_core.link.link import Connected, Disconnected, Received, Will
-from liberatai_core.link.mqtt import MqttLink, MqttSettings
+from liberatai_core.link.mqtt import MqttLink, MqttSettings, client, connection
 
 CONNECT, PUBLISH, PUBACK, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 4, 8, 12, 14
 WELCOME = b"\x20\x03\x00\x00\x00"  # CONNACK of MQTT 5: no session, success, no properties
@@ -191,7 +190,7 @@ async def test_a_packet_over_the_brokers_limit_is_not_sent(peer_of: Any) -> None
 async def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(
     peer_of: Any, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
 ) -> None:
-    monkeypatch.setattr(mqtt, "TRIAL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "TRIAL_TIMEOUT_S", 0.3)
     levels = []
 
     async def script(client: Client, _number: int) -> None:
@@ -214,7 +213,7 @@ async def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(
 
 
 async def test_a_silent_broker_is_given_up(peer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "CONNACK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "CONNACK_TIMEOUT_S", 0.3)
 
     async def script(client: Client, _number: int) -> None:
         await client.reader.read()
@@ -228,7 +227,7 @@ async def test_a_silent_broker_is_given_up(peer_of: Any, monkeypatch: pytest.Mon
 async def test_a_broker_that_stops_acknowledging_is_given_up(
     peer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt, "ACK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "ACK_TIMEOUT_S", 0.3)
 
     async def script(client: Client, _number: int) -> None:
         await client.until(CONNECT)
@@ -457,9 +456,9 @@ async def test_an_idle_link_pings_in_time_and_seldom(peer_of: Any) -> None:
 async def test_a_goodbye_arrives_even_if_much_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket closed with unread bytes throws away what it was to send, and the broker says the will."""
     monkeypatch.setattr(
-        mqtt, "GOODBYE_TIMEOUT_S", 60.0
+        connection, "GOODBYE_TIMEOUT_S", 60.0
     )  # the machine may be busy: nothing depends on its speed
-    monkeypatch.setattr(mqtt, "LINGER_S", 50.0)
+    monkeypatch.setattr(client, "LINGER_S", 50.0)
     heard: list[int] = []
     over = asyncio.Event()
 

@@ -41,10 +41,11 @@ def gflops(side: int = SIDE, seconds: float = SECONDS) -> float:
 def look_at_data(path: Path) -> dict[str, Any]:
     """Return samples, shape and number of classes of a private file, or its fault."""
     from liberatai_core.errors import LiberataiError  # noqa: PLC0415
-    from liberatai_core.learning.dataset import contract_of, load_npz  # noqa: PLC0415
+    from liberatai_core.learning.dataset import contract_of, load_npz, require_training_rows  # noqa: PLC0415
 
     try:
         samples = load_npz(path)
+        require_training_rows(samples, str(path))
         data = contract_of(samples)
     except LiberataiError as error:
         return {"fault": f"E_DATA: {error}"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 NICE = 10
 OPEN_FILES = 256
-FILE_BYTES = 64 << 20
-"""The process writes no files; this bounds what a faulty library may leave behind."""
+FILE_BYTES = 128 << 20
+"""The residual of the largest structure; it also bounds what a faulty library may leave behind."""
 PR_SET_PDEATHSIG = 1
 OOM_SCORE = 600
 """Of 1000: when the machine runs out of memory, the training goes before the agent and what others run."""

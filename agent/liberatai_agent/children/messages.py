@@ -4,7 +4,7 @@ import struct
 
 import msgspec
 
-from liberatai_agent.events import Returned, TrainingResult
+from liberatai_agent.events import ResidualFile, Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND, MAX_SECONDS
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
@@ -32,7 +32,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
         rounds_away: rounds that the device missed since `residual` was made.
         residual_decay, residual_limit: what that leaves of the residual, see `sparsifier.schedule.decay`.
         data_path: private .npz.
-        residual: the sparsifier's state, None before the first round.
+        residual: the sparsifier's state, None before the first round; only inside one process.
+        residual_from, residual_to: files that it is read from, and that the next one is written to.
         returned: refused updates: their content is added to the difference.
         memory_bytes: what the process may take in all.
         cpu_seconds: processor time that this training may take.
@@ -50,6 +51,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     data_path: str
     codec: str = "topk"
     residual: bytes | None = None
+    residual_from: ResidualFile | None = None
+    residual_to: str = ""
     returned: tuple[Returned, ...] = ()
     share_class_counts: bool = False
     trained_share: float = 1.0

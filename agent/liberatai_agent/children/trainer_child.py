@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from liberatai_agent.children import residual
 from liberatai_agent.children.confine import confine, limit
 from liberatai_agent.children.messages import (
     LENGTH,
@@ -261,7 +262,7 @@ def _read(step: File) -> bytes:
 
 
 def _samples(task: Work, memory: Memory) -> "Samples":
-    from liberatai_core.learning.dataset import load_npz  # noqa: PLC0415
+    from liberatai_core.learning.dataset import load_npz, require_training_rows  # noqa: PLC0415
 
     path = Path(task.data_path)
     try:
@@ -271,7 +272,9 @@ def _samples(task: Work, memory: Memory) -> "Samples":
     wanted = (task.data_path, task.data, found.st_mtime_ns, found.st_size)
     if memory.samples is None or memory.samples[0] != wanted:
         memory.samples = None
-        memory.samples = (wanted, load_npz(path, task.data))
+        samples = load_npz(path, task.data)
+        require_training_rows(samples, task.data_path)
+        memory.samples = (wanted, samples)
     return memory.samples[1]
 
 
@@ -282,7 +285,7 @@ def holdout(task: Work, count: int, test: "NDArray[np.bool_] | None") -> "NDArra
     """
     import numpy as np  # noqa: PLC0415
 
-    if test is not None and test.any() and not test.all():
+    if test is not None and test.any():
         return test
     held = np.zeros(count, dtype=np.bool_)
     if count >= MIN_SAMPLES_FOR_HOLDOUT:
@@ -331,11 +334,21 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         try:
             task = decode_work(body)
             limit(task.memory_bytes, task.cpu_seconds)
-            answer = work(task, memory)
+            answer = _with_files(task, memory)
         except msgspec.MsgspecError as error:
             answer = Failed(code="E_INTERNAL", text=f"the trainer was sent nonsense: {error}"[:512])
         sink.write(encode(answer))
         sink.flush()
+
+
+def _with_files(task: Work, memory: Memory) -> Answer:
+    answer = work(task := residual.read(task), memory)
+    if isinstance(answer, Failed):
+        return answer
+    try:
+        return Done(result=residual.write(task, answer.result))
+    except LiberataiError as error:
+        return Failed(code=error.code, text=str(error)[:512])
 
 
 def main(argv: Sequence[str]) -> int:

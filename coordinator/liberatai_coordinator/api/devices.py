@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -10,6 +11,9 @@ from liberatai_coordinator.client.views import DeviceView
 from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.jobs.records import newest_contributions
 from liberatai_coordinator.service import Service
+
+PART: Final = 250
+"""Devices that are shown at a time: some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,12 @@ class Devices:
 
     async def list(self) -> tuple[DeviceView, ...]:
         """Return all devices, sorted by name."""
-        return tuple(self._view(device) for _, device in sorted(self.service.fleet.devices.items()))
+        views = []
+        for number, (_, device) in enumerate(sorted(self.service.fleet.devices.items()), 1):
+            views.append(self._view(device))
+            if number % PART == 0:
+                await asyncio.sleep(0)  # ten thousand would be a silence that devices notice
+        return tuple(views)
 
     async def show(self, device: str) -> DeviceView:
         """Return one device."""
@@ -46,4 +55,5 @@ class Devices:
         for job in self.service.runners.values():
             if device.id in job.roster.assigned:
                 structure = job.roster.assigned[device.id].structure
-        return present.device_view(device, structure, self.service.fleet.refusals.get(device.id, {}))
+        fleet = self.service.fleet
+        return present.device_view(device, fleet.shown(device), structure, fleet.refusals.get(device.id, {}))

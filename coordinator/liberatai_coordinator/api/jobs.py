@@ -3,19 +3,21 @@
 import asyncio
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from liberatai_coordinator.api import present
-from liberatai_coordinator.client.views import JobView, RoundView
+from liberatai_coordinator.api.rounds import EndedRounds
+from liberatai_coordinator.client.views import JobSummary, JobView
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.jobs.tasks import RUN
-from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow
 from liberatai_core.contract.messages import RUN_BYTES
 from liberatai_core.errors import StateError
@@ -26,6 +28,7 @@ class Jobs:
     """Jobs of a coordinator."""
 
     service: Service
+    _ended: EndedRounds = field(default_factory=EndedRounds)
 
     async def create(self, yaml_text: str, base_dir: str) -> JobView:
         """Start a job, or let it wait for its turn; relative paths in its YAML start from `base_dir`."""
@@ -38,13 +41,19 @@ class Jobs:
         self.service.jobs.start(ledger.jobs.get(job.name))
         return await self.show(job.name)
 
-    async def list(self) -> tuple[JobView, ...]:
-        """Return all jobs, oldest first."""
-        return tuple(self._view(row) for row in self.service.ledger.jobs.all())
+    async def list(self) -> tuple[JobSummary, ...]:
+        """Return all jobs, oldest first; no round is read for it."""
+        waits = self.service.jobs.waits()
+        return await asyncio.to_thread(summaries, self.service.ledger, waits)
 
     async def show(self, name: str) -> JobView:
         """Return one job with its rounds."""
-        return self._view(self.service.ledger.jobs.get(name))
+        ledger, running = self.service.ledger, self.service.runners.get(name)
+        row = ledger.jobs.get(name)
+        now = running.open_round if running else None
+        stored = {} if now is None else {now.number: len(now.stored)}
+        waits = self.service.jobs.waits().get(name, "")
+        return await asyncio.to_thread(_view, ledger, self._ended, row, stored, waits)
 
     async def pause(self, name: str) -> JobView:
         """Pause a job after the round that is open now."""
@@ -73,27 +82,27 @@ class Jobs:
         if state not in allowed:
             raise StateError(f"job {name} is {state}: it cannot be {what}")
 
-    def _rounds(self, name: str) -> tuple[RoundView, ...]:
-        ledger, running = self.service.ledger, self.service.runners.get(name)
-        now = running.open_round if running else None
-        return tuple(
-            present.round_view(
-                row,
-                len(msgspec.msgpack.decode(row.invited, type=list[Invitation])),
-                len(now.stored)
-                if now is not None and now.number == row.round
-                else len(ledger.updates.ids(name, row.round)),
-            )
-            for row in ledger.rounds.all(name)
-        )
 
-    def _view(self, row: JobRow) -> JobView:
-        ledger, running = self.service.ledger, self.service.runners.get(row.name)
-        stored, versions = ledger.jobs.value(row.name, "plan"), ledger.versions.all(row.name)
-        return present.job_view(
-            row,
-            versions[-1] if versions else None,
-            msgspec.msgpack.decode(stored, type=tuple[Assignment, ...]) if stored else (),
-            self._rounds(row.name),
-            running.waits if running else "",
-        )
+def summaries(ledger: Ledger, waits: Mapping[str, str]) -> tuple[JobSummary, ...]:
+    """Return all jobs of a ledger, oldest first.
+
+    Args:
+        ledger: has them.
+        waits: why no round of a job opens, by name.
+    """
+    newest = ledger.versions.newest
+    return tuple(
+        present.job_summary(row, newest(row.name, first=row.first_version), waits.get(row.name, ""))
+        for row in ledger.jobs.all()
+    )
+
+
+def _view(ledger: Ledger, ended: EndedRounds, row: JobRow, stored: Mapping[int, int], waits: str) -> JobView:
+    plan = ledger.jobs.value(row.name, "plan")
+    return present.job_view(
+        row,
+        ledger.versions.newest(row.name, first=row.first_version),
+        msgspec.msgpack.decode(plan, type=tuple[Assignment, ...]) if plan else (),
+        ended.rounds(ledger, row, stored),
+        waits,
+    )

@@ -9,6 +9,7 @@ from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
+from liberatai_coordinator.store.versions import require_files
 from liberatai_core.errors import NotFoundError
 from liberatai_core.structure import DataContract, Structure
 
@@ -41,7 +42,9 @@ class Models:
 
     async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
         """Return a structure's weights as devices hold them: little-endian float32, in the flat order."""
-        manifest = decode_manifest(self._row(model, ref).manifest)
+        row = self._row(model, ref)
+        require_files(model, row.number, collected=row.collected)
+        manifest = decode_manifest(row.manifest)
         if structure not in manifest.structures:
             raise NotFoundError(f"{model} has no structure {structure!r}: {', '.join(manifest.structures)}")
         record = manifest.structures[structure]
@@ -51,6 +54,7 @@ class Models:
     async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
         """Return where the bytes of one structure's files go."""
         row = self._row(model, ref)
+        require_files(model, row.number, collected=row.collected)
         members = decode_manifest(row.manifest).structures
         if structure not in members:
             known = ", ".join(sorted(members))

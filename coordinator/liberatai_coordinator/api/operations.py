@@ -41,8 +41,11 @@ class Operations:
     async def health(self) -> dict[str, Any]:
         """Return what the coordinator says about itself: fleet, epoch, link, counts."""
         service = self.service
+        faults = [] if service.fleet.connected else ["no broker: nothing is heard of any device"]
+        faults += [service.fencing.fault] if service.fencing.fault else []
         return {
-            "ok": True,
+            "ok": not faults,
+            "faults": faults,
             "fleet": service.config.fleet,
             "coordinator": service.config.coordinator,
             "epoch": service.ledger.epoch,

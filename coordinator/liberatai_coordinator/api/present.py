@@ -11,6 +11,7 @@ from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
     JobState,
+    JobSummary,
     JobView,
     LocalView,
     RoundView,
@@ -35,11 +36,14 @@ from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
 
 
-def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> DeviceView:
+def device_view(
+    device: Device, shown: tuple[str, str], structure: str, refusals: Mapping[str, int]
+) -> DeviceView:
     """Return a device.
 
     Args:
         device: as the fleet knows it.
+        shown: its state, and what is odd about it (`Fleet.shown`).
         structure: that it trains in the newest job it takes part in; "" for none.
         refusals: number of refused messages by error code.
     """
@@ -47,9 +51,9 @@ def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> 
     return DeviceView(
         id=device.id,
         status=device.status,
-        state=device.state,
+        state=shown[0],
         phase=report.phase if report else "",
-        reason=device.reason or (report.reason if report else ""),
+        reason=device.reason or shown[1] or (report.reason if report else ""),
         profile=capability.profile if capability else "",
         tier=capability.tier if capability else "",
         form=form_of(capability.tier, capability.runtimes) if capability else "",
@@ -80,6 +84,26 @@ def device_view(device: Device, structure: str, refusals: Mapping[str, int]) -> 
     )
 
 
+def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummary:
+    """Return a job without its rounds.
+
+    Args:
+        row: of the ledger.
+        newest: version that it made; None before the first one.
+        waits: why no round opens, in words; "" while one is open.
+    """
+    number = newest.number if newest else 0
+    return JobSummary(
+        name=row.name,
+        state=msgspec.convert(row.state, JobState),
+        rounds_done=max(0, number - row.first_version),
+        rounds_total=msgspec.json.decode(row.spec, type=JobSpec).rounds.count,
+        created_s=row.created_s,
+        reason=row.reason or waits,
+        version=number,
+    )
+
+
 def job_view(
     row: JobRow,
     newest: VersionRow | None,
@@ -91,7 +115,7 @@ def job_view(
 
     Args:
         row: of the ledger.
-        newest: version of its model; None before the first one.
+        newest: version that it made; None before the first one.
         assigned: its plan.
         rounds: all of them.
         waits: why no round opens, in words; "" while one is open.
@@ -101,7 +125,7 @@ def job_view(
     return JobView(
         name=row.name,
         state=msgspec.convert(row.state, JobState),
-        rounds_done=number,
+        rounds_done=max(0, number - row.first_version),
         rounds_total=job.rounds.count,
         created_s=row.created_s,
         reason=row.reason or waits,

@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import Any, Final, TypeVar
 import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
+    JobSummary,
     JobView,
     PlanView,
     SizesView,
@@ -56,6 +58,9 @@ MAX_VARIANT_BYTES: Final = MAX_OBJECT_BYTES + MAX_BODY_BYTES
 """A file, and a manifest with 4096 tensors."""
 MAX_SOCKET_PATH: Final = 107
 """Linux: sizeof(sun_path) - 1."""
+JSON: Final = "application/json"
+PART: Final = 500
+"""Records that are encoded at a time: some milliseconds."""
 SHUTDOWN_S: Final = 2
 """Longest wait for answers that are under way when the coordinator stops."""
 
@@ -111,7 +116,7 @@ def _add_devices(app: FastAPI, operations: Operations) -> None:
     @app.get("/v1/devices", **_shows(list[DeviceView]))
     async def devices() -> Response:
         """All devices."""
-        return _json(await operations.devices.list())
+        return StreamingResponse(_parts(await operations.devices.list()), media_type=JSON)
 
     @app.get("/v1/devices/{name}", **_shows(DeviceView))
     async def device(name: str) -> Response:
@@ -136,7 +141,7 @@ def _add_devices(app: FastAPI, operations: Operations) -> None:
 
 
 def _add_jobs(app: FastAPI, operations: Operations) -> None:
-    @app.get("/v1/jobs", **_shows(list[JobView]))
+    @app.get("/v1/jobs", **_shows(list[JobSummary]))
     async def jobs() -> Response:
         """All jobs."""
         return _json(await operations.jobs.list())
@@ -246,8 +251,17 @@ def _add_variants(app: FastAPI, operations: Operations) -> None:
 # --- answers and errors --------------------------------------------------------------------------
 
 
+async def _parts(views: Sequence[Any]) -> AsyncIterator[bytes]:
+    """Yield a long list as JSON, and let the coordinator go on with its devices between two parts."""
+    yield b"["
+    for start in range(0, len(views), PART):
+        yield (b"," if start else b"") + msgspec.json.encode(views[start : start + PART])[1:-1]
+        await asyncio.sleep(0)
+    yield b"]"
+
+
 def _json(value: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+    return Response(msgspec.json.encode(value), status_code=status, media_type=JSON)
 
 
 def problem(error: LiberataiError) -> Problem:
@@ -344,6 +358,7 @@ def _add_schemas(app: FastAPI) -> None:
     types = [
         DeviceView,
         EnsembleView,
+        JobSummary,
         JobView,
         PlanView,
         SizesView,

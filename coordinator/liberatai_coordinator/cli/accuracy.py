@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from liberatai_coordinator.cli.kit import Column, Output, clean, show
+from liberatai_coordinator.cli.tables import Column, Output, clean, show
 from liberatai_coordinator.client.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
 
 

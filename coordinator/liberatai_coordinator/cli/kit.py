@@ -1,21 +1,18 @@
-"""What the commands of `liberatai` share: asking the coordinator, and writing lists, records and errors."""
+"""What the commands of `liberatai` share: asking, reading settings, and saying what failed."""
 
-# ruff: noqa: PLC0415 - what only a screen needs is imported for a screen, see `cli`
+# ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from decimal import Decimal
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
+from liberatai_coordinator.cli.tables import clean
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import VersionView
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
@@ -26,6 +23,12 @@ from liberatai_core.errors import (
     RoundUnknownError,
     UnknownDeviceError,
 )
+
+if TYPE_CHECKING:
+    from liberatai_coordinator.config import CoordinatorConfig
+
+Model = Annotated[str, typer.Argument(help="Name of the model.")]
+Version = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
 
 FAILED, USAGE, PARTLY, NOT_FOUND = 1, 2, 3, 4
 
@@ -38,18 +41,6 @@ _UNITS = {
 }
 
 
-class Output(StrEnum):
-    """How a result is written."""
-
-    TABLE = "table"
-    WIDE = "wide"
-    JSON = "json"
-    YAML = "yaml"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, wide, json or yaml.")]
-
-
 def group(help_text: str, example: str) -> typer.Typer:
     """Return an empty group of commands."""
     return typer.Typer(
@@ -59,6 +50,7 @@ def group(help_text: str, example: str) -> typer.Typer:
         rich_markup_mode=None,  # plain help: the same on a screen, in a pipe and in a manual
         pretty_exceptions_enable=False,
         add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
 
 
@@ -142,135 +134,18 @@ def only_structure(view: VersionView, wanted: str | None) -> str:
     return wanted
 
 
-# --- showing --------------------------------------------------------------------------------------
+def job_text(path: Path) -> str:
+    """Return a job's YAML, checked here so that the faults name the operator's own file."""
+    from liberatai_coordinator.config import parse_job
 
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, slots=True)
-class Column(Generic[Row]):
-    """One column of a list; a wide one is left out of narrow tables."""
-
-    title: str
-    text: Callable[[Row], str]
-    wide: bool = False
-    right: bool = False
+    text = read_text(path)
+    parse_job(text, str(path))
+    return text
 
 
-def size_text(size_bytes: float) -> str:
-    """Return bytes in the unit that people read."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024 or unit == "GiB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    raise AssertionError
+def coordinator_config(path: Path) -> "CoordinatorConfig":
+    """Return the settings of a coordinator, or raise ConfigError."""
+    from liberatai_coordinator.config import CoordinatorConfig
+    from liberatai_core.settings import parse
 
-
-def rate_text(bits_s: float | None) -> str:
-    """Return the speed of a link; "-" if nobody knows it."""
-    if bits_s is None:
-        return "-"
-    return f"{bits_s / 1e6:.1f} Mbit/s" if bits_s >= 1e6 else f"{bits_s / 1e3:.1f} kbit/s"
-
-
-def when_text(seconds: float) -> str:
-    """Return a Unix time as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def clean(text: str) -> str:
-    """Take away what could steer a terminal: devices choose some of these texts."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def on_screen() -> bool:
-    """Whether a person looks at what is written."""
-    return sys.stdout.isatty()
-
-
-@contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Show that something is going on, on a screen only."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-def show_one(view: Any, output: Output) -> None:
-    """Write all fields of one record."""
-    if output in (Output.JSON, Output.YAML):
-        dump(view, output)
-        return
-    fields = msgspec.to_builtins(view).items()
-    width = max(len(name) for name, _ in fields)
-    for name, value in fields:
-        print(f"{name:<{width}}  {_field(name, value, width)}")
-
-
-def _field(name: str, value: Any, width: int) -> str:
-    if isinstance(value, dict):
-        lines = [f"{key}: {_field(name, inner, 0)}" for key, inner in value.items()]
-        return ("\n" + " " * (width + 2)).join(lines) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(str(inner) for inner in value) or "-"
-    if name.endswith("_bits_s"):
-        return rate_text(value)
-    if name.endswith("_s") and isinstance(value, int | float):
-        return when_text(value) if value else "never"
-    if name.rsplit("_", maxsplit=1)[-1] == "bytes" and isinstance(value, int):
-        return f"{value} ({size_text(value)})"
-    return "-" if value is None or value == "" else clean(str(value))
-
-
-def show(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> None:
-    """Write a list."""
-    if output in (Output.JSON, Output.YAML):
-        dump(rows, output)
-        return
-    shown = list(columns) if output is Output.WIDE else plain(columns)
-    if on_screen():
-        from rich.console import Console
-
-        Console().print(rich_table(rows, shown))
-        return
-    lines = [[column.title for column in shown]]
-    lines += [[clean(column.text(row)) or "-" for column in shown] for row in rows]
-    widths = [max(map(len, place)) for place in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(line, widths, shown, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def plain(columns: Sequence[Column[Row]]) -> list[Column[Row]]:
-    """Return the columns of a narrow table."""
-    return [column for column in columns if not column.wide]
-
-
-def rich_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> Any:
-    """Return a list as rich draws it."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
-    for row in rows:
-        # Text, not str: a name in square brackets is no markup
-        table.add_row(*(Text(clean(column.text(row)) or "-") for column in columns))
-    return table
-
-
-def dump(value: Any, output: Output) -> None:
-    """Write a value for programs."""
-    if output is Output.YAML:
-        print(msgspec.yaml.encode(value).decode(), end="")
-        return
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    return parse(read_text(path), CoordinatorConfig, str(path)).relative_to(path.absolute().parent)

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liberatai_coordinator.cli import fit as cli_fit
-from liberatai_coordinator.cli.kit import (
+from liberatai_coordinator.cli.fit import fit
+from liberatai_coordinator.cli.kit import Model, Version, client_of, group, only_structure
+from liberatai_coordinator.cli.pull import pull
+from liberatai_coordinator.cli.tables import (
     Column,
     Output,
     OutputOption,
-    client_of,
-    group,
-    only_structure,
+    count_text,
     progress,
     show,
     size_text,
     when_text,
 )
+from liberatai_coordinator.cli.version import show_version
 from liberatai_coordinator.client.views import VersionView
 from liberatai_core.errors import ConfigError, DigestError
 
@@ -37,10 +38,6 @@ class Format(StrEnum):
     ONNX_INT8 = "onnx-int8"
 
 
-ModelArgument = Annotated[str, typer.Argument(help="Name of the model.")]
-VersionOption = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
-
-
 app = group("The model repository: versions, and variants for small storage.", "liberatai models list")
 
 
@@ -48,26 +45,24 @@ app = group("The model repository: versions, and variants for small storage.", "
 def models_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
     """List the newest version of every model."""
     with client_of(context) as client:
-        show(client.models(), _VERSION_COLUMNS, output)
+        show(client.models.list(), _VERSION_COLUMNS, output)
 
 
-app.command("show", epilog="Example: liberatai models show digits --version 3")(cli_fit.show_version)
+app.command("show", epilog="Example: liberatai models show digits --version 3")(show_version)
 
 
 @app.command("log", epilog="Example: liberatai models log digits -o wide")
-def models_log(context: typer.Context, name: ModelArgument, output: OutputOption = Output.TABLE) -> None:
+def models_log(context: typer.Context, name: Model, output: OutputOption = Output.TABLE) -> None:
     """List all versions of a model, newest first."""
     with client_of(context) as client:
-        show(client.log(name), _VERSION_COLUMNS, output)
+        show(client.models.log(name), _VERSION_COLUMNS, output)
 
 
 app.command(
     "fit",
     epilog="Example: liberatai models fit digits --budget 120KB --budget 60KB --unlabeled images.npz",
-)(cli_fit.fit)
-app.command("pull", epilog="Example: liberatai models pull digits --budget 120KB --out digits.lam")(
-    cli_fit.pull
-)
+)(fit)
+app.command("pull", epilog="Example: liberatai models pull digits --budget 120KB --out digits.lam")(pull)
 
 
 @app.command(
@@ -76,9 +71,9 @@ app.command("pull", epilog="Example: liberatai models pull digits --budget 120KB
 )
 def models_export(
     context: typer.Context,
-    name: ModelArgument,
+    name: Model,
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    version: VersionOption = "latest",
+    version: Version = "latest",
     structure: Annotated[
         str | None, typer.Option("--structure", help="Which one; may be left out if there is only one.")
     ] = None,
@@ -104,9 +99,9 @@ def models_export(
         raise ConfigError("--unlabeled", [f"only onnx-int8 is calibrated, {file_format} is exact"])
     said = ""
     with client_of(context) as client, progress(f"exporting {name}"):
-        view = client.version(name, version)
+        view = client.models.version(name, version)
         chosen = only_structure(view, structure)
-        shape, data, content = client.weights(name, str(view.version), chosen)
+        shape, data, content = client.models.weights(name, str(view.version), chosen)
         from liberatai_core import weights as flat
         from liberatai_core.learning import export
 
@@ -153,7 +148,7 @@ _VERSION_COLUMNS: list[Column[VersionView]] = [
     Column("VERSION", lambda row: str(row.version), right=True),
     Column("ID", lambda row: row.id[:12]),
     Column("ROUND", lambda row: str(row.round), right=True),
-    Column("UPDATES", lambda row: str(row.updates), right=True),
+    Column("UPDATES", lambda row: count_text(row.updates), right=True),
     Column("SIZE", lambda row: size_text(sum(row.bytes.values())), right=True),
     Column("ENSEMBLE", lambda row: row.ensemble),
     Column("CREATED", lambda row: when_text(row.created_s)),

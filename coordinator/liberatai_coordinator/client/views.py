@@ -7,6 +7,7 @@ import msgspec
 
 from liberatai_core.structure import DataContract, Parameter, Structure
 
+RoundState = Literal["open", "closed", "aggregated", "published", "abandoned"]
 JobState = Literal["waiting", "running", "paused", "finished", "aborted", "failed"]
 
 
@@ -202,7 +203,7 @@ class RoundView(View, frozen=True, kw_only=True):
     """
 
     round: int
-    state: Literal["open", "closed", "aggregated", "published", "abandoned"]
+    state: RoundState
     invited: int
     updates: int
     seconds: float = 0.0
@@ -230,12 +231,12 @@ def newest(rounds: Sequence[RoundView]) -> tuple[LocalView | None, CentralView |
     )
 
 
-class JobView(View, frozen=True, kw_only=True):
-    """One job.
+class JobSummary(View, frozen=True, kw_only=True):
+    """One job in a list.
 
     Attributes:
-        updates, up_bytes, down_bytes: of all rounds together.
-        lacks: what the job goes without for want of the coordinator's own data, and what that costs.
+        reason: why it ended, or what it waits for; "" if neither.
+        version: newest of its model.
     """
 
     name: str
@@ -245,9 +246,18 @@ class JobView(View, frozen=True, kw_only=True):
     created_s: float
     reason: str = ""
     version: int = 0
+
+
+class JobView(JobSummary, frozen=True, kw_only=True):
+    """One job with its rounds.
+
+    Attributes:
+        updates, up_bytes, down_bytes: of all rounds together.
+        lacks: what the job goes without for want of the coordinator's own data, and what that costs.
+    """
+
     structures: tuple[StructureView, ...] = ()
     rounds: tuple[RoundView, ...] = ()
-    refusals: dict[str, int] = {}
     updates: int = 0
     up_bytes: int = 0
     down_bytes: int = 0

@@ -221,19 +221,17 @@ class Examiner:
     def close(self) -> None:
         """Forget what has not begun, and wait for what has."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._client is not None:
-            self._client.close()
 
     def _evaluate(self, model: str, version: int) -> Evaluated:
         from liberatai_core.learning.training import log_probabilities  # noqa: PLC0415 - imports torch
 
         if self._client is None:
             raise LinkError("the demo is not connected to its coordinator")
-        how = self._client.ensemble(model, str(version))
+        how = self._client.models.ensemble(model, str(version))
         structures: dict[str, Structure] = {}
         outputs: dict[str, NDArray[np.float32]] = {}
         for name in how.members:
-            structures[name], _, content = self._client.weights(model, str(version), name)
+            structures[name], _, content = self._client.models.weights(model, str(version), name)
             outputs[name] = log_probabilities(structures[name], self._data, from_bytes(content), self._test.x)
         accuracy = {name: pooling.accuracy(output, self._test.y) for name, output in outputs.items()}
         accuracy["ensemble"] = pooling.accuracy(_combined(how, outputs), self._test.y)
@@ -304,8 +302,8 @@ def _run(options: Options, folder: Path, console: Console, started_s: float, *, 
             examiner.connect(fleet.socket)
             job = _watch(console, fleet, world, examiner)
             plan = fleet.client.plan(world.job.name)
-            ensemble = fleet.client.ensemble(world.job.name)
-            versions = sorted(fleet.client.log(world.job.name), key=lambda row: row.version)
+            ensemble = fleet.client.models.ensemble(world.job.name)
+            versions = sorted(fleet.client.models.log(world.job.name), key=lambda row: row.version)
             protocol = fleet.protocol
         # Stopped: the agents have written their last counters, and the processors are free.
         evaluated = examiner.all()
@@ -351,19 +349,19 @@ def _say_what_runs(console: Console, fleet: LocalFleet, world: World, kept: Path
 def _watch(console: Console, fleet: LocalFleet, world: World, examiner: Examiner) -> JobView:
     """Create the job and show it until it ends."""
     name = world.job.name
-    fleet.client.create_job(world.text, str(fleet.folder / "data"))
+    fleet.client.jobs.create(world.text, str(fleet.folder / "data"))
     screen = Screen(console, world)
     with screen:
 
         def look(job: JobView) -> None:
             for version in range(1, len(_published(job)) + 1):
                 examiner.submit(name, version)
-            devices = fleet.client.devices()
+            devices = fleet.client.devices.list()
             screen.show(job, devices, examiner.finished())
             _require_progress(job, devices)
 
         job = wait(fleet, name, look)
-        screen.show(job, fleet.client.devices(), examiner.all())
+        screen.show(job, fleet.client.devices.list(), examiner.all())
     return job
 
 

@@ -2,12 +2,18 @@
 
 A device introduces itself with a signed Capability that carries its key. What then happens is the
 operator's choice (`enrolment`): nothing it says counts before it is approved.
+
+What a device said of itself stands at the broker for ever, true or not: a will may be refused, a broker may
+be replaced. So a device is believed to be there only as long as it gives signs of life, and no device is
+while the coordinator has no broker.
 """
 
+import heapq
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from liberatai_core.contract import limits
 from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.messages import Capability, Event, Message, Report, State, Telemetry
 from liberatai_core.errors import (
@@ -15,6 +21,7 @@ from liberatai_core.errors import (
     NotFoundError,
     ReplayError,
     RevokedError,
+    SchemaError,
     SignatureError,
     UnknownDeviceError,
 )
@@ -27,6 +34,21 @@ MAX_TOTAL = 2**53
 
 MAX_PENDING = 1000
 """Devices that wait for approval: a stranger cannot fill the memory with names."""
+
+MAX_DEVICES = 100_000
+"""Devices in all where enrolment is open: the same for whoever gets past the broker."""
+
+PENDING_SILENT_S = 3600.0
+"""After so long a silence one that waits for approval gives its place to a newcomer, if there is no other."""
+
+PENDING_KEPT_S = 7 * 86_400.0
+"""A week without a word: whoever still wants in says so again."""
+
+SILENT_INTERVALS, SILENT_LEAST_S = 3.0, 30.0
+"""Who says nothing for so many of its telemetry intervals, and at least so long, may be anywhere."""
+
+ANSWER_S = 10.0
+"""Between two answers to a device whose session number went back: a replayed frame must not cause a flood."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +90,12 @@ class Device:
     """One device as the coordinator knows it.
 
     Attributes:
+        said: the state that it said last, "unknown" before its first word.
+        last_seen_s: wall clock of its last sign of life.
+        alive_s: the coordinator's own clock then, or when it came to know what the broker has in store.
+        silent: it gave no sign of life for too long.
+        note: what is odd about it, in words; "" where nothing is.
+        ignores: why it does not believe this coordinator, by its own word; "" if it does.
         traffic: what its socket carried, as far as it said so.
         updates: of this device that were stored, in all jobs.
     """
@@ -77,19 +105,58 @@ class Device:
     status: Status
     capability: Capability | None = None
     session: int = 0
-    state: str = "unknown"
+    said: str = "unknown"
     report: Report | None = None
     telemetry: Telemetry | None = None
     last_event: Event | None = None
     last_seen_s: float = 0.0
+    alive_s: float = 0.0
+    silent: bool = False
     reason: str = ""
+    note: str = ""
+    ignores: str = ""
     traffic: DeviceTraffic = DeviceTraffic()
     updates: int = 0
 
     @property
+    def state(self) -> str:
+        """What it is believed to be: what it said, unless it is silent."""
+        return "unknown" if self.silent and self.said in LIVING else self.said
+
+    @property
     def online(self) -> bool:
-        """Whether it said so, and no will has contradicted it."""
-        return self.state == "online"
+        """Whether it said so, no will has contradicted it, and it is not silent."""
+        return self.said == "online" and not self.silent
+
+    @property
+    def silence_s(self) -> float:
+        """After how many seconds without a sign of life nothing is known of it."""
+        interval_s = self.capability.telemetry_s if self.capability else 60.0
+        return max(SILENT_LEAST_S, SILENT_INTERVALS * interval_s)
+
+
+OBEYING = ("fetching", "training", "sending")
+"""What a device does only for a coordinator that it believes."""
+
+LIVING = ("online", "draining")
+"""States that only a living device is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What followed from a device's word.
+
+    Attributes:
+        device: as it is known now.
+        new: it was not known before.
+        lasting: something changed that must be remembered over a restart.
+        changed: it came, went, or can do other things than before: jobs look again.
+    """
+
+    device: Device
+    new: bool
+    lasting: bool
+    changed: bool
 
 
 @dataclass(slots=True)
@@ -99,13 +166,26 @@ class Fleet:
     Attributes:
         enrolment: what happens to a key that nobody has seen.
         allowed: device name -> public key, known beforehand.
+        connected: whether there is a broker; without one nobody is there.
+        forgotten: names that were given up, until somebody takes note of them.
     """
 
     enrolment: Enrolment
     allowed: dict[str, bytes] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
     refusals: dict[str, Counter[str]] = field(default_factory=dict)
+    connected: bool = True
+    forgotten: list[str] = field(default_factory=list)
+    _since_s: float = 0.0
     _index: dict[bytes, str] = field(default_factory=dict)
+    _pending: dict[str, None] = field(default_factory=dict)
+    _ready: set[str] = field(default_factory=set)
+    _names: list[str] | None = None
+    _due: list[tuple[float, str]] = field(default_factory=list)
+    _watched: set[str] = field(default_factory=set)
+    _answered: dict[str, float] = field(default_factory=dict)
+
+    # --- the registry --------------------------------------------------------------------------
 
     def restore(self, devices: list[Device]) -> None:
         """Take over what the ledger remembers, and whoever the settings allow."""
@@ -114,6 +194,9 @@ class Fleet:
             if name not in self.devices or self.devices[name].public_key != key:
                 self.devices[name] = Device(id=name, public_key=key, status="approved")
         self._index = {key_id(device.public_key): device.id for device in self.devices.values()}
+        self._pending, self._ready, self._due, self._watched = {}, set(), [], set()
+        for device in list(self.devices.values()):
+            self._put(device)
 
     def key(self, wanted: bytes) -> bytes | None:
         """Return the public key with this key id, or None."""
@@ -122,49 +205,13 @@ class Fleet:
 
     def owner(self, wanted: bytes) -> str | None:
         """Return the device that has the key with this key id."""
-        found = self._index.get(wanted)
-        return found if found and key_id(self.devices[found].public_key) == wanted else None
+        return self._index.get(wanted)
 
     def require(self, device: str) -> Device:
         """Return a device, or raise NotFoundError."""
         if device not in self.devices:
             raise NotFoundError(f"no device {device!r}; `liberatai devices list` shows all")
         return self.devices[device]
-
-    def hear(self, message: Message, signer: bytes, now_s: float) -> tuple[Device, bool]:
-        """Take in what a device says of itself.
-
-        Args:
-            message: a verified State, Capability, Report, Telemetry or Event.
-            signer: public key that verified it.
-            now_s: the coordinator's time.
-
-        Returns:
-            The device, and whether something changed that must be remembered over a restart.
-
-        Raises:
-            UnknownDeviceError: nobody with this name, and new names are not taken.
-            SignatureError: the name belongs to another key.
-            ReplayError: from an older session than the last one heard.
-        """
-        name: str = message.device  # type: ignore[attr-defined]
-        session: int = message.session  # type: ignore[attr-defined]
-        known = self.devices.get(name)
-        new = known is None
-        if known is None:
-            known = self._introduce(message, signer)
-        elif known.public_key != signer:
-            raise SignatureError(
-                f"{name} has another key; after a new set-up list it under `devices:` in coordinator.yaml"
-            )
-        if session < known.session:
-            raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
-        device = _heard(known, message, session, now_s)
-        self.devices[name] = device
-        if new:
-            self._index[key_id(device.public_key)] = name
-        lasting = device.capability != known.capability or device.session != known.session
-        return device, lasting or new
 
     def admit(self, device: str) -> Device:
         """Return the device if what it sends may count.
@@ -181,54 +228,219 @@ class Fleet:
 
     def set_status(self, device: str, status: Status, reason: str = "") -> Device:
         """Approve, quarantine or release a device."""
-        self.devices[device] = replace(self.require(device), status=status, reason=reason)
-        return self.devices[device]
+        return self._put(replace(self.require(device), status=status, reason=reason))
 
     def count_refusal(self, device: str, error: LiberataiError) -> None:
         """Count what was refused, per device (or "" for a stranger) and code."""
         self.refusals.setdefault(device, Counter())[error.code] += 1
 
-    def ready(self) -> list[Device]:
-        """Return devices that can get work: approved, online, introduced, with quota left; by name."""
-        return sorted(
-            (
-                d
-                for d in self.devices.values()
-                if d.status == "approved" and d.online and d.capability and not d.capability.quota_spent
-            ),
-            key=lambda device: device.id,
-        )
-
     def count_update(self, device: str) -> None:
         """Note that one more update of a device is stored."""
         known = self.require(device)
-        self.devices[device] = replace(known, updates=known.updates + 1)
+        self._put(replace(known, updates=known.updates + 1))
 
-    def _introduce(self, message: Message, signer: bytes) -> Device:
+    def ready(self) -> list[Device]:
+        """Return devices that can get work: approved, there, introduced, with quota left; by name."""
+        if not self.connected:
+            return []
+        if self._names is None:
+            self._names = sorted(self._ready)
+        return [self.devices[name] for name in self._names]
+
+    def shown(self, device: Device) -> tuple[str, str]:
+        """Return a device's state for people, and what is odd about it in words."""
+        if not self.connected and device.said in LIVING:
+            return "unknown", "the coordinator has no broker"
+        return device.state, device.note or device.ignores
+
+    # --- what devices say ----------------------------------------------------------------------
+
+    def hear(
+        self,
+        message: Message,
+        signer: bytes,
+        now_s: float,
+        *,
+        wall_s: float | None = None,
+        retained: bool = False,
+    ) -> Heard:
+        """Take in what a device says of itself.
+
+        Args:
+            message: a verified State, Capability, Report, Telemetry or Event.
+            signer: public key that verified it.
+            now_s: the coordinator's own clock, which only goes forward.
+            wall_s: the time of day; None: as `now_s`.
+            retained: the broker had it in store: it is no sign of life.
+
+        Raises:
+            UnknownDeviceError: nobody with this name, and new names are not taken.
+            SignatureError: the name belongs to another key.
+            ReplayError: from an older session than the last one heard.
+            SchemaError: from a session that no device reaches.
+        """
+        name: str = message.device  # type: ignore[attr-defined]
+        session: int = message.session  # type: ignore[attr-defined]
+        before = self.devices.get(name)
+        known = before or self._introduce(message, signer, now_s)
+        if known.public_key != signer:
+            raise SignatureError(
+                f"{name} has another key; after a new set-up list it under `devices:` in coordinator.yaml"
+            )
+        if session > limits.MAX_SESSION:
+            raise SchemaError(f"{name}: session {session}, at most {limits.MAX_SESSION}")
+        if session < known.session:
+            if before is not None and not retained and _is_present(message):
+                note = f"its session number went back from {known.session} to {session}"
+                self._put(replace(known, note=note))
+            raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
+        device = _heard(known, message, session)
+        if not retained and not _is_will(message):
+            seen_s = now_s if wall_s is None else wall_s
+            device = replace(device, last_seen_s=seen_s, alive_s=now_s, silent=False, note="")
+        elif before is None or device.said != known.said:
+            # What the broker has in store is believed, until the silence after it is too long.
+            device = replace(device, alive_s=now_s, silent=False)
+        self._put(device)
+        if before is None:
+            self._index[key_id(device.public_key)] = name
+        lasting = device.capability != known.capability or device.session != known.session
+        changed = before is None or device.online != before.online or device.capability != before.capability
+        return Heard(device, before is None, lasting or before is None, changed)
+
+    def note_alive(self, device: str, now_s: float, wall_s: float) -> bool:
+        """Take any other verified word of a device as a sign of life; returns whether it was silent."""
+        known = self.require(device)
+        self._put(replace(known, last_seen_s=wall_s, alive_s=now_s, silent=False, note=""))
+        return known.silent
+
+    def answer_replay(self, message: Message, now_s: float) -> int | None:
+        """Return the session that a device put back from a copy must go above; None: say nothing.
+
+        Args:
+            message: verified, from an older session, and not in store at the broker.
+            now_s: as in `hear`.
+        """
+        known = self.devices.get(getattr(message, "device", ""))
+        if known is None or not _is_present(message):
+            return None
+        if now_s - self._answered.get(known.id, -ANSWER_S) < ANSWER_S:
+            return None
+        self._answered[known.id] = now_s
+        return known.session
+
+    # --- signs of life -------------------------------------------------------------------------
+
+    def set_connected(self, connected: bool, now_s: float) -> None:
+        """Note that the broker went away, or is there: then all have their time to be heard again."""
+        self.connected, self._since_s = connected, now_s
+
+    def expire(self, now_s: float) -> list[Device]:
+        """Return the devices that have become silent; quick, whatever the number of devices."""
+        found = []
+        while self.connected and self._due and self._due[0][0] <= now_s:
+            name = heapq.heappop(self._due)[1]
+            self._watched.discard(name)
+            device = self.devices.get(name)
+            if device is None or device.silent or device.said not in LIVING:
+                continue
+            spent = device.capability is not None and device.capability.quota_spent
+            since_s = now_s if spent else max(device.alive_s, self._since_s)
+            if since_s + device.silence_s > now_s:
+                self._watch(name, since_s + device.silence_s)
+                continue
+            note = f"nothing heard for {device.silence_s:.0f} s: does the broker refuse what it says?"
+            found.append(self._put(replace(device, silent=True, note=note)))
+        return found
+
+    def forget_pending(self, now_s: float) -> None:
+        """Forget devices that waited for approval and were not heard for long."""
+        while self._pending:
+            first = next(iter(self._pending))  # heard longest ago
+            if now_s - self.devices[first].alive_s < PENDING_KEPT_S:
+                return
+            self._forget(first)
+
+    # --- within --------------------------------------------------------------------------------
+
+    def _put(self, device: Device) -> Device:
+        name = device.id
+        self.devices[name] = device
+        self._pending.pop(name, None)
+        if device.status == "pending":
+            self._pending[name] = None
+        capability = device.capability
+        ready = (
+            device.status == "approved"
+            and device.online
+            and capability is not None
+            and not capability.quota_spent
+        )
+        if ready != (name in self._ready):
+            self._names = None
+            (self._ready.add if ready else self._ready.discard)(name)
+        if device.said in LIVING and not device.silent:
+            self._watch(name, device.alive_s + device.silence_s)
+        return device
+
+    def _watch(self, name: str, due_s: float) -> None:
+        if name not in self._watched:
+            self._watched.add(name)
+            heapq.heappush(self._due, (due_s, name))
+
+    def _forget(self, name: str) -> None:
+        device = self.devices.pop(name)
+        self._index.pop(key_id(device.public_key), None)
+        self._pending.pop(name, None)
+        self._answered.pop(name, None)
+        self.refusals.pop(name, None)
+        self.forgotten.append(name)
+
+    def _introduce(self, message: Message, signer: bytes, now_s: float) -> Device:
         if not isinstance(message, Capability):
             raise UnknownDeviceError("said something before it introduced itself")
         if self.enrolment == "allowlist":
             raise UnknownDeviceError(f"{message.device} is not in the coordinator's list of devices")
-        waiting = sum(device.status == "pending" for device in self.devices.values())
-        if self.enrolment == "approve" and waiting >= MAX_PENDING:
-            raise UnknownDeviceError(f"{waiting} devices wait for approval already")
+        if len(self.devices) >= MAX_DEVICES:
+            raise UnknownDeviceError(f"{len(self.devices)} devices are known already")
+        if self.enrolment == "approve" and len(self._pending) >= MAX_PENDING:
+            first = next(iter(self._pending))
+            if now_s - self.devices[first].alive_s < PENDING_SILENT_S:
+                raise UnknownDeviceError(f"{len(self._pending)} devices wait for approval already")
+            self._forget(first)
         status: Status = "approved" if self.enrolment == "open" else "pending"
         return Device(id=message.device, public_key=signer, status=status)
 
 
-def _heard(device: Device, message: Message, session: int, now_s: float) -> Device:
-    device = replace(device, session=max(session, device.session), last_seen_s=now_s)
+def _is_will(message: Message) -> bool:
+    """Whether the broker says this in the device's name, after the device is gone."""
+    return isinstance(message, State) and message.state == "lost"
+
+
+def _is_present(message: Message) -> bool:
+    """Whether only a device that runs says this: not a will or goodbye of an old connection."""
+    if isinstance(message, State):
+        return message.state in LIVING
+    return isinstance(message, Capability | Report)
+
+
+def _heard(device: Device, message: Message, session: int) -> Device:
+    device = replace(device, session=session)
     match message:
         case State():
-            return replace(device, state=message.state)
+            return replace(device, said=message.state)
         case Capability():
             return replace(device, capability=message)
         case Report():
-            return replace(device, report=message)
+            believes = message.phase in OBEYING
+            return replace(device, report=message, ignores="" if believes else device.ignores)
         case Telemetry():
             traffic = device.traffic.heard(session, message.sent_bytes, message.received_bytes)
             return replace(device, telemetry=message, traffic=traffic)
         case Event():
-            return replace(device, last_event=message)
+            device = replace(device, last_event=message)
+            if message.code == ReplayError.code and message.name.startswith("stale_"):
+                return replace(device, ignores=f"it does not believe this coordinator: {message.text}")
+            return device
         case _:
             return device

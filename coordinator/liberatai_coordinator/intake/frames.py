@@ -7,7 +7,7 @@ seconds of silence; here they are work of one thread, and the loop hears of a ba
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from liberatai_core.contract.frame import key_id, open_frame
@@ -70,7 +70,7 @@ class Frames:
     fleet: str
     key: Callable[[bytes], bytes | None]
     look: Callable[[Frame, Message], object]
-    handle: Callable[[list[Opened]], None]
+    handle: Callable[[list[Opened]], Awaitable[None]]
     _waiting: deque[Frame] = field(default_factory=deque)
     _there: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,7 +87,7 @@ class Frames:
             if not self._waiting:
                 self._there.clear()
             if batch:
-                self.handle(await asyncio.to_thread(self._open_all, batch))
+                await self.handle(await asyncio.to_thread(self._open_all, batch))
 
     def _open_all(self, batch: list[Frame]) -> list[Opened]:
         introduced: dict[bytes, bytes] = {}
@@ -99,7 +99,7 @@ class Frames:
         for frame in batch:
             opened = self._open(frame, key)
             if isinstance(opened.message, Capability):
-                # What a new device says next may be in the same batch; whether it is let in, `handle` decides.
+                # What it says next may be in this batch, too; whether it is let in, `handle` decides.
                 introduced[key_id(opened.public_key)] = opened.public_key
             found.append(opened)
         return found

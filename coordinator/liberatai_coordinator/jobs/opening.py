@@ -54,13 +54,19 @@ class Opening:
         return self.job.rounds.mode == "buffered"
 
     async def wait_for_devices(self) -> None:
-        """Wait until as many devices are there as the job wants before it starts."""
-        wanted = self.job.rounds.min_devices
-        while (there := len(self.fleet.ready())) < wanted:
-            self.waits = f"waits: {there} of {wanted} devices are online (rounds.min_devices)"
-            self.fleet_changed.clear()
-            await self.fleet_changed.wait()
+        """Wait until as many devices are there as the job wants before it starts, and can train in it."""
+        while (there := self.roster.able()) < self.job.rounds.min_devices:
+            await self._wait(self.roster.waiting(there))
         self.waits = ""
+
+    async def _wait(self, words: str) -> None:
+        """Say why no round opens, and wait until something has changed."""
+        if words != self.waits:
+            log.warning("job %s %s", self.job.name, words)
+        self.waits = words
+        self.fleet_changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
 
     async def open(self) -> RoundRow:
         """Open the next round in the ledger, as soon as it can have its devices."""
@@ -99,10 +105,7 @@ class Opening:
             granted = self.sharing.ask(claim, time.monotonic())
             if isinstance(granted, Grant) or standing:
                 break
-            self._say_waiting(granted.behind, len(claim.devices), bool(able))
-            self.fleet_changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.fleet_changed.wait(), RECHECK_S)
+            await self._wait(self._reason(granted.behind, len(able)))
         self.waits = ""
         free, most = (granted.devices, granted.most) if isinstance(granted, Grant) else (frozenset[str](), 0)
         if self.buffered:
@@ -120,17 +123,10 @@ class Opening:
         """Return the invitations of a buffered job that still stand; `ready`: who could take another task."""
         return self.roster.standing(self.versions.now.number, ready) if self.buffered else []
 
-    def _say_waiting(self, behind: Sequence[str], claimed: int, able: bool) -> None:
-        least = self.job.rounds.min_devices
-        if behind:
-            words = f"waits: devices serve {', '.join(behind)} first"
-        elif able and claimed < least:
-            words = f"waits: {claimed} of {least} devices can take part (rounds.min_devices)"
-        else:
-            words = self.roster.waiting()
-        if words != self.waits:
-            log.warning("job %s %s", self.job.name, words)
-        self.waits = words
+    def _reason(self, behind: Sequence[str], able: int) -> str:
+        if able < self.job.rounds.min_devices or not behind:
+            return self.roster.waiting(able)
+        return f"waits: devices serve {', '.join(behind)} first"
 
     async def _with_ways(self, number: int, invitations: list[Invitation]) -> list[Invitation]:
         """Return invitations that can stand over: with the version, and what the device was told to fetch."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.fleet.devices import Device, Fleet
+from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs.merging import COUNTERS
 from liberatai_coordinator.jobs.publisher import Publisher
@@ -15,7 +15,6 @@ from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.jobs.sharing import Sharing
 from liberatai_coordinator.jobs.slots import Slots
 from liberatai_coordinator.models.versions import Versions
-from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import JobRow
@@ -140,18 +139,9 @@ class Jobs:
 
     # --- devices -------------------------------------------------------------------------------
 
-    def fleet_changed(self, device: Device) -> None:
-        """A device came, went or changed: who waits looks again, open rounds hear of it."""
-        self._wake()
-        gone = device.state in {"offline", "lost"} or device.status != "approved"
-        for runner in self.runners.values():
-            now = runner.open_round
-            if now is not None and device.id in now.invitations:
-                # Not Gone at once: a device that lost its connection usually comes back with its update.
-                if device.status == "quarantined":
-                    runner.collecting.decide(deciding.Gone(device=device.id))
-                elif not gone:
-                    runner.collecting.decide(deciding.Back(device=device.id))
+    def waits(self) -> dict[str, str]:
+        """Return why jobs open no round, in words, by name; "": no reason."""
+        return {name: runner.waits for name, runner in self.runners.items()} | self.unreadable
 
     async def base_missing(self, device: str) -> None:
         """Let one job answer a device that does not hold what it was told to go on from.
@@ -200,7 +190,9 @@ class Jobs:
             job=job,
             row=row,
             ledger=self.ledger,
-            versions=Versions(job=job, ledger=self.ledger, repository=self.repository),
+            versions=Versions(
+                job=job, ledger=self.ledger, repository=self.repository, first=row.first_version
+            ),
             publisher=self.publisher,
             fleet=self.fleet,
             slots=self.slots,

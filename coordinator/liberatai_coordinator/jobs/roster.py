@@ -14,12 +14,14 @@ import msgspec
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.devices import Device, Fleet
+from liberatai_coordinator.fleet.failures import Failures
 from liberatai_coordinator.jobs.records import invited_in, with_round
 from liberatai_coordinator.models.members import derive_seed
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds import selection
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import RoundRow
+from liberatai_core.contract.messages import Capability
 from liberatai_core.errors import DataError, NotFoundError
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Roster:
         assigned: who got what, by device.
         keyframe_bytes: per structure, what a keyframe may take.
         history: of participations, for selection.
+        failures: of its devices, which are not asked again for a while.
         trying: invited to the open round although their links were too slow when last measured.
     """
 
@@ -57,6 +60,9 @@ class Roster:
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     history: selection.History = field(default_factory=selection.History)
     trying: set[str] = field(default_factory=set)
+    failures: Failures = field(default_factory=Failures)
+    _offered: dict[str, tuple[Capability, plan.Assignment]] = field(default_factory=dict)
+    _shares: dict[str, tuple[Capability, plan.Assignment, float]] = field(default_factory=dict)
     _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
     _tried: dict[str, tuple[int, float]] = field(default_factory=dict)
 
@@ -81,20 +87,37 @@ class Roster:
         if history is not None:
             self.history = msgspec.msgpack.decode(history, type=selection.History)
 
+    def able(self) -> int:
+        """Return how many devices are there that can train in this job, before it has a plan."""
+        return sum(bool(given.structure) for given in self._offers().values())
+
     def make(self) -> None:
         """Give every device that is there a structure, and store that.
 
         Raises:
             DataError: no device can take part; says why for each.
         """
-        known = [device.capability for device in self.fleet.ready() if device.capability]
-        made = plan.make_plan(self.job, list(self.candidates.values()), known)
-        self.assigned = dict(made.assignments)
-        if not made.keyframe_bytes:
-            reasons = "; ".join(f"{a.device}: {a.why}" for a in made.assignments.values())
+        self.assigned = self._offers()
+        made = plan.keyframe_budgets(self.job, list(self.candidates.values()), self.assigned.values())
+        if not made:
+            reasons = "; ".join(f"{a.device}: {a.why}" for a in self.assigned.values())
             raise DataError(f"no device can take part: {reasons}")
-        self.keyframe_bytes = dict(made.keyframe_bytes)
+        self.keyframe_bytes = made
+        self._offered = {}
         self._store()
+
+    def _offers(self) -> dict[str, plan.Assignment]:
+        """Return what every device that is there would get; found out anew only for what changed."""
+        candidates, offers = list(self.candidates.values()), {}
+        for device in self.fleet.ready():
+            if device.capability is None:
+                continue
+            known = self._offered.get(device.id)
+            if known is None or known[0] is not device.capability:
+                known = (device.capability, plan.assign(self.job, candidates, device.capability))
+                self._offered[device.id] = known
+            offers[device.id] = known[1]
+        return offers
 
     def _store(self) -> None:
         plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
@@ -192,16 +215,40 @@ class Roster:
 
         Warm-up does not matter: it only raises densities.
         """
-        return [device for device in self.fleet.ready() if self._takes_part(device.id, number)]
+        now_s = time.monotonic()
+        return [device for device in self.fleet.ready() if self._takes_part(device, number, now_s)]
 
-    def _takes_part(self, device: str, number: int) -> bool:
-        assigned = self.assigned.get(device)
-        if assigned is None or not assigned.structure:
+    def _takes_part(self, device: Device, number: int, now_s: float) -> bool:
+        name, assigned = device.id, self.assigned.get(device.id)
+        if assigned is None or not assigned.structure or self._unable(device):
             return False
-        if self._density(device) > 0:
-            self._tried.pop(device, None)
+        if not self.failures.may_try(name, device.capability, now_s):
+            return False
+        if self._share(device, assigned) > 0:
+            self._tried.pop(name, None)
             return True
-        return self._is_due(device, number)
+        return self._is_due(name, number)
+
+    def _unable(self, device: Device) -> str:
+        """Return why a device with a structure cannot train now, by its own word; "" if it can."""
+        report = device.report
+        if report is not None and report.phase == "failed" and not report.job:
+            return f"it says: {report.reason}"
+        return plan.unfit(self.job, device.capability) if device.capability else "it did not introduce itself"
+
+    def _share(self, device: Device, assigned: plan.Assignment) -> float:
+        """Return what `_density` does for a round that misses nothing; found out anew only after a change."""
+        capability, candidate = device.capability, self.candidates.get(assigned.structure)
+        if candidate is None or capability is None:
+            return assigned.density
+        known = self._shares.get(device.id)
+        if known is not None and known[0] is capability and known[1] is assigned:
+            return known[2]
+        round_s = self.spacing_s(device.id) if capability.day_quota_bytes else None
+        share = plan.share(self.job, candidate, capability, round_s=round_s)
+        if not capability.day_quota_bytes:  # what a quota allows varies with the time
+            self._shares[device.id] = (capability, assigned, share)
+        return share
 
     def _is_due(self, device: str, number: int) -> bool:
         """Whether it is time to try a link again that was measured to be too slow."""
@@ -269,18 +316,33 @@ class Roster:
             opened_after_s=time.time() - self.job.rounds.deadline_s,
         )
 
-    def waiting(self) -> str:
-        """Return what speaks against every device that is there."""
-        told = []
-        for device in self.fleet.ready()[:MAX_TOLD]:
-            given = self.assigned.get(device.id)
-            if given is not None:
-                now = plan.by_link(
-                    self.job,
-                    list(self.candidates.values()),
-                    given,
-                    device.capability,
-                    round_s=self.spacing_s(device.id),
-                )
-                told.append(f"{device.id}: {now.link if now.structure else now.why}")
-        return "waits: no device can take part" + (f" ({'; '.join(told)})" if told else "")
+    def waiting(self, able: int = 0) -> str:
+        """Return why no round opens where so many devices could take part, and what speaks against others."""
+        told, now_s = [], time.monotonic()
+        for device in self.fleet.ready():
+            offered = self._offered.get(device.id)
+            given = self.assigned.get(device.id) or (offered[1] if offered else None)
+            against = self._against(device, given, now_s) if given is not None else ""
+            if against:
+                told.append(f"{device.id}: {against}")
+            if len(told) == MAX_TOLD:
+                break
+        least = self.job.rounds.min_devices
+        there = len(self.fleet.ready())
+        words = f"waits: {able} of {least} devices can take part (rounds.min_devices)"
+        if there < least:
+            words = f"waits: {there} of {least} devices are online (rounds.min_devices)"
+        elif not able:
+            words = "waits: no device can take part"
+        return words + (f" ({'; '.join(told)})" if told else "")
+
+    def _against(self, device: Device, given: plan.Assignment, now_s: float) -> str:
+        if not given.structure:
+            return given.why
+        if unable := self._unable(device):
+            return unable
+        if not self.failures.may_try(device.id, device.capability, now_s):
+            return self.failures.words(device.id, now_s)
+        candidates, round_s = list(self.candidates.values()), self.spacing_s(device.id)
+        now = plan.by_link(self.job, candidates, given, device.capability, round_s=round_s)
+        return "" if now.density > 0 else now.link

@@ -28,6 +28,7 @@ from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow, RoundRow
+from liberatai_core.errors import NotFoundError
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,10 @@ class Runner:
         """Read a finished job back, so that `base_missing` can answer for it."""
         self.roster.recall()
         self.tasks.recall()
-        await self.work.do(self.versions.restore, self.ledger.versions.get(self.job.name))
+        newest = self.versions.stored()
+        if newest is None:
+            raise NotFoundError(f"job {self.job.name} has no version")
+        await self.work.do(self.versions.restore, newest)
         self.collecting.finished = True
         self.collecting.resumed.set()
 
@@ -168,8 +172,9 @@ class Runner:
             await self.tasks.publish_head("aborted")
 
     async def _restore_or_start(self) -> None:
-        if self.ledger.versions.all(self.job.name):
-            await self.work.do(self.versions.restore, self.ledger.versions.get(self.job.name))
+        newest = self.versions.stored()
+        if newest is not None:
+            await self.work.do(self.versions.restore, newest)
         else:
             await self.opening.wait_for_devices()
             self.roster.make()
@@ -219,6 +224,7 @@ class Runner:
         self._round_over(row)
         standing = self.opening.standing(set())
         await self.tasks.drop_unneeded([one.way for one in standing if one.way is not None])
+        await self.work.do(self.versions.collect, self.tasks.versions_needed(standing))
 
     async def _collect(self, row: RoundRow) -> deciding.Close | deciding.Abandon:
         """Hold a round open until it decides to end."""

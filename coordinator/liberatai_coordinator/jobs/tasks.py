@@ -158,6 +158,10 @@ class Tasks:
                 found += way.steps
         return found
 
+    def versions_needed(self, standing: Iterable[Invitation]) -> set[int]:
+        """Return the versions that devices come from: where their paths end, and what they train on."""
+        return {path[-1].version for path in self.paths.values() if path} | {one.version for one in standing}
+
     def path_after(self, device: str) -> bytes:
         """Return what the ledger notes with an update of the open round: what its device holds now."""
         way = self.ways.get(device)

@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +13,13 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_core.aggregator import server_optimizer as optimizers
 from liberatai_core.contract.messages import part_seed
 from liberatai_core.learning.training import log_probabilities
-from liberatai_core.sparsifier import methods
-from liberatai_core.sparsifier.subspace import Subspace, recommended_share, subspace
+from liberatai_core.sparsifier import methods, subspace
+from liberatai_core.sparsifier.subspace import Subspace, recommended_share
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 Labels = NDArray[np.int64]
 Labelled = tuple[Floats, Labels]
 
@@ -60,7 +63,33 @@ def trained_share(job: JobSpec, structure: Structure) -> float:
 
 def trained_part(job: JobSpec, structure: Structure) -> Subspace:
     """Return the coordinates of a structure that the job trains."""
-    return subspace(structure, trained_share(job, structure), part_seed(job.seed, job.name, structure.id))
+    seed = part_seed(job.seed, job.name, structure.id)
+    return subspace.subspace(structure, trained_share(job, structure), seed)
+
+
+def trained_structure(job: JobSpec, structure: Structure) -> Structure:
+    """Return the `part` of `trained_part`: the same object for the same two, as every update asks for it."""
+    return _trained_structure(_Same(job), _Same(structure))
+
+
+class _Same(Generic[T]):
+    """An object that equals itself only: settings and structures hold dicts, which have no hash."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@lru_cache(64)
+def _trained_structure(job: _Same[JobSpec], structure: _Same[Structure]) -> Structure:
+    return subspace.trained_structure(structure.value, trained_share(job.value, structure.value))
 
 
 def outputs(

@@ -1,7 +1,7 @@
 """What an update of a device says, and whether it can mean anything."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.models.members import trained_part
-from liberatai_core.aggregator.packed import Packed, entries
+from liberatai_coordinator.models.members import trained_structure
+from liberatai_core.aggregator.packed import Packed, Positions, without_zeros
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.messages import Update, work_seed
-from liberatai_core.errors import CodecError, NormError, SchemaError
+from liberatai_core.errors import CodecError, LiberataiError, NormError, SchemaError
 from liberatai_core.sparsifier import methods
+from liberatai_core.sparsifier.codec import Entries
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector
 
@@ -101,8 +102,7 @@ def changes(job: JobSpec, update: Update, part: Structure) -> tuple[NDArray[np.i
         LiberataiError: for every stream that no device writes.
     """
     methods.require_stream(job.sparsify.method, update.body)
-    seed = work_seed(job.seed, update.device, update.job, update.round)
-    return methods.entries(update.body, part, seed)
+    return methods.entries(update.body, part, _seed(job, update))
 
 
 def difference(job: JobSpec, update: Update, part: Structure) -> Vector:
@@ -140,22 +140,60 @@ def check_update(update: Update, structure: Structure, job: JobSpec) -> Decoded:
     Raises:
         CodecError: another method than the task's, or a stream that it does not make.
         LiberataiError: whatever the decoder refuses (positions, counts, values).
+        NormError: a parameter changes by more than `LARGEST`.
         SchemaError: class counts of another number of classes, or more than the samples.
     """
+    (found,) = check_updates([(update, structure, job)])
+    if isinstance(found, LiberataiError):
+        raise found
+    return found
+
+
+def check_updates(
+    asked: Sequence[tuple[Update, Structure, JobSpec]],
+) -> list[Decoded | LiberataiError]:
+    """Return for each (update, structure, job) what `check_update` returns or raises.
+
+    No update depends on another; fifty together take a third of the time that they take one by one.
+    """
+    found: list[Decoded | LiberataiError | Structure] = [_part_of(*one) for one in asked]
+    read = [(place, part) for place, part in enumerate(found) if isinstance(part, Structure)]
+    bodies = [(asked[place][0].body, part, _seed(asked[place][2], asked[place][0])) for place, part in read]
+    for (place, part), entries in zip(read, methods.entries_all(bodies), strict=True):
+        update, _, job = asked[place]
+        found[place] = (
+            entries if isinstance(entries, LiberataiError) else _meaning(update, job, part, entries)
+        )
+    return [one for one in found if not isinstance(one, Structure)]
+
+
+def _part_of(update: Update, structure: Structure, job: JobSpec) -> Structure | LiberataiError:
+    """Return the structure that an update's body is about, or why it is not worth decoding."""
     if update.codec != job.sparsify.method:
-        raise CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
-    part = trained_part(job, structure).part
-    positions, values = changes(job, update, part)
+        return CodecError(f"made by {update.codec}, the task named {job.sparsify.method}")
+    try:
+        methods.require_stream(job.sparsify.method, update.body)
+    except CodecError as error:
+        return error.with_traceback(None)
+    return trained_structure(job, structure)
+
+
+def _meaning(update: Update, job: JobSpec, part: Structure, entries: Entries) -> Decoded | LiberataiError:
+    positions, values = entries
     if np.abs(values).max(initial=0) > LARGEST:
-        raise NormError(f"a parameter changes by more than {LARGEST:g}")
+        return NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
     if counts is not None and len(counts) != job.data.classes:
-        raise SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
+        return SchemaError(f"{len(counts)} class counts, the job has {job.data.classes} classes")
     if counts is not None and sum(counts) > update.samples:
-        raise SchemaError(f"class counts of {sum(counts)} samples, the update has {update.samples}")
+        return SchemaError(f"class counts of {sum(counts)} samples, the update has {update.samples}")
     if update.evaluation is not None and update.evaluation[0] > update.evaluation[1]:
-        raise SchemaError("more correct answers than questions")
+        return SchemaError("more correct answers than questions")
     return Decoded(_content(update), _packed(part, positions, values))
+
+
+def _seed(job: JobSpec, update: Update) -> int:
+    return work_seed(job.seed, update.device, update.job, update.round)
 
 
 def _content(update: Update) -> bytes:
@@ -163,9 +201,8 @@ def _content(update: Update) -> bytes:
     return hashlib.sha256(head + update.body).digest()[:16]
 
 
-def _packed(part: Structure, positions: NDArray[np.int64], values: Vector) -> Packed:
-    """Return what a decoder gave, positions as int32."""
-    found = entries(part.parameters, positions, values)
-    if found.positions is None:
-        return found
-    return Packed(found.parameters, found.positions.astype(np.int32), found.values)
+def _packed(part: Structure, positions: Positions, values: Vector) -> Packed:
+    """Return what a decoder gave: it has checked that positions increase and lie in the part."""
+    if positions.size == part.parameters:
+        return Packed(part.parameters, None, values)
+    return without_zeros(Packed(part.parameters, positions.astype(np.int32, copy=False), values))

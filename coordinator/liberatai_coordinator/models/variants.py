@@ -59,17 +59,18 @@ def commit(
     _check_parent(model, version, manifest)
     _check_structure(manifest)
     _check_file(manifest, file)
-    found, encoded = repository.commit_variant(manifest, file)
-    row = VariantRow(
-        model=model,
-        number=version.number,
-        id=found,
-        structure=manifest.structure.id,
-        size_bytes=manifest.size,
-        manifest=encoded,
-        created_s=time.time() if now_s is None else now_s,
-    )
-    ledger.versions.add_variant(row)
+    with repository.holding():
+        found, encoded = repository.commit_variant(manifest, file)
+        row = VariantRow(
+            model=model,
+            number=version.number,
+            id=found,
+            structure=manifest.structure.id,
+            size_bytes=manifest.size,
+            manifest=encoded,
+            created_s=time.time() if now_s is None else now_s,
+        )
+        ledger.versions.add_variant(row)
     return ledger.versions.variant(model, found)
 
 

@@ -5,6 +5,7 @@ Blobs first, then one row in the ledger: a version is complete and verifiable, o
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -15,6 +16,7 @@ from liberatai_coordinator.models import aggregation, ensembles, members
 from liberatai_coordinator.models.aggregation import Advanced
 from liberatai_coordinator.models.ensembles import Ensemble, combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed
+from liberatai_coordinator.models.retention import collect
 from liberatai_coordinator.rounds.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import (
@@ -103,6 +105,8 @@ class Versions:
     """The versions of one job.
 
     Attributes:
+        first: number in the ledger of this job's version 0; an earlier job of the same name may have some.
+            Everywhere else a job counts its versions from 0.
         newest: in memory; None before the first one.
         shas: blob id -> SHA-256 (hex) of every file that devices may need.
         history: version -> structure id -> mark.
@@ -111,6 +115,7 @@ class Versions:
     job: JobSpec
     ledger: Ledger
     repository: Repository
+    first: int = 0
     newest: Current | None = None
     shas: dict[str, str] = field(default_factory=dict)
     history: dict[int, dict[str, Mark]] = field(default_factory=dict)
@@ -204,13 +209,22 @@ class Versions:
         return made.id
 
     def _write(self, made: Current, updates: Sequence[bytes], blobs: Iterable[bytes]) -> None:
+        with self.repository.holding():
+            records = self._put(made, updates, blobs)
+        self.newest = made
+        self._mark(made.number, records)
+
+    def _put(
+        self, made: Current, updates: Sequence[bytes], blobs: Iterable[bytes]
+    ) -> Mapping[str, MemberRecord]:
+        """Write a version down, its files first, and name it."""
         for content in blobs:
             self.shas[blob_id(content)] = self.repository.put(content)
         records = {sid: self._record(made, sid) for sid in made.members}
         parent = self.newest.id if self.newest else None
         manifest = Manifest(
             model=self.job.name,
-            number=made.number,
+            number=self.first + made.number,
             parent=parent,
             round=made.round,
             data=self.job.data,
@@ -222,7 +236,7 @@ class Versions:
         self.repository.put(content)
         row = VersionRow(
             model=self.job.name,
-            number=made.number,
+            number=manifest.number,
             id=version_id(manifest),
             parent=parent,
             manifest=content,
@@ -230,8 +244,7 @@ class Versions:
         )
         self.ledger.versions.add(row)
         made.id = row.id
-        self.newest = made
-        self._mark(made.number, records)
+        return records
 
     def _mark(self, number: int, records: Mapping[str, MemberRecord]) -> None:
         """Note a version that exists now; what was merged for the one before is let go."""
@@ -292,10 +305,10 @@ class Versions:
         manifest = decode_manifest(row.manifest)
         records = manifest.structures
         members = {sid: load_member(self.repository, record) for sid, record in records.items()}
-        for older in self.ledger.versions.all(self.job.name):
-            if older.number <= row.number:
+        for older in self.ledger.versions.all(self.job.name, first=self.first):
+            if older.number <= row.number and not older.collected:
                 marked = decode_manifest(older.manifest).structures
-                self._mark(older.number, marked)
+                self._mark(older.number - self.first, marked)
                 self.shas |= {
                     blob_id_of(bytes.fromhex(one.blob)): one.blob
                     for record in marked.values()
@@ -308,7 +321,7 @@ class Versions:
         deltas = {sid: step_from(r.delta) for sid, r in records.items() if r.delta is not None}
         ensemble = msgspec.convert(msgspec.structs.asdict(manifest.ensemble), Ensemble)
         self.newest = Current(
-            number=row.number,
+            number=row.number - self.first,
             id=row.id,
             members=members,
             chains=chains,
@@ -316,6 +329,23 @@ class Versions:
             ensemble=ensemble,
             round=manifest.round,
         )
+
+    def stored(self) -> VersionRow | None:
+        """Return this job's newest version in the ledger; None before the first one."""
+        return self.ledger.versions.newest(self.job.name, first=self.first)
+
+    def collect(self, needed: AbstractSet[int]) -> None:
+        """Remove the files of old versions; may take a while.
+
+        Args:
+            needed: versions that devices come from, as their paths and invitations have them.
+
+        Raises:
+            DiskError: the disk refuses; the next call tries again.
+        """
+        in_ledger = {self.first + number for number in needed}
+        for number in collect(self.ledger, self.repository, self.job.name, self.job.keep, in_ledger):
+            self.history.pop(number - self.first, None)
 
     def content(self, blob: str) -> bytes:
         """Return a file that devices may need, by its blob id."""
@@ -388,7 +418,8 @@ class Versions:
         return found
 
     def _singles(self, sid: str, since: int) -> Path | None:
-        steps = [self.history[number][sid].delta for number in range(since + 1, self.now.number + 1)]
+        between = [self.history.get(number) for number in range(since + 1, self.now.number + 1)]
+        steps = [None if marks is None else marks[sid].delta for marks in between]
         return None if None in steps else tuple(step for step in steps if step is not None)
 
     def _extend(

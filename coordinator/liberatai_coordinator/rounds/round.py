@@ -88,19 +88,26 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """A device will not answer: it said that it failed, or it is lost, quarantined or taken away."""
+    """A device will not answer: it is lost, quarantined or taken away."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A device said that it cannot do its task: that is an answer, too, though without an update."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Back:
-    """A device that was gone is there again."""
+    """A device that was gone is there again, or one that failed tries again after all."""
 
     device: str
 
 
-Event = UpdateArrived | UpdateStored | StoreFailed | Tick | Gone | Back
+Event = UpdateArrived | UpdateStored | StoreFailed | Tick | Gone | Failed | Back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +225,8 @@ class Round:
             into the next.
         stored: update ids that the ledger has, by device.
         storing: those on their way to the disk.
-        gone: devices that are not waited for.
+        gone: devices that are not waited for; they may come back with an update.
+        failed: devices that said that they have none.
     """
 
     job: str
@@ -231,12 +239,13 @@ class Round:
     stored: dict[str, bytes] = field(default_factory=dict)
     storing: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     phase: Phase = Phase.OPEN
     reason: str = ""
     _waiting: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._waiting = set(self.invitations) - set(self.stored) - self.gone
+        self._waiting = set(self.invitations) - set(self.stored) - self.gone - self.failed
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -271,8 +280,13 @@ class Round:
                 self.gone.add(device)
                 self._waiting.discard(device)
                 return self._progress()
+            case Failed(device=device):
+                self.failed.add(device)
+                self._waiting.discard(device)
+                return self._progress()
             case Back(device=device):
                 self.gone.discard(device)
+                self.failed.discard(device)
                 if device in self.invitations and device not in self.stored:
                     self._waiting.add(device)
                 return []
@@ -289,7 +303,7 @@ class Round:
         return [Store(update=update)]
 
     def fault(self, update: Update) -> LiberataiError | None:
-        """Return why an update does not count here, or no more than it does already; None: it may."""
+        """Return why an update does not count in this round, or not once more; None: it may."""
         invitation = self.invitations.get(update.device)
         if update.job != self.job or invitation is None or update.round != self.asked(update.device):
             return RoundUnknownError(
@@ -320,11 +334,14 @@ class Round:
         self._waiting.discard(device)
         return Accept(device=device, update_id=update_id, code=DuplicateError.code if repeated else "")
 
+    def _may_return(self) -> set[str]:
+        return {one for one in self.gone - self.failed if one in self.invitations and one not in self.stored}
+
     def _progress(self) -> list[Action]:
         if self.phase is Phase.OPEN:
-            # Too few updates are kept till the deadline: whoever is gone may come back with one more.
-            all_in = not self._waiting and (not self.stored or len(self.stored) >= self.quorum)
-            if all_in or len(self.stored) >= self.target:
+            # Too few updates are kept till the deadline where whoever is gone may come back with one more.
+            few = 0 < len(self.stored) < self.quorum <= len(self.stored) + len(self._may_return())
+            if (not self._waiting and not few) or len(self.stored) >= self.target:
                 self.phase = Phase.CLOSING
         if self.phase is not Phase.CLOSING or self.storing:
             return []
@@ -333,6 +350,9 @@ class Round:
             self.phase = Phase.CLOSED
             return [Close(update_ids=frozen)]
         self.phase = Phase.ABANDONED
-        when = "at the deadline" if self._waiting or frozen else "and no device is left that could send one"
-        self.reason = f"{len(frozen)} of {self.quorum} needed updates {when}"
+        when = "at the deadline"
+        if not self._waiting and not (frozen and self._may_return()):
+            when = "and no device is left that could send one"
+        failed = f"; {len(self.failed)} failed" if self.failed else ""
+        self.reason = f"{len(frozen)} of {self.quorum} needed updates {when}{failed}"
         return [Abandon(reason=self.reason, update_ids=frozen)]

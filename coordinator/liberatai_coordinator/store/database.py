@@ -17,12 +17,13 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from liberatai_coordinator.store.tables import META, METADATA
+from liberatai_coordinator.store.migration import migrate_1_to_2
+from liberatai_coordinator.store.tables import META, METADATA, UPDATES_VIEW
 from liberatai_core.errors import BusyError, ConfigError, DiskError, LiberataiError, LockedError
 
 APPLICATION_ID: Final = 0x4C414931
 """`LAI1`: tells `file` and us that this database is a ledger."""
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Of the tables that a program must understand. One that is only added (and made at the next opening) changes
 nothing for older programs, which leave it alone."""
 RESERVE_BYTES: Final = 32 * 1024 * 1024
@@ -152,12 +153,25 @@ class Database:
     def _begin_epoch(self) -> None:
         self._check()
         with self.write() as connection:
+            if connection.exec_driver_sql("PRAGMA user_version").scalar() == 1:
+                migrate_1_to_2(connection)
             METADATA.create_all(connection)
+            connection.exec_driver_sql(UPDATES_VIEW)
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
             before = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch")).scalar()
             self.epoch = (before or 0) + 1
             upsert_many(connection, META, [{"key": "epoch", "value": self.epoch}], keys=("key",))
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Let the next start begin above an epoch that was used before; on disk when this returns.
+
+        Raises:
+            DiskError, BusyError: it cannot be written.
+        """
+        with self.write() as connection:
+            value = max(self.epoch, epoch)
+            upsert_many(connection, META, [{"key": "epoch", "value": value}], keys=("key",))
 
     def _check(self) -> None:
         path = self._path
@@ -169,7 +183,7 @@ class Database:
             application = connection.exec_driver_sql("PRAGMA application_id").scalar()
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
             tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
-            if tables and (application != APPLICATION_ID or version != SCHEMA_VERSION):
+            if tables and (application != APPLICATION_ID or version not in {1, SCHEMA_VERSION}):
                 fault = f"database format {application:#x} version {version}, this program writes "
                 fault += f"{APPLICATION_ID:#x} version {SCHEMA_VERSION}: install the release that wrote it"
                 raise ConfigError(str(path), [fault])
@@ -199,8 +213,9 @@ def upsert_many(
     *,
     keys: Sequence[str],
     keep: Sequence[str] = (),
+    add: Sequence[str] = (),
 ) -> None:
-    """Insert rows; of those that are there already replace all columns but `keys` and `keep`.
+    """Insert rows; of those that are there already replace all columns but `keys` and `keep`; add to `add`.
 
     PostgreSQL and SQLite write this alike, but SQLAlchemy does not. One statement is prepared for all rows.
     """
@@ -208,7 +223,11 @@ def upsert_many(
         return
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     insert = dialect.insert(table)
-    new = {name: insert.excluded[name] for name in rows[0] if name not in (*keys, *keep)}
+    new: dict[str, Any] = {
+        name: table.c[name] + insert.excluded[name] if name in add else insert.excluded[name]
+        for name in rows[0]
+        if name not in (*keys, *keep)
+    }
     connection.execute(insert.on_conflict_do_update(keys, set_=new), list(rows))
 
 

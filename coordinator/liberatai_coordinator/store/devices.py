@@ -38,6 +38,14 @@ class DeviceStore:
         self._heard.flush()
         self._traffic.flush()
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget devices that never were let in."""
+        self._heard.flush()  # what was heard before must not come after this and bring them back
+        with self._database.write() as connection:
+            for name in names:
+                gone = sa.delete(DEVICES).where(DEVICES.c.id == name, DEVICES.c.status == "pending")
+                connection.execute(gone)
+
     def all(self) -> list[DeviceRow]:
         """Return all devices that are on the disk, sorted by name."""
         with self._database.read() as connection:

@@ -72,6 +72,10 @@ class Ledger:
         """Generation of this coordinator: larger than that of every earlier one on this folder."""
         return self.database.epoch
 
+    def raise_epoch(self, epoch: int) -> None:
+        """Let the next start begin above an epoch that was used before; see `Database.raise_epoch`."""
+        self.database.raise_epoch(epoch)
+
     def close(self) -> None:
         """Write what is queued, and let go of the folder; idempotent."""
         self.writer.stop()

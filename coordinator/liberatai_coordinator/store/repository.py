@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
@@ -44,6 +45,8 @@ class Repository:
             DiskError: the disk refuses.
         """
         self.folder = folder
+        self._lock = threading.Lock()
+        self._held: list[set[str]] = []
         self._blobs = folder / "blobs" / "sha256"
         with _disk(self._blobs):
             self._blobs.mkdir(parents=True, exist_ok=True)
@@ -61,11 +64,32 @@ class Repository:
         """
         sha = hashlib.sha256(content).hexdigest()
         path = self.path(sha)
+        with self._lock:
+            for held in self._held:
+                held.add(sha)
         with _disk(path):
             if not _holds(path, content):
                 _write_atomically(path, content)
             _sync_folder(self._blobs)
         return sha
+
+    @contextmanager
+    def holding(self) -> Iterator[set[str]]:
+        """Keep every blob that is put meanwhile from `collect`: the ledger does not name it yet.
+
+        What was held by another holder that ends meanwhile is held further, so a collector that first holds
+        and then reads the ledger misses nothing.
+        """
+        held: set[str] = set()
+        with self._lock:
+            self._held.append(held)
+        try:
+            yield held
+        finally:
+            with self._lock:
+                self._held = [other for other in self._held if other is not held]
+                for other in self._held:
+                    other.update(held)
 
     def get(self, sha: str) -> bytes:
         """Return a blob, verified.
@@ -155,10 +179,10 @@ class Repository:
             self.get(sha)
 
     def collect(self, keep: AbstractSet[str]) -> int:
-        """Remove every blob that is not in `keep`.
+        """Remove every blob that is neither in `keep` nor held.
 
-        What belongs in it: the `blobs` of every version and every variant in the ledger and of those being
-        committed, and the ids of all of them, which name their manifests.
+        What belongs in it: the `blobs` of every version and every variant in the ledger, and the ids of all
+        of them, which name their manifests.
 
         Returns:
             Bytes freed.
@@ -169,9 +193,12 @@ class Repository:
         freed = 0
         with _disk(self._blobs):
             for path in sorted(self._blobs.iterdir()):
-                if _SHA256.fullmatch(path.name) and path.name not in keep:
-                    freed += path.stat().st_size
-                    path.unlink()
+                if not _SHA256.fullmatch(path.name) or path.name in keep:
+                    continue
+                with self._lock:  # nobody begins to put it again between the look and the removal
+                    if not any(path.name in held for held in self._held):
+                        freed += path.stat().st_size
+                        path.unlink()
             _sync_folder(self._blobs)
         return freed
 

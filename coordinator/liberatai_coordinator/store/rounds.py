@@ -1,17 +1,26 @@
 """Rounds: what was opened, what was frozen, and what became of it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of
 from liberatai_coordinator.store.manifests import decode_manifest
-from liberatai_coordinator.store.rows import RoundRow
-from liberatai_coordinator.store.tables import JOBS, ROUNDS, UPDATES, VERSIONS
+from liberatai_coordinator.store.rows import RoundRow, RoundSummary
+from liberatai_coordinator.store.tables import JOBS, ROUNDS, SLOT_BITS, UPDATE_FRAMES, UPDATE_KEYS, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
+
+DELETED_ROWS: Final = 500
+"""Deleted in one transaction: some milliseconds in which nobody else writes."""
+PAGE_ROUNDS: Final = 20
+"""Read at once where only the newest ones may be wanted."""
+
+_PACKED: Final = ("invited", "details")
+_SHORT = [ROUNDS.c[name] for name in RoundSummary.__dataclass_fields__]
 
 
 class RoundStore:
@@ -27,19 +36,20 @@ class RoundStore:
             NotFoundError: no such job.
             RoundClosedError: the round has been closed or abandoned before.
         """
-        values = columns_of(row) | _frozen(()) | {"state": "open"}
+        invited = zlib.compress(row.invited, 1)
         with self._database.write() as connection:
             if not connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == row.job)).first():
                 raise NotFoundError(f"job {row.job}: not known (see `liberatai jobs list`)")
-            before = _round(connection, row.job, row.round)
+            before = _state(connection, row.job, row.round)
             if before is None:
-                connection.execute(sa.insert(ROUNDS), values)
+                values = columns_of(row) | _frozen((), "open") | {"state": "open", "invited": invited}
+                connection.execute(sa.insert(ROUNDS), [values | {"details": zlib.compress(row.details, 1)}])
                 return
             if before.state != "open":
                 raise RoundClosedError(
                     f"round {row.round} of {row.job} is {before.state}: it cannot open again"
                 )
-            changes = {key: values[key] for key in ("epoch", "opened_s", "invited")}
+            changes = {"epoch": row.epoch, "opened_s": row.opened_s, "asked": row.asked, "invited": invited}
             _change_round(connection, before, changes)
 
     def close(self, job: str, number: int, frozen: Sequence[bytes] | None = None) -> tuple[bytes, ...]:
@@ -60,15 +70,15 @@ class RoundStore:
             NotFoundError: `frozen` names an update that is not stored; nothing is changed.
         """
         with self._database.write() as connection:
-            row = _known_round(connection, job, number)
+            row = _known_state(connection, job, number)
             if row.state == "abandoned":
                 raise RoundClosedError(f"round {number} of {job} was abandoned: {row.reason}")
-            stored = row.frozen if row.state != "open" else tuple(update_ids(connection, job, number))
+            stored = tuple(ids_of(connection, row.no))
             unknown = sorted(set(frozen or ()) - set(stored))
             if unknown:
                 raise NotFoundError(f"round {number} of {job}: update {unknown[0].hex()} is not stored")
             if row.state == "open":
-                _change_round(connection, row, {"state": "closed", **_frozen(stored)})
+                _change_round(connection, row, {"state": "closed", **_frozen(stored, "closed")})
         return stored
 
     def abandon(self, job: str, number: int, reason: str) -> tuple[bytes, ...]:
@@ -81,24 +91,25 @@ class RoundStore:
             RoundUnknownError, RoundClosedError: no such round, or it made a version.
         """
         with self._database.write() as connection:
-            row = _known_round(connection, job, number)
+            row = _known_state(connection, job, number)
             if row.state in ("aggregated", "published"):
                 raise RoundClosedError(f"round {number} of {job} made version {row.version_id[:12]}")
-            if row.state == "abandoned":
-                return row.frozen
-            lost = tuple(update_ids(connection, job, number))
-            _change_round(connection, row, {"state": "abandoned", "reason": reason, **_frozen(lost)})
+            lost = tuple(ids_of(connection, row.no))
+            if row.state != "abandoned":
+                _abandon(connection, row, reason, lost)
         return lost
 
-    def set_aggregated(self, job: str, number: int, version_id: str, stats: bytes = b"") -> None:
-        """Say which version a closed round made; saying the same again is fine.
+    def set_aggregated(
+        self, job: str, number: int, version_id: str, stats: bytes = b"", details: bytes = b""
+    ) -> None:
+        """Say which version a closed round made, and what was measured; saying the same again is fine.
 
         Raises:
             RoundUnknownError: no such round.
             RoundClosedError: the round is open or abandoned, or made another version.
         """
         with self._database.write() as connection:
-            row = _known_round(connection, job, number)
+            row = _known_state(connection, job, number)
             if row.state in ("aggregated", "published") and row.version_id == version_id:
                 return
             if row.state != "closed":
@@ -106,6 +117,7 @@ class RoundStore:
                     f"round {number} of {job} is {row.state}: it cannot make {version_id[:12]}"
                 )
             changes = {"state": "aggregated", "version_id": version_id, "stats": stats}
+            changes["details"] = zlib.compress(details, 6)
             _change_round(connection, row, changes)
 
     def set_published(self, job: str, number: int) -> None:
@@ -116,7 +128,7 @@ class RoundStore:
             RoundClosedError: the round has made no version.
         """
         with self._database.write() as connection:
-            row = _known_round(connection, job, number)
+            row = _known_state(connection, job, number)
             if row.state not in ("aggregated", "published"):
                 raise RoundClosedError(f"round {number} of {job} is {row.state}: there is nothing to publish")
             _change_round(connection, row, {"state": "published"})
@@ -128,19 +140,47 @@ class RoundStore:
             RoundUnknownError: no such round.
         """
         with self._database.write() as connection:
-            _change_round(connection, _known_round(connection, job, number), {"stats": stats})
+            _change_round(connection, _known_state(connection, job, number), {"stats": stats})
 
-    def all(self, job: str) -> list[RoundRow]:
-        """Return the rounds of a job in order."""
-        query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round)
+    def all(self, job: str, *, after: int = 0) -> list[RoundRow]:
+        """Return the rounds of a job in order; only those with a larger number than `after`."""
+        where = (ROUNDS.c.job == job, ROUNDS.c.round > after)
+        query = sa.select(ROUNDS).where(*where).order_by(ROUNDS.c.round)
         with self._database.read() as connection:
-            return [_round_row(row) for row in connection.execute(query).mappings()]
+            return [_round_row(connection, row) for row in connection.execute(query).mappings().all()]
+
+    def newest(self, job: str) -> RoundRow | None:
+        """Return the newest round of a job; None before the first one."""
+        return next(self.newest_first(job, 1), None)
 
     def newest_number(self, job: str) -> int:
-        """Return the number of a job's newest round, 0 before the first."""
+        """Return the number of the newest round of a job; 0 before the first one."""
+        query = sa.select(sa.func.max(ROUNDS.c.round)).where(ROUNDS.c.job == job)
         with self._database.read() as connection:
-            query = sa.select(sa.func.max(ROUNDS.c.round)).where(ROUNDS.c.job == job)
-            return int(connection.execute(query).scalar() or 0)
+            return connection.execute(query).scalar() or 0
+
+    def newest_first(self, job: str, page: int = PAGE_ROUNDS) -> Iterator[RoundRow]:
+        """Yield the rounds of a job from the newest one on; so many are read at once."""
+        query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round.desc()).limit(page)
+        rows: list[RoundRow] | None = None
+        while rows is None or len(rows) == page:
+            older = query if rows is None else query.where(ROUNDS.c.round < rows[-1].round)
+            with self._database.read() as connection:
+                rows = [_round_row(connection, row) for row in connection.execute(older).mappings().all()]
+            yield from rows
+
+    def summaries(self, job: str) -> list[RoundSummary]:
+        """Return what a list shows of a job's rounds, in order; what is long of them is not read."""
+        query = sa.select(*_SHORT, ROUNDS.c.no).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round)
+        with self._database.read() as connection:
+            found: list[RoundSummary] = []
+            for row in connection.execute(query).mappings().all():
+                values = dict(row)
+                no = values.pop("no")
+                if row["state"] == "open":
+                    values["updates"] = _count(connection, no)
+                found.append(RoundSummary(**values))
+        return found
 
     def get(self, job: str, number: int) -> RoundRow:
         """Return one round.
@@ -148,57 +188,56 @@ class RoundStore:
         Raises:
             RoundUnknownError: no such round.
         """
+        query = sa.select(ROUNDS).where(ROUNDS.c.job == job, ROUNDS.c.round == number)
         with self._database.read() as connection:
-            return _known_round(connection, job, number)
+            row = connection.execute(query).mappings().first()
+            if row is None:
+                raise RoundUnknownError(f"round {number} of {job} was never opened")
+            return _round_row(connection, row)
 
-    def prune(self, job: str, keep_rounds: int) -> int:
+    def prune(self, job: str, keep_rounds: int, shorten: Callable[[bytes], bytes] | None = None) -> int:
         """Drop the frames (never the ids) of finished rounds, except of the newest `keep_rounds`.
 
-        The space goes back to the file system. May take a while: call it through `asyncio.to_thread`.
+        The space goes back to the file system. Takes a while, in many short transactions between which others
+        write: call it through `asyncio.to_thread`. A crash in between leaves the rest to the next call.
+
+        Args:
+            job: name of the job.
+            keep_rounds: newest rounds that keep everything.
+            shorten: returns what is kept of `invited`.
 
         Returns:
             Number of frames dropped.
         """
-        finished = (
-            sa.select(ROUNDS.c.round)
-            .where(ROUNDS.c.job == job, ROUNDS.c.state.in_(("published", "abandoned")))
-            .order_by(ROUNDS.c.round.desc())
-            .offset(max(0, keep_rounds))
-        )
-        with self._database.write() as connection:
-            numbers = list(connection.execute(finished).scalars())
-            if not numbers:
-                return 0
-            where = (UPDATES.c.job == job, UPDATES.c.round <= max(numbers), UPDATES.c.frame.is_not(None))
-            within = UPDATES.c.round.in_(finished.with_only_columns(ROUNDS.c.round))
-            dropped = connection.execute(sa.update(UPDATES).where(*where, within).values(frame=None)).rowcount
-        if dropped:
+        finished = (ROUNDS.c.job == job, ROUNDS.c.state.in_(("published", "abandoned")))
+        newest = sa.select(ROUNDS.c.round).where(*finished).order_by(ROUNDS.c.round.desc())
+        newest = newest.limit(1).offset(max(0, keep_rounds))
+        query = sa.select(ROUNDS.c.no, ROUNDS.c.invited).order_by(ROUNDS.c.round)
+        query = query.where(*finished, ROUNDS.c.round <= newest.scalar_subquery(), ROUNDS.c.pruned == 0)
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        dropped = 0
+        for no, invited in rows:
+            dropped += delete_slots(self._database, UPDATE_FRAMES, no)
+            short = invited if shorten is None else zlib.compress(shorten(zlib.decompress(invited)), 9)
+            change = sa.update(ROUNDS).where(ROUNDS.c.no == no).values(pruned=1, invited=short)
+            with self._database.write() as connection:
+                connection.execute(change)
+        if rows:
             self._database.give_space_back()
         return dropped
 
 
-def update_ids(connection: sa.Connection, job: str, number: int) -> list[bytes]:
-    """Return the sorted ids of the updates that are stored for a round."""
-    query = sa.select(UPDATES.c.update_id).where(UPDATES.c.job == job, UPDATES.c.round == number)
-    return list(connection.execute(query.order_by(UPDATES.c.update_id)).scalars())
-
-
-def _round(connection: sa.Connection, job: str, number: int) -> RoundRow | None:
-    query = sa.select(ROUNDS).where(ROUNDS.c.job == job, ROUNDS.c.round == number)
-    row = connection.execute(query).mappings().first()
-    return None if row is None else _round_row(row)
-
-
-def _known_round(connection: sa.Connection, job: str, number: int) -> RoundRow:
-    row = _round(connection, job, number)
-    if row is None:
-        raise RoundUnknownError(f"round {number} of {job} was never opened")
-    return row
-
-
-def _change_round(connection: sa.Connection, row: RoundRow, changes: Mapping[str, Any]) -> None:
-    where = (ROUNDS.c.job == row.job, ROUNDS.c.round == row.round)
-    connection.execute(sa.update(ROUNDS).where(*where).values(**changes))
+def delete_slots(database: Database, table: sa.Table, round_no: int) -> int:
+    """Delete a round's rows of a table with slots, some per transaction; return how many there were."""
+    some = sa.select(table.c.slot).where(within(table.c.slot)).limit(DELETED_ROWS)
+    change = sa.delete(table).where(table.c.slot.in_(some))
+    deleted, count = 0, DELETED_ROWS
+    while count == DELETED_ROWS:
+        with database.write() as connection:
+            count = connection.execute(change, slots_of(round_no)).rowcount
+        deleted += count
+    return deleted
 
 
 def end_rounds(connection: sa.Connection, job: str, reason: str) -> None:
@@ -206,14 +245,14 @@ def end_rounds(connection: sa.Connection, job: str, reason: str) -> None:
 
     A round whose version is in the ledger made it, whatever was noted in the round; the others are abandoned.
     """
-    query = sa.select(ROUNDS).where(ROUNDS.c.job == job, ROUNDS.c.state.in_(("open", "closed")))
-    for row in map(_round_row, connection.execute(query).mappings().all()):
-        stored = tuple(update_ids(connection, job, row.round))
+    query = _states().where(ROUNDS.c.job == job, ROUNDS.c.state.in_(("open", "closed")))
+    for row in connection.execute(query).all():
+        stored = tuple(ids_of(connection, row.no))
         made = _version_of(connection, job, row.round, stored) if row.state == "closed" else ""
         if made:
             _change_round(connection, row, {"state": "aggregated", "version_id": made})
         else:
-            _change_round(connection, row, {"state": "abandoned", "reason": reason, **_frozen(stored)})
+            _abandon(connection, row, reason, stored)
 
 
 def _version_of(connection: sa.Connection, job: str, number: int, ids: tuple[bytes, ...]) -> str:
@@ -232,12 +271,83 @@ def _version_of(connection: sa.Connection, job: str, number: int, ids: tuple[byt
     return str(newest.id) if (manifest.round, manifest.updates) == (number, counted) else ""
 
 
-def _frozen(ids: tuple[bytes, ...]) -> dict[str, bytes]:
-    return {"frozen": msgspec.msgpack.encode(ids), "frozen_sha256": hashlib.sha256(b"".join(ids)).digest()}
+def slot_of(round_no: int, sender_no: int) -> int:
+    """Return the slot of a sender's update in a round."""
+    return (round_no << SLOT_BITS) | sender_no
 
 
-def _round_row(row: Mapping[Any, Any]) -> RoundRow:
-    frozen = msgspec.msgpack.decode(row["frozen"], type=tuple[bytes, ...])
+def within(slot: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+    """Return the condition that a slot is one of a round's, whose bounds are `slots_of`."""
+    return slot.between(sa.bindparam("first"), sa.bindparam("last"))
+
+
+def slots_of(round_no: int) -> dict[str, int]:
+    """Return the first and the last slot of a round."""
+    return {"first": slot_of(round_no, 0), "last": slot_of(round_no + 1, 0) - 1}
+
+
+def round_no(connection: sa.Connection, job: str, number: int) -> int | None:
+    """Return under which number the slots of a round are kept; None if it was never opened."""
+    query = sa.select(ROUNDS.c.no).where(ROUNDS.c.job == job, ROUNDS.c.round == number)
+    return connection.execute(query).scalar()
+
+
+def ids_of(connection: sa.Connection, no: int) -> list[bytes]:
+    """Return the sorted ids of the updates that are stored for a round."""
+    query = sa.select(UPDATE_KEYS.c.update_id).where(within(UPDATE_KEYS.c.slot))
+    return sorted(connection.execute(query, slots_of(no)).scalars())
+
+
+def _count(connection: sa.Connection, no: int) -> int:
+    query = sa.select(sa.func.count()).select_from(UPDATE_KEYS).where(within(UPDATE_KEYS.c.slot))
+    return connection.execute(query, slots_of(no)).scalar_one()
+
+
+def _states() -> sa.Select[Any]:
+    columns = ("no", "job", "round", "state", "reason", "version_id")
+    return sa.select(*(ROUNDS.c[name] for name in columns))
+
+
+def _state(connection: sa.Connection, job: str, number: int) -> sa.Row[Any] | None:
+    return connection.execute(_states().where(ROUNDS.c.job == job, ROUNDS.c.round == number)).first()
+
+
+def _known_state(connection: sa.Connection, job: str, number: int) -> sa.Row[Any]:
+    row = _state(connection, job, number)
+    if row is None:
+        raise RoundUnknownError(f"round {number} of {job} was never opened")
+    return row
+
+
+def _change_round(connection: sa.Connection, row: sa.Row[Any], changes: Mapping[str, Any]) -> None:
+    connection.execute(sa.update(ROUNDS).where(ROUNDS.c.no == row.no).values(**changes))
+
+
+def _abandon(connection: sa.Connection, row: sa.Row[Any], reason: str, lost: tuple[bytes, ...]) -> None:
+    changes = {"state": "abandoned", "reason": reason, **_frozen(lost, "abandoned")}
+    _change_round(connection, row, changes)
+
+
+def _frozen(ids: tuple[bytes, ...], state: str) -> dict[str, Any]:
+    """Return the columns of a frozen set.
+
+    What was stored when a round ended never changes, so its ids are those of the stored updates. The list is
+    written for abandoned rounds only: it says what is counted nowhere.
+    """
+    return {
+        "updates": len(ids),
+        "frozen": msgspec.msgpack.encode(ids if state == "abandoned" else ()),
+        "frozen_sha256": hashlib.sha256(b"".join(ids)).digest(),
+    }
+
+
+def _round_row(connection: sa.Connection, row: Mapping[Any, Any]) -> RoundRow:
+    values = dict(row)
+    frozen = () if row["state"] == "open" else tuple(ids_of(connection, row["no"]))
     if hashlib.sha256(b"".join(frozen)).digest() != row["frozen_sha256"]:
         raise DigestError(f"round {row['round']} of {row['job']}: its frozen set is damaged in the ledger")
-    return RoundRow(**{**row, "frozen": frozen})
+    for name in ("no", "updates", "pruned"):
+        del values[name]
+    for name in _PACKED:
+        values[name] = zlib.decompress(values[name])
+    return RoundRow(**{**values, "frozen": frozen})

@@ -12,7 +12,7 @@ class StoredUpdate:
 
     Attributes:
         round: that counts it; in a buffered job perhaps a later one than that of the frame.
-        sha256: digest of `frame`, 32 bytes.
+        sha256: digest of `frame`, 32 bytes; the ledger makes it itself.
         path: what the device holds, now that it made this update (the runner's own record); written in the
             same transaction, empty: nothing to note.
     """
@@ -23,9 +23,9 @@ class StoredUpdate:
     device: str
     structure: str
     samples: int
-    sha256: bytes
     frame: bytes
     received_s: float
+    sha256: bytes = b""
     path: bytes = b""
 
 
@@ -57,7 +57,11 @@ class TrafficRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRow:
-    """A job: its specification as it was given, and the folder that its paths are relative to."""
+    """A job: its specification as it was given, and the folder that its paths are relative to.
+
+    Attributes:
+        first_version: number of its version 0 in the model, which may have versions of an earlier job.
+    """
 
     name: str
     spec: bytes
@@ -65,6 +69,7 @@ class JobRow:
     created_s: float
     state: str = "waiting"
     reason: str = ""
+    first_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +78,12 @@ class RoundRow:
 
     Attributes:
         epoch: generation of the coordinator that opened (or took over) it.
-        invited: the service's own record of whom it asked for what.
+        invited: the service's own record of whom it asked for what; `prune` makes it shorter.
+        asked: number of devices in it.
         frozen: sorted ids of the updates that count (closed) or are lost (abandoned).
         frozen_sha256: digest of the joined ids.
         stats: the service's own record of what it measured.
+        details: a longer record of that; lists of rounds do without it.
     """
 
     job: str
@@ -84,17 +91,42 @@ class RoundRow:
     epoch: int
     opened_s: float
     invited: bytes
+    asked: int = 0
     state: RoundState = "open"
     reason: str = ""
     frozen: tuple[bytes, ...] = ()
     frozen_sha256: bytes = b""
     version_id: str = ""
     stats: bytes = b""
+    details: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSummary:
+    """What a list of rounds shows: see `RoundRow`.
+
+    Attributes:
+        updates: that are stored for it.
+    """
+
+    job: str
+    round: int
+    state: RoundState
+    reason: str
+    opened_s: float
+    asked: int
+    updates: int
+    version_id: str
+    stats: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRow:
-    """One version of a model: `id` is the SHA-256 (hex) of `manifest`."""
+    """One version of a model: `id` is the SHA-256 (hex) of `manifest`.
+
+    Attributes:
+        collected: whether its files were removed; what it was is still known.
+    """
 
     model: str
     number: int
@@ -103,6 +135,7 @@ class VersionRow:
     manifest: bytes
     created_s: float
     tags: tuple[str, ...] = ()
+    collected: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

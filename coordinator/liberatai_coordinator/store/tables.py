@@ -50,6 +50,7 @@ JOBS = sa.Table(
     _text("state"),
     _text("reason"),
     _seconds("created_s"),
+    _whole("first_version", server_default="0"),
     **_STRICT,
 )
 JOB_VALUES = sa.Table(
@@ -63,35 +64,64 @@ JOB_VALUES = sa.Table(
 ROUNDS = sa.Table(
     "rounds",
     METADATA,
-    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
-    _whole("round", primary_key=True),
+    # What is long comes last: reading the rest of a row does not touch it.
+    _whole("no", primary_key=True),
+    sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), nullable=False),
+    _whole("round"),
     _whole("epoch"),
     _text("state"),
     _text("reason"),
     _seconds("opened_s"),
-    _blob("invited"),
-    _blob("frozen"),
-    _blob("frozen_sha256"),
+    _whole("asked"),
+    _whole("updates"),
+    _whole("pruned", server_default="0"),
     _text("version_id"),
+    _blob("frozen_sha256"),
     _blob("stats"),
+    _blob("frozen"),
+    _blob("invited"),
+    _blob("details"),
+    sa.UniqueConstraint("job", "round"),
     **_STRICT,
 )
-UPDATES = sa.Table(
-    "updates",
+SENDERS = sa.Table(
+    "senders",
     METADATA,
-    _blob("update_id", primary_key=True),
-    _text("job"),
-    _whole("round"),
-    _text("device"),
+    _whole("no", primary_key=True),
+    _text("device", unique=True),
+    _whole("updates"),
+    **_STRICT,
+)
+SLOT_BITS = 24
+"""A slot is the number of a round, and in this many bits that of a sender. There is one update in each slot,
+and those of a round lie together."""
+UPDATE_KEYS = sa.Table(
+    "update_keys",
+    METADATA,
+    _whole("slot", primary_key=True),
+    _blob("update_id", unique=True),
+    **_STRICT,
+)
+UPDATE_FRAMES = sa.Table(
+    "update_frames",
+    METADATA,
+    _whole("slot", primary_key=True),
     _text("structure"),
     _whole("samples"),
-    _blob("sha256"),
-    _blob("frame", nullable=True),
     _seconds("received_s"),
-    sa.UniqueConstraint("job", "round", "device"),
-    sa.ForeignKeyConstraint(["job", "round"], ["rounds.job", "rounds.round"]),
+    _blob("sha256"),
+    _blob("frame"),
     **_STRICT,
 )
+UPDATES_VIEW = """
+CREATE VIEW IF NOT EXISTS updates AS
+SELECT update_id, job, round, device, structure, samples, sha256, frame, received_s
+FROM update_keys
+JOIN rounds ON rounds.no = update_keys.slot >> 24
+JOIN senders ON senders.no = update_keys.slot & 16777215
+LEFT JOIN update_frames ON update_frames.slot = update_keys.slot
+"""
+"""For people who look into the file; the program reads the tables."""
 VERSIONS = sa.Table(
     "versions",
     METADATA,
@@ -101,6 +131,7 @@ VERSIONS = sa.Table(
     sa.Column("parent", sa.Text),
     _blob("manifest"),
     _seconds("created_s"),
+    _whole("collected", server_default="0"),
     sa.UniqueConstraint("model", "id"),
     **_STRICT,
 )

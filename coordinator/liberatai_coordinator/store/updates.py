@@ -1,18 +1,27 @@
 """Updates: stored once, by the writer thread, and receipted only after their commit."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
-from liberatai_coordinator.store.database import Database, columns_of, upsert_many
-from liberatai_coordinator.store.rounds import update_ids
+from liberatai_coordinator.store.database import Database, upsert_many
+from liberatai_coordinator.store.rounds import ids_of, round_no, slot_of, slots_of, within
 from liberatai_coordinator.store.rows import StoredUpdate
-from liberatai_coordinator.store.tables import PATHS, ROUNDS, UPDATES
+from liberatai_coordinator.store.tables import (
+    PATHS,
+    ROUNDS,
+    SENDERS,
+    SLOT_BITS,
+    UPDATE_FRAMES,
+    UPDATE_KEYS,
+)
 from liberatai_coordinator.store.writer import Writer
 from liberatai_core.errors import (
+    BusyError,
     DigestError,
     LiberataiError,
     NotFoundError,
@@ -41,10 +50,7 @@ class UpdateStore:
             RoundUnknownError, RoundClosedError: the round was never opened, or is over.
             DiskError: not stored, the disk is full or refuses; heals by itself when there is space.
             BusyError: not stored, too much is waiting, or the ledger is closed.
-            DigestError: `sha256` is not the digest of `frame`.
         """
-        if hashlib.sha256(update.frame).digest() != update.sha256:
-            raise DigestError(f"update of {update.device}: the frame does not have the SHA-256 given with it")
         outcome: Outcome = await self._writer.submit(_insert, update, len(update.frame))
         return outcome
 
@@ -55,44 +61,54 @@ class UpdateStore:
             NotFoundError: the frames were pruned.
             DigestError: a stored frame is damaged.
         """
-        query = sa.select(UPDATES).where(UPDATES.c.job == job, UPDATES.c.round == number)
         with self._database.read() as connection:
-            rows = connection.execute(query.order_by(UPDATES.c.update_id)).mappings().all()
-        if any(row["frame"] is None for row in rows):
-            raise NotFoundError(f"round {number} of {job}: its frames were pruned after it was published")
+            no = round_no(connection, job, number)
+            rows = [] if no is None else connection.execute(OF_ROUND, slots_of(no)).mappings().all()
+        found: list[StoredUpdate] = []
         for row in rows:
+            if row["frame"] is None:
+                raise NotFoundError(f"round {number} of {job}: its frames were pruned after it was published")
             if hashlib.sha256(row["frame"]).digest() != row["sha256"]:
                 raise DigestError(
                     f"update {row['update_id'].hex()} of {row['device']} is damaged in the ledger"
                 )
-        return [StoredUpdate(**row) for row in rows]
+            found.append(StoredUpdate(job=job, round=number, **row))
+        return sorted(found, key=lambda update: update.update_id)
+
+    def senders(self, job: str, number: int) -> list[tuple[str, bytes]]:
+        """Return (device, id) of every update that is stored for a round: much faster than with frames."""
+        query = (
+            sa.select(SENDERS.c.device, UPDATE_KEYS.c.update_id)
+            .join_from(UPDATE_KEYS, SENDERS, SENDERS.c.no == _sender(UPDATE_KEYS.c.slot))
+            .where(within(UPDATE_KEYS.c.slot))
+        )
+        with self._database.read() as connection:
+            no = round_no(connection, job, number)
+            rows: Iterable[Any] = [] if no is None else connection.execute(query, slots_of(no))
+            return [(device, update_id) for device, update_id in rows]
 
     def ids(self, job: str, number: int) -> list[bytes]:
         """Return the sorted ids of the stored updates of a round (also after pruning)."""
         with self._database.read() as connection:
-            return update_ids(connection, job, number)
-
-    def senders(self, job: str, number: int) -> list[tuple[str, bytes]]:
-        """Return (device, update id) of what is stored for a round, without reading any frame."""
-        query = sa.select(UPDATES.c.device, UPDATES.c.update_id).where(
-            UPDATES.c.job == job, UPDATES.c.round == number
-        )
-        with self._database.read() as connection:
-            return [(device, update_id) for device, update_id in connection.execute(query)]
+            no = round_no(connection, job, number)
+            return [] if no is None else ids_of(connection, no)
 
     def has(self, job: str, device: str, update_id: bytes) -> bool:
         """Return whether an update is stored, in whichever round (also after pruning)."""
-        query = sa.select(UPDATES.c.round).where(
-            UPDATES.c.update_id == update_id, UPDATES.c.job == job, UPDATES.c.device == device
+        query = (
+            sa.select(UPDATE_KEYS.c.slot)
+            .join(ROUNDS, ROUNDS.c.no == UPDATE_KEYS.c.slot.op(">>")(SLOT_BITS))
+            .join(SENDERS, SENDERS.c.no == _sender(UPDATE_KEYS.c.slot))
+            .where(UPDATE_KEYS.c.update_id == update_id, ROUNDS.c.job == job, SENDERS.c.device == device)
         )
         with self._database.read() as connection:
             return connection.execute(query).first() is not None
 
     def counts(self) -> dict[str, int]:
         """Return how many updates of each device were ever stored."""
-        query = sa.select(UPDATES.c.device, sa.func.count()).group_by(UPDATES.c.device)
         with self._database.read() as connection:
-            return {device: int(number) for device, number in connection.execute(query)}
+            rows = connection.execute(sa.select(SENDERS.c.device, SENDERS.c.updates))
+            return {device: int(number) for device, number in rows}
 
     def paths(self, job: str) -> dict[str, bytes]:
         """Return what each device of a job holds, by device (`StoredUpdate.path`)."""
@@ -110,79 +126,148 @@ def _insert(connection: sa.Connection, updates: Sequence[StoredUpdate]) -> list[
     """Store those that are new; one transaction."""
     stored = _stored(connection, updates)
     results: list[Outcome | LiberataiError] = []
-    new: list[StoredUpdate] = []
+    new: list[_New] = []
     for update in updates:
-        result = stored.verdict(update)
+        digest = hashlib.sha256(update.frame).digest()
+        result = stored.verdict(update, digest)
         results.append(result)
         if result == "stored":
-            stored.note(update)
-            new.append(update)
+            new.append(_New(stored.note(update, digest), digest, update))
     if new:
-        rows = [columns_of(update) for update in new]
-        paths = [row.pop("path") for row in rows]
-        connection.execute(sa.insert(UPDATES), rows)
-        held = {(update.job, update.device): path for update, path in zip(new, paths, strict=True) if path}
-        rows = [{"job": job, "device": device, "path": path} for (job, device), path in held.items()]
-        upsert_many(connection, PATHS, rows, keys=("job", "device"))
+        _write(connection, new)
     return results
 
 
 @dataclass(frozen=True, slots=True)
+class _New:
+    slot: int
+    digest: bytes
+    update: StoredUpdate
+
+
+@dataclass(frozen=True, slots=True)
 class _Stored:
-    """What the ledger knows of a batch of updates.
+    """What the ledger knows of a batch of updates, and then of the batch itself.
 
     Attributes:
-        digests: of those whose ids are stored, by id.
-        taken: (job, round, device) that have an update.
-        states: of their rounds.
+        digests: of those whose ids are stored, by id; None where only the id is left.
+        rounds: (job, round) -> its number and state.
+        senders: device -> its number; new ones get the next ones.
+        slots: that are taken, of these rounds and senders.
     """
 
-    digests: dict[bytes, bytes]
-    taken: set[tuple[str, int, str]]
-    states: dict[tuple[str, int], str]
+    digests: dict[bytes, bytes | None]
+    rounds: dict[tuple[str, int], tuple[int, str]]
+    senders: dict[str, int]
+    slots: set[int]
 
-    def note(self, update: StoredUpdate) -> None:
-        self.digests[update.update_id] = update.sha256
-        self.taken.add((update.job, update.round, update.device))
+    def note(self, update: StoredUpdate, digest: bytes) -> int:
+        """Add an update that is stored now; return its slot."""
+        slot = self.slot(update)
+        self.digests[update.update_id] = digest
+        self.slots.add(slot)
+        return slot
 
-    def verdict(self, update: StoredUpdate) -> Outcome | LiberataiError:
+    def slot(self, update: StoredUpdate) -> int:
+        return slot_of(self.rounds[update.job, update.round][0], self.senders[update.device])
+
+    def verdict(self, update: StoredUpdate, digest: bytes) -> Outcome | LiberataiError:
         where = f"round {update.round} of {update.job}"
-        digest = self.digests.get(update.update_id)
-        if digest is not None:
-            return "duplicate" if digest == update.sha256 else "conflict"
-        if (update.job, update.round, update.device) in self.taken:
-            return "conflict"
-        state = self.states.get((update.job, update.round))
-        if state is None:
+        if update.update_id in self.digests:
+            # Where the frame was pruned the id must do: it names the work, and the work was counted.
+            return "duplicate" if self.digests[update.update_id] in {digest, None} else "conflict"
+        opened = self.rounds.get((update.job, update.round))
+        if opened is None:
             return RoundUnknownError(f"{where} was never opened")
-        return "stored" if state == "open" else RoundClosedError(f"{where} is {state}")
+        if self.senders[update.device] >= 1 << SLOT_BITS:
+            return BusyError(f"{update.device}: more than {1 << SLOT_BITS} devices")
+        if self.slot(update) in self.slots:
+            return "conflict"
+        return "stored" if opened[1] == "open" else RoundClosedError(f"{where} is {opened[1]}")
 
 
 def _stored(connection: sa.Connection, updates: Sequence[StoredUpdate]) -> _Stored:
-    """Look a batch up. Lists of single values are found through an index; lists of pairs would not be."""
-    by_round: dict[tuple[str, int], set[str]] = {}
-    for update in updates:
-        by_round.setdefault((update.job, update.round), set()).add(update.device)
-    stored = _Stored({}, set(), {})
-    for update_id, sha256 in connection.execute(BY_ID, {"ids": [update.update_id for update in updates]}):
-        stored.digests[update_id] = sha256
-    for (job, number), devices in by_round.items():
-        state = connection.execute(ROUND_STATE, {"of_job": job, "number": number}).scalar()
-        if state is not None:
-            stored.states[job, number] = state
-        slots = {"of_job": job, "number": number, "devices": sorted(devices)}
-        stored.taken.update((job, number, device) for device in connection.execute(BY_SLOT, slots).scalars())
-    return stored
+    """Look a batch up; every statement finds its rows through an index."""
+    ids = [update.update_id for update in updates]
+    digests = {row[0]: row[1] for row in connection.execute(BY_ID, {"ids": ids})}
+    rounds = {}
+    for job, number in {(update.job, update.round) for update in updates}:
+        row = connection.execute(ROUND_STATE, {"of_job": job, "number": number}).first()
+        if row is not None:
+            rounds[job, number] = (row[0], row[1])
+    devices = {update.device for update in updates}
+    senders = {row[0]: row[1] for row in connection.execute(BY_DEVICE, {"devices": sorted(devices)})}
+    last = connection.execute(LAST_SENDER).scalar() or 0
+    known = [
+        slot_of(rounds[update.job, update.round][0], senders[update.device])
+        for update in updates
+        if (update.job, update.round) in rounds and update.device in senders
+    ]
+    slots = set(connection.execute(BY_SLOT, {"slots": known}).scalars()) if known else set()
+    for device in devices - senders.keys():
+        last += 1
+        senders[device] = last
+    return _Stored(digests, rounds, senders, slots)
 
 
-BY_ID: Final = sa.select(UPDATES.c.update_id, UPDATES.c.sha256).where(
-    UPDATES.c.update_id.in_(sa.bindparam("ids", expanding=True))
+def _write(connection: sa.Connection, new: Sequence[_New]) -> None:
+    keys = [{"slot": one.slot, "update_id": one.update.update_id} for one in new]
+    connection.execute(sa.insert(UPDATE_KEYS), keys)
+    frames = [
+        {
+            "slot": one.slot,
+            "structure": one.update.structure,
+            "samples": one.update.samples,
+            "received_s": one.update.received_s,
+            "sha256": one.digest,
+            "frame": one.update.frame,
+        }
+        for one in new
+    ]
+    connection.execute(sa.insert(UPDATE_FRAMES), frames)
+    mask = (1 << SLOT_BITS) - 1
+    added = Counter((one.slot & mask, one.update.device) for one in new)
+    senders = [{"no": no, "device": device, "updates": count} for (no, device), count in added.items()]
+    upsert_many(connection, SENDERS, senders, keys=("no",), keep=("device",), add=("updates",))
+    held = {(one.update.job, one.update.device): one.update.path for one in new if one.update.path}
+    rows = [{"job": job, "device": device, "path": path} for (job, device), path in held.items()]
+    upsert_many(connection, PATHS, rows, keys=("job", "device"))
+
+
+def _sender(slot: sa.ColumnElement[int]) -> sa.ColumnElement[int]:
+    return slot.op("&")((1 << SLOT_BITS) - 1)
+
+
+def _slots(no: int) -> dict[str, int]:
+    return {"first": slot_of(no, 0), "last": slot_of(no + 1, 0) - 1}
+
+
+BY_ID: Final = (
+    sa.select(UPDATE_KEYS.c.update_id, UPDATE_FRAMES.c.sha256)
+    .join_from(UPDATE_KEYS, UPDATE_FRAMES, UPDATE_FRAMES.c.slot == UPDATE_KEYS.c.slot, isouter=True)
+    .where(UPDATE_KEYS.c.update_id.in_(sa.bindparam("ids", expanding=True)))
 )
-BY_SLOT: Final = sa.select(UPDATES.c.device).where(
-    UPDATES.c.job == sa.bindparam("of_job"),
-    UPDATES.c.round == sa.bindparam("number"),
-    UPDATES.c.device.in_(sa.bindparam("devices", expanding=True)),
+BY_DEVICE: Final = sa.select(SENDERS.c.device, SENDERS.c.no).where(
+    SENDERS.c.device.in_(sa.bindparam("devices", expanding=True))
 )
-ROUND_STATE: Final = sa.select(ROUNDS.c.state).where(
+BY_SLOT: Final = sa.select(UPDATE_KEYS.c.slot).where(
+    UPDATE_KEYS.c.slot.in_(sa.bindparam("slots", expanding=True))
+)
+LAST_SENDER: Final = sa.select(sa.func.max(SENDERS.c.no))
+ROUND_STATE: Final = sa.select(ROUNDS.c.no, ROUNDS.c.state).where(
     ROUNDS.c.job == sa.bindparam("of_job"), ROUNDS.c.round == sa.bindparam("number")
+)
+OF_ROUND: Final = (
+    sa.select(
+        UPDATE_KEYS.c.update_id,
+        SENDERS.c.device,
+        UPDATE_FRAMES.c.structure,
+        UPDATE_FRAMES.c.samples,
+        UPDATE_FRAMES.c.sha256,
+        UPDATE_FRAMES.c.frame,
+        UPDATE_FRAMES.c.received_s,
+    )
+    .join_from(UPDATE_KEYS, SENDERS, SENDERS.c.no == _sender(UPDATE_KEYS.c.slot))
+    .join(UPDATE_FRAMES, UPDATE_FRAMES.c.slot == UPDATE_KEYS.c.slot, isouter=True)
+    .where(within(UPDATE_KEYS.c.slot))
 )

@@ -129,6 +129,9 @@ _LANES = 8192
 """At most, as far as they are free: more would not fit a cache."""
 _PAID = 0.002
 """Share of a message that may be spent on lanes where raw bits are few."""
+_ROWS, _PER_ROW = 1 << 13, 64
+"""Rows of lanes in all messages together, and weights for which there may be one more. Ordinary messages have
+some hundred rows; a decoder's time for others would have no measure."""
 _SIGNED_WORTH = 1.02
 """Raw signs may cost this much more than modelled ones: without them a decoder has few lanes and is slow."""
 
@@ -391,9 +394,9 @@ def restore(artifact: bytes, structure: Structure) -> Vector:
     reader, wanted, layouts = _open(artifact, structure)
     weights = np.empty(structure.parameters, np.float32)
     slices = list(structure.slices())
-    for (coding, _), (tensor, place) in zip(layouts, slices, strict=True):
+    for (coding, _), (_, place) in zip(layouts, slices, strict=True):
         if not coding.quantised:
-            weights[place] = coding.weights(tensor.size)
+            coding.fill(weights[place])
     for part, indices in _parts(reader, layouts, structure):
         start = slices[part.number][1].start
         weights[start + part.start : start + part.stop] = layouts[part.number][0].looked_up(indices)
@@ -440,23 +443,44 @@ def _parts(
     reader: Reader, layouts: list[tuple[Coding, Tables]], structure: Structure
 ) -> Iterator[tuple[_Part, Indices]]:
     """Yield the indices of all quantised tensors, part by part, and check that nothing follows."""
+    _require_few_rows(reader, layouts, structure)
     for group in _groups(layouts, structure):
         yield from _read_message(Reader(reader.take(reader.varint())), group, layouts, structure)
     reader.end()
 
 
+def _require_few_rows(reader: Reader, layouts: list[tuple[Coding, Tables]], structure: Structure) -> None:
+    """Refuse messages that would take long to decode, before the first one is; the reader does not move."""
+    start, rows = reader.at, 0
+    for group in _groups(layouts, structure):
+        message = Reader(reader.take(reader.varint()))
+        symbols = sum(part.stop - part.start for part in group if layouts[part.number][1].codes)
+        rows += -(-symbols // _read_lanes(message, symbols)) if symbols else 0
+    if rows > _ROWS + structure.parameters // _PER_ROW:
+        raise BombError(f"model file: {rows} rows of lanes for {structure.parameters} weights")
+    reader.at = start
+
+
+def _read_lanes(reader: Reader, symbols: int) -> int:
+    lanes = reader.varint()
+    if not 0 < lanes <= symbols:
+        raise BombError(f"model file: {lanes} lanes for {symbols} symbols")
+    if symbols > lanes * _LONGEST:
+        raise CodecError(f"model file: only {lanes} lanes for {symbols} symbols")
+    return lanes
+
+
 def _read_message(
-    reader: Reader, group: list[_Part], layouts: list[tuple[Coding, Tables]], structure: Structure
+    reader: Reader,
+    group: list[_Part],
+    layouts: list[tuple[Coding, Tables]],
+    structure: Structure,
 ) -> Iterator[tuple[_Part, Indices]]:
     coded = _coded(group, layouts, structure)
     symbols: Indices = np.empty(0, np.uint16)
     least = 0
     if coded is not None:
-        lanes = reader.varint()
-        if not 0 < lanes <= coded.symbols:
-            raise BombError(f"model file: {lanes} lanes for {coded.symbols} symbols")
-        if coded.symbols > lanes * _LONGEST:
-            raise CodecError(f"model file: only {lanes} lanes for {coded.symbols} symbols")
+        lanes = _read_lanes(reader, coded.symbols)
         symbols, raw = rans.decode(reader.take(len(reader.data) - reader.at), coded, lanes)
         least = 3 * lanes
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core import rans
-from liberatai_core.errors import CodecError
+from liberatai_core.errors import BombError, CodecError
 from liberatai_core.weights import Vector, require_finite
 
 Integers = NDArray[np.int64]
@@ -33,7 +33,13 @@ MAX_LEVEL = 1 << 24
 """Levels are exact in float32."""
 MAX_REACH = 1 << 15
 """Of drawn levels: 2 x reach + 1 times a 32-bit draw stays below 2^64."""
-MAX_CLASS_BITS = 3
+_PORTION = 1 << 15
+"""Weights that are drawn at a time."""
+FINELY_CLASSED = 1 << 16
+"""Weights of a tensor from which it may have many tables."""
+FEW_TABLES, MANY_TABLES = 10, 18
+"""Of a tensor: two bits per axis; three bits for two axes of a large one. More would cost more than they
+save, and a decoder spends time on each of them."""
 _CENTRED, _CONTEXTS, _CHANNELS = 32, 64, 128
 _NEVER, _ABSENT = 255, 254
 """Codes of a symbol that does not occur, and of a table that no weight uses."""
@@ -138,10 +144,24 @@ class Coding:
         if self.values is not None:
             return self.values.astype(np.float32)
         if self.kind == DRAWN:
-            return levels_of(self.seed, self.reach, size).astype(np.float32) * self.scale
+            drawn = np.empty(size, np.float32)
+            self.fill(drawn)
+            return drawn
         weights = self.looked_up(self.indices)
         self.scale_channels(weights)
         return weights
+
+    def fill(self, weights: Vector) -> None:
+        """Write the weights of a tensor without indices: beside them it takes no memory to speak of."""
+        if self.kind == CONSTANT:
+            weights[:] = self.scale
+        elif self.values is not None:
+            weights[:] = self.values
+        else:
+            random = np.random.Philox(key=self.seed)
+            for start in range(0, weights.size, _PORTION):
+                part = weights[start : start + _PORTION]
+                part[:] = _levels(random, self.reach, part.size).astype(np.float32) * self.scale
 
 
 def class_of(distance: int) -> int:
@@ -177,7 +197,12 @@ def levels_of(seed: int, reach: int, size: int) -> Integers:
 
     Raw output of Philox (Salmon et al., SC 2011), which numpy keeps stable, and integer arithmetic.
     """
-    draws = np.random.Philox(key=seed).random_raw(size) >> np.uint64(32)
+    return _levels(np.random.Philox(key=seed), reach, size)
+
+
+def _levels(random: np.random.Philox, reach: int, size: int) -> Integers:
+    """Return the next `size` levels of a draw."""
+    draws = random.random_raw(size) >> np.uint64(32)
     return (draws * np.uint64(2 * reach + 1) >> np.uint64(32)).astype(np.int64) - reach
 
 
@@ -447,8 +472,12 @@ def _read_tables(reader: Reader, symbols: int, axes: tuple[int, int, int], *, co
         reader.packed(size, width) if width else np.empty(0, np.uint8)
         for size, width in zip(axes, widths, strict=True)
     )
+    weights = axes[0] * axes[1] * axes[2]
+    count = sum((1 << width) - 1 for width in widths) + 1
+    if count > (MANY_TABLES if weights >= FINELY_CLASSED else FEW_TABLES):
+        raise BombError(f"model file: {count} tables for {weights} weights")
     codes: list[bytes | None] = []
-    for _ in range(sum((1 << width) - 1 for width in widths) + 1):
+    for _ in range(count):
         first = reader.take(1)
         codes.append(None if first[0] == _ABSENT else _table(reader, symbols, first))
     return Tables(tuple(codes), classes, widths)

@@ -7,7 +7,7 @@ so a decoder refuses them before anything is allocated for them.
 
 import hashlib
 import math
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -43,6 +43,8 @@ SparseMethod = Literal[
     "ternary_no_feedback",
 ]
 """Names of `sparsifier.methods.METHODS`, as jobs choose them; a test holds the two together."""
+SPARSE_METHODS: tuple[str, ...] = get_args(SparseMethod)
+"""What an agent of this version knows; it refuses a task with another one."""
 HeadState = Literal["running", "paused", "finished", "aborted"]
 
 

@@ -10,8 +10,11 @@ Keys (`classes` and the owner or test marks are optional):
 shape where that changes no value (`structure.fitting`).
 """
 
+import time
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_core.errors import DataError
+from liberatai_core.errors import BusyError, DataError
 from liberatai_core.structure import DataContract, fitting
 
 MAX_BYTES = 8 << 30
@@ -82,7 +85,7 @@ def load_npz(path: Path | str, data: DataContract | None = None) -> Samples:
         if "test" in arrays:
             test = _integers(arrays["test"], len(inputs), f"{where}: test") != 0
     x = _prepared(inputs, data, where)
-    owner = _integers(arrays["device"], len(x), f"{where}: device") if "device" in arrays else None
+    owner = _owners(arrays.get("device"), len(x))
     classes = (
         tuple(str(name) for name in np.atleast_1d(arrays["classes"]).ravel()) if "classes" in arrays else ()
     )
@@ -124,7 +127,7 @@ def load_unlabeled(
     Raises:
         DataError: as `load_npz`, or no sample is left.
     """
-    arrays = _read(Path(path))
+    arrays = _read(Path(path), labels=False)
     where = str(path)
     inputs = arrays["x_train"] if "x_train" in arrays else _inputs(arrays, where)
     if not keep_test and "x_train" not in arrays and "test" in arrays:
@@ -144,30 +147,114 @@ def contract_of(samples: Samples) -> DataContract:
     return DataContract(input_shape=samples.x.shape[1:], classes=max(2, shown, len(samples.classes)))
 
 
-def _read(path: Path) -> Arrays:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+def _read(path: Path, *, labels: bool = True) -> Arrays:
+    """Return the arrays of a file that mean something here, all from one state of it.
+
+    A file that is replaced or written while it is read is read again, a few times.
+
+    Raises:
+        DataError: missing, damaged, too large, or a key that is needed is no array of numbers or text.
+        BusyError: it changes all the time.
+    """
+    for pause_s in PAUSES_S:
+        before = _state(path)
+        try:
+            arrays = _unpacked(path, labels=labels)
+        except DataError:
+            if _state(path) == before:
+                if not _just_written(path):
+                    raise
+                time.sleep(pause_s)
+                if _state(path) == before:
+                    raise
+        else:
+            if _state(path) == before:
+                return arrays
+            time.sleep(pause_s)
+    raise BusyError(f"{path}: is written to all the time: it could not be read in one state")
+
+
+PAUSES_S = (0.2, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Before another try: a file of some hundred megabytes is copied by then."""
+FRESH_S = 5.0
+"""A damaged file that was written just now may not be complete yet."""
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        arrays = _unpacked(path) if size <= MAX_BYTES else {}
-    except UNREADABLE as error:
-        raise DataError(f"{path}: no readable npz file ({error})") from error
-    if size > MAX_BYTES:
-        raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES}")
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufU":
-            raise DataError(f"{path}: {key} is no array of numbers or text")
-    return arrays
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _just_written(path: Path) -> bool:
+    try:
+        return abs(time.time() - path.stat().st_mtime) < FRESH_S
+    except OSError:
+        return False
 
 
 UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for damaged files."""
 
 
-def _unpacked(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+def _unpacked(path: Path, *, labels: bool) -> Arrays:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+        wanted = _wanted(sizes.keys(), labels=labels)
+        size = sum(sizes[key] for key in wanted)
+        if size > MAX_BYTES:
+            raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES}")
+        with np.load(path, allow_pickle=False) as loaded:
+            if not wanted:
+                raise DataError(_no_inputs(str(path), loaded.files))
+            arrays = {key: array for key in wanted if (array := _array(loaded, key, path)) is not None}
+    except UNREADABLE as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: no readable npz file ({error})") from error
+    return arrays
+
+
+def _array(loaded: Mapping[str, Any], key: str, path: Path) -> NDArray[Any] | None:
+    """Return one array, None if it is none of numbers or text and can be done without."""
+    try:
+        array = loaded[key]
+    except ValueError:
+        array = None  # objects are pickled, which is never read
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufU":
+        return array
+    if key in INFORMATION:
+        return None
+    raise DataError(f"{path}: {key} is no array of numbers or text")
+
+
+INPUTS = (("x",), ("x_delta",), ("logmel_u8", "scale", "offset"), ("mfcc",))
+"""Keys of inputs: the first that are all there count."""
+MARKS = ("y", "test")
+LABELS = ("y", "y_train", "y_test")
+INFORMATION = ("device", "classes")
+"""Keys that training can do without."""
+
+
+def _wanted(names: AbstractSet[str], *, labels: bool) -> list[str]:
+    """Return the keys of a file that mean something; others may hold whatever they like."""
+    if "x_train" in names:
+        keys: tuple[str, ...] = ("x_train", "y_train", "x_test", "y_test")
+    else:
+        found = next((keys for keys in INPUTS if set(keys) <= names), None)
+        if found is None:
+            return []
+        keys = (*found, *MARKS)
+    return [key for key in (*keys, *INFORMATION) if key in names and (labels or key not in LABELS)]
+
+
+def _no_inputs(where: str, names: Sequence[str]) -> str:
+    return f"{where}: no inputs: keys are {', '.join(sorted(names)[:8]) or 'none'}, wanted x"
 
 
 def _inputs(arrays: Arrays, where: str) -> NDArray[Any]:
@@ -180,7 +267,7 @@ def _inputs(arrays: Arrays, where: str) -> NDArray[Any]:
         return arrays["logmel_u8"] * scale + offset
     if "mfcc" in arrays:
         return arrays["mfcc"]
-    raise DataError(f"{where}: no inputs: keys are {', '.join(sorted(arrays)[:8]) or 'none'}, wanted x")
+    raise DataError(_no_inputs(where, list(arrays)))
 
 
 def _undelta(delta: NDArray[Any], where: str) -> NDArray[np.uint8]:
@@ -251,6 +338,19 @@ def _integers(values: NDArray[Any], rows: int, what: str) -> NDArray[np.int64]:
     if values.dtype.kind not in "biu":
         raise DataError(f"{what} must be whole numbers, not {values.dtype}")
     return values.astype(np.int64)
+
+
+def _owners(values: NDArray[Any] | None, rows: int) -> NDArray[np.int64] | None:
+    """Return the owner of each sample; None if the file means something else by that key."""
+    if values is None or values.shape != (rows,) or values.dtype.kind not in "biu":
+        return None
+    return values.astype(np.int64)
+
+
+def require_training_rows(samples: Samples, where: str) -> None:
+    """Raise DataError if a file has no sample that may be trained on."""
+    if samples.test is not None and samples.test.all():
+        raise DataError(f"{where}: all {len(samples)} samples are marked test: there is nothing to train on")
 
 
 def _require_rows(values: NDArray[Any], rows: int, what: str) -> None:

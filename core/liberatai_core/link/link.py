@@ -5,13 +5,14 @@ Both implementations (`memory.py`, `mqtt.py`) keep these rules; one test suite h
 - A link reconnects by itself until `close`, and restores its subscriptions before it says `Connected`.
 - `publish` returns when the broker has acknowledged (QoS 1), or raises LinkError when the connection is
   lost or was never there; nothing is queued while disconnected. **An acknowledgement is not storage.**
+- What the broker refuses is an error for the caller and a `Refused` for the consumer, who says it in words.
 - Every incoming QoS 1 message waits for `ack`: the broker repeats it to the next session otherwise.
 - Events come in one order from one queue. No user code ever runs in a network callback.
 """
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,40 @@ class Received:
     token: int = 0
 
 
-LinkEvent = Connected | Disconnected | Received
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The broker does not do what was asked of it: it said so, or the connection broke of it again and again.
+
+    Attributes:
+        what: "publish"; "subscribe"; or "size": the message is longer than the broker takes.
+        topic: of the message, or the filters.
+        reason: in words.
+        size_bytes: of the whole packet; 0 for a subscription.
+        max_packet_bytes: with "size": the largest packet that is sent from now on, also in what follows.
+    """
+
+    what: Literal["publish", "subscribe", "size"]
+    topic: str
+    reason: str
+    size_bytes: int = 0
+    max_packet_bytes: int = 0
+
+    @property
+    def words(self) -> str:
+        """One line for logs and status."""
+        match self.what:
+            case "subscribe":
+                return f"the broker refuses the subscription to {self.topic}: {self.reason}"
+            case "size":
+                return (
+                    f"the broker takes no message of {self.size_bytes} bytes ({self.topic}): {self.reason}; "
+                    f"packets have at most {self.max_packet_bytes} bytes from now on"
+                )
+            case _:
+                return f"the broker refuses messages to {self.topic}: {self.reason}"
+
+
+LinkEvent = Connected | Disconnected | Received | Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +124,9 @@ class Link(Protocol):
         """Send one message.
 
         Raises:
-            TooLargeError: larger than the broker's or our own packet limit; it was not sent.
-            LinkError: not connected, connection lost before the acknowledgement, or refused.
+            TooLargeError: larger than the broker's or our own packet limit.
+            BrokerRefusedError: the broker does not want it; it is a LinkError.
+            LinkError: not connected, or connection lost before the acknowledgement.
         """
 
     async def subscribe(self, *filters: str) -> None:
@@ -105,6 +140,9 @@ class Link(Protocol):
 
     def ack(self, token: int) -> None:
         """Tell the broker that the message is safe with us."""
+
+    def urgent(self, on: bool) -> None:
+        """Say whether something is at stake (an open round, a waiting update): pauses are shorter then."""
 
     @property
     def traffic(self) -> Traffic:

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from liberatai_core.errors import LinkError, TooLargeError
-from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Received, Traffic, Will
+from liberatai_core.errors import BrokerRefusedError, LinkError, TooLargeError
+from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Received, Refused, Traffic, Will
 from liberatai_core.link.mailbox import Mailbox
 from liberatai_core.link.packet import check_filter, check_topic, matches, publish_bytes
 
@@ -174,7 +174,7 @@ class MemoryBroker:
     def subscribe(self, connection: _Connection, topic_filter: str) -> None:
         """Add a subscription and deliver what is retained for it."""
         if self.allow is not None and not self.allow(connection.client_id, "subscribe", topic_filter):
-            raise LinkError(f"{topic_filter}: subscription refused: Not authorized")
+            raise BrokerRefusedError(f"{topic_filter}: subscription refused: Not authorized")
         self._sessions[connection.client_id].filters[topic_filter] = None
         for topic, payload in list(self._retained.items()):
             if matches(topic_filter, topic):
@@ -187,7 +187,7 @@ class MemoryBroker:
     def publish(self, connection: _Connection, message: _Message, *, retain: bool) -> None:
         """Route one message; raises LinkError when the access list forbids it."""
         if self.allow is not None and not self.allow(connection.client_id, "publish", message.topic):
-            raise LinkError(f"{message.topic}: refused by the broker: Not authorized")
+            raise BrokerRefusedError(f"{message.topic}: refused by the broker: Not authorized")
         self._route(message, retain=retain)
         if self.lose_puback is not None and self.lose_puback(connection.client_id, message.topic):
             self.kill(connection.client_id)
@@ -303,7 +303,11 @@ class MemoryLink:
         self._sent += size
         await asyncio.sleep(0)  # a broker answers later, never at once
         if not connection.lost.done():
-            self._broker.publish(connection, _Message(topic, bytes(payload), qos), retain=retain)
+            try:
+                self._broker.publish(connection, _Message(topic, bytes(payload), qos), retain=retain)
+            except BrokerRefusedError:
+                self._refused("publish", topic, size)
+                raise
         if connection.lost.done() and qos:
             raise LinkError(f"{topic}: not acknowledged: {connection.lost.result()}")
         self._received += PUBACK_BYTES if qos else 0
@@ -340,6 +344,9 @@ class MemoryLink:
             self._sent += PUBACK_BYTES
             self._broker.acknowledge(self._connection, number)
 
+    def urgent(self, on: bool) -> None:
+        """Nothing: this link waits for its broker without pauses of its own."""
+
     @property
     def traffic(self) -> Traffic:
         """The bytes of the packets that MQTT 5 would have carried."""
@@ -347,7 +354,14 @@ class MemoryLink:
 
     def _subscribe(self, connection: _Connection, topic_filter: str) -> None:
         self._sent += SUBSCRIBE_BYTES + len(topic_filter.encode())
-        self._broker.subscribe(connection, topic_filter)
+        try:
+            self._broker.subscribe(connection, topic_filter)
+        except BrokerRefusedError:
+            self._refused("subscribe", topic_filter)
+            raise
+
+    def _refused(self, what: Literal["publish", "subscribe"], topic: str, size: int = 0) -> None:
+        self._mailbox.put(Refused(what=what, topic=topic, reason="Not authorized", size_bytes=size))
 
     def _receive(self, message: _Message, number: int) -> None:
         self._received += publish_bytes(message.topic, len(message.payload), qos=message.qos)

@@ -21,7 +21,6 @@ from liberatai_core.sparsifier.tables import (
     shares_of,
     weights_of,
 )
-from liberatai_core.structure import MAX_PARAMETERS
 
 _PIECES = 512
 """A group with a smaller share of the non-zeros is no piece of its own: bounds the encoder's search."""
@@ -64,7 +63,7 @@ def best_law(histogram: Integers) -> tuple[bytes, float]:
     sums = np.stack([_law_cost(law)[:used] for law in candidates]).astype(np.float64) @ weights
     best, least = candidates[int(np.argmin(sums))], float(sums.min()) + (16 << _COST)
     table = _explicit(histogram[:used])
-    cost = float(_cost(weights_of(table, MAX_PARAMETERS, 0)).astype(np.float64) @ weights)
+    cost = float(_cost(weights_of(table)).astype(np.float64) @ weights)
     cost += 8 * len(table) << _COST
     return (table, cost) if cost < least else (best, least)
 

@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from liberatai_core import rans
 from liberatai_core.errors import CodecError
 from liberatai_core.sparsifier.choice import best_law, choose
-from liberatai_core.sparsifier.decoder import decode
+from liberatai_core.sparsifier.decoder import Entries, decode, decode_all
 from liberatai_core.sparsifier.stream import (
     DENSE,
     GROUPS_SHIFT,
@@ -80,9 +80,11 @@ __all__ = [
     "MAX_LEVELS",
     "PLAIN",
     "SPARSE",
+    "Entries",
     "Integers",
     "Sparse",
     "decode",
+    "decode_all",
     "encode",
     "encode_dense",
     "encode_plain",

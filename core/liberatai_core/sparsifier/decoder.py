@@ -1,10 +1,15 @@
 """The decoder of updates: bytes from anywhere."""
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ParamSpec, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core import rans
-from liberatai_core.errors import BombError, CodecError, IndexRangeError
+from liberatai_core.errors import BombError, CodecError, IndexRangeError, LiberataiError
 from liberatai_core.sparsifier.stream import (
     DENSE,
     GROUPS_SHIFT,
@@ -17,7 +22,6 @@ from liberatai_core.sparsifier.stream import (
     SPARSE,
     Integers,
     Reader,
-    Sparse,
     check_positions,
 )
 from liberatai_core.sparsifier.tables import (
@@ -37,6 +41,16 @@ from liberatai_core.sparsifier.tables import (
 from liberatai_core.structure import MAX_TENSORS
 from liberatai_core.weights import Vector, require_finite
 
+Entries = tuple[NDArray[np.int32], Vector]
+"""Positions, strictly increasing, and values."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PORTION = 1 << 22
+"""Symbols of streams that are decoded together."""
+_SIGN_BIT = np.uint32(31)
+
 
 def decode(data: bytes, parameters: int) -> tuple[Integers, Vector]:
     """Return positions (int64, strictly increasing) and values (float32) of a stream from anywhere.
@@ -50,6 +64,67 @@ def decode(data: bytes, parameters: int) -> tuple[Integers, Vector]:
         IndexOrderError: positions are unsorted or doubled.
         NonFiniteError: a scale or a value is NaN or infinite.
     """
+    (found,) = decode_all([(data, parameters)])
+    if isinstance(found, LiberataiError):
+        raise found
+    positions, values = found
+    return positions.astype(np.int64), values
+
+
+def decode_all(streams: Sequence[tuple[bytes, int]]) -> list[Entries | LiberataiError]:
+    """Return for every stream and its parameters what `decode` returns or raises, positions as int32.
+
+    None depends on another, and many together take a fraction of the time: see `rans.decode_all`.
+    """
+    found: list[Entries | LiberataiError | _Head] = [_attempt(_read, *stream) for stream in streams]
+    heads = [(place, one) for place, one in enumerate(found) if isinstance(one, _Head)]
+    for some in _portions(heads):
+        messages = rans.decode_all([head.message for _, head in some])
+        for (place, head), message in zip(some, messages, strict=True):
+            found[place] = message if isinstance(message, CodecError) else _attempt(_assemble, head, *message)
+    return [one for one in found if not isinstance(one, _Head)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Head:
+    """A sparse stream up to its message.
+
+    Attributes:
+        several: whether there are magnitudes above 1.
+    """
+
+    parameters: int
+    counts: Integers
+    scales: NDArray[np.float32]
+    plan: Plan
+    several: bool
+    message: rans.Message
+
+
+def _attempt(read: Callable[P, R], *given: P.args, **more: P.kwargs) -> R | LiberataiError:
+    """Return a result, or the error that explains why there is none."""
+    try:
+        return read(*given, **more)
+    except LiberataiError as error:
+        return error.with_traceback(None)
+
+
+def _portions(heads: list[tuple[int, _Head]]) -> Iterator[list[tuple[int, _Head]]]:
+    """Yield heads, a few at a time: what lies between two steps is bounded."""
+    portion: list[tuple[int, _Head]] = []
+    symbols = 0
+    for one in heads:
+        if portion and symbols + one[1].message.coded.symbols > _PORTION:
+            yield portion
+            portion, symbols = [], 0
+        portion.append(one)
+        symbols += one[1].message.coded.symbols
+    if portion:
+        yield portion
+
+
+def _read(data: bytes, parameters: int) -> Entries | _Head:
+    """Return what a stream says, or, if it is a sparse one, its head."""
     reader = Reader(data)
     kind = reader.byte()
     if kind not in (PLAIN, SPARSE, DENSE):
@@ -58,29 +133,31 @@ def decode(data: bytes, parameters: int) -> tuple[Integers, Vector]:
     if claimed != parameters:
         raise CodecError(f"sparse update: made for {claimed} parameters, wanted {parameters}")
     if kind == DENSE:
-        positions, values = np.arange(parameters), reader.floats(parameters)
+        values = reader.floats(parameters)
         reader.end()
-    else:
-        count = reader.varint()
-        if count > parameters:
-            raise BombError(f"sparse update: {count} non-zeros among {parameters} parameters")
-        positions, values = (_read_plain if kind == PLAIN else _read_sparse)(reader, count, parameters)
-    require_finite(values, "sparse update")
-    return positions, values
+        require_finite(values, "sparse update")
+        return np.arange(parameters, dtype=np.int32), values
+    count = reader.varint()
+    if count > parameters:
+        raise BombError(f"sparse update: {count} non-zeros among {parameters} parameters")
+    if kind == PLAIN:
+        return _read_plain(reader, count, parameters)
+    if count == 0:
+        reader.end()
+        return np.empty(0, np.int32), np.empty(0, np.float32)
+    return _read_head(reader, count, parameters)
 
 
-def _read_plain(reader: Reader, count: int, parameters: int) -> tuple[Integers, Vector]:
+def _read_plain(reader: Reader, count: int, parameters: int) -> Entries:
     positions = np.frombuffer(reader.take(4 * count), "<u4").astype(np.int64)
     values = reader.floats(count)
     reader.end()
     check_positions(positions, parameters)
-    return positions, values
+    require_finite(values, "sparse update")
+    return positions.astype(np.int32), values
 
 
-def _read_sparse(reader: Reader, count: int, parameters: int) -> tuple[Integers, Vector]:
-    if count == 0:
-        reader.end()
-        return np.empty(0, np.int64), np.empty(0, np.float32)
+def _read_head(reader: Reader, count: int, parameters: int) -> _Head:
     flags = reader.varint()
     counts, scales = _read_groups(reader, (flags >> GROUPS_SHIFT) + 1, count)
     plan = _read_plan(reader, flags, count, parameters)
@@ -95,9 +172,7 @@ def _read_sparse(reader: Reader, count: int, parameters: int) -> tuple[Integers,
     # Symbols move at most 16 bits; classes above 15 need gaps longer than their raw bits.
     if len(rest) > 3 * lanes + 2 * coded.symbols + (5 * count + parameters) // 8 + 8:
         raise BombError(f"sparse update: {len(rest)} bytes for {count} non-zeros")
-    symbols, raw = rans.decode(rest, coded, lanes)
-    positions, levels = _assemble(symbols, raw, plan, lanes, parameters, several=table is not None)
-    return positions, Sparse(positions, levels, counts, scales).values()
+    return _Head(parameters, counts, scales, plan, table is not None, rans.Message(rest, coded, lanes))
 
 
 def _read_groups(reader: Reader, groups: int, count: int) -> tuple[Integers, NDArray[np.float32]]:
@@ -128,45 +203,61 @@ def _read_plan(reader: Reader, flags: int, count: int, parameters: int) -> Plan:
     return Plan(counts, laws, changes, signs)
 
 
-def _assemble(
-    symbols: rans.Symbols, raw: bytes, plan: Plan, lanes: int, parameters: int, *, several: bool
-) -> tuple[Integers, NDArray[np.int16]]:
-    """Return positions and levels of decoded symbols and raw bits."""
+def _assemble(head: _Head, symbols: rans.Symbols, raw: bytes) -> Entries:
+    """Return positions and values of decoded symbols and raw bits."""
+    plan, parameters = head.plan, head.parameters
     count = sum(plan.counts)
-    classes = symbols[:count] >> np.uint16(plan.signs)
-    positions = class_edges()[classes]
+    classes = symbols[:count] >> np.uint16(1) if plan.signs else symbols[:count]
+    steps = _steps().take(classes)
     # Before the rests are read: their widths are bounded by this sum.
-    if int(positions.sum()) + count > parameters:
+    if int(steps.sum()) > parameters:
         raise IndexRangeError("sparse update: a position lies outside the structure")
     gaps_far, gap_widths = _far(classes)
     size_far, size_widths = _far(symbols[count:])
     signs_at = int(gap_widths.sum())
     sizes_at = signs_at + (0 if plan.signs else count)
-    _check_raw(raw, sizes_at + int(size_widths.sum()), lanes)
-    positions[gaps_far] += rans.unpack(raw, 0, gap_widths)
-    positions += 1
-    np.cumsum(positions, out=positions)
-    positions -= 1
+    _check_raw(raw, sizes_at + int(size_widths.sum()), head.message.lanes)
+    if gaps_far.size:
+        steps[gaps_far] += rans.unpack(raw, 0, gap_widths).astype(np.int32)
+    steps[0] -= 1
+    # Below 2^31: steps are at most 2^28 together, their rests an eighth of that.
+    positions = np.add.accumulate(steps, out=steps)
     if positions[-1] >= parameters:
         raise IndexRangeError("sparse update: a position lies outside the structure")
+    values = np.repeat(head.scales, head.counts)
+    if head.several:
+        magnitudes = _magnitudes().take(symbols[count:])
+        if size_far.size:
+            magnitudes[size_far] += rans.unpack(raw, sizes_at, size_widths)
+            if magnitudes.max() > MAX_LEVELS:
+                raise CodecError(f"sparse update: a magnitude above {MAX_LEVELS}")
+        with np.errstate(over="ignore"):
+            values *= magnitudes
     if plan.signs:
-        negative = np.logical_xor.accumulate((symbols[:count] & np.uint16(1)).astype(np.bool_))
+        negative = np.bitwise_xor.accumulate(symbols[:count] & np.uint16(1))
     else:
         bits = np.frombuffer(raw, np.uint8)[signs_at // 8 : (sizes_at + 7) // 8]
-        negative = np.unpackbits(bits)[signs_at % 8 :][:count].view(np.bool_)
-    levels = np.ones(count, np.int16)
-    if several:
-        levels += class_edges()[symbols[count:]].astype(np.int16)
-        levels[size_far] += rans.unpack(raw, sizes_at, size_widths).astype(np.int16)
-        if levels.max() > MAX_LEVELS:
-            raise CodecError(f"sparse update: a magnitude above {MAX_LEVELS}")
-    np.negative(levels, out=levels, where=negative)
-    return positions, levels
+        negative = np.unpackbits(bits)[signs_at % 8 :][:count]
+    values.view(np.uint32)[:] ^= negative.astype(np.uint32) << _SIGN_BIT
+    require_finite(values, "sparse update")
+    return positions, values
+
+
+@lru_cache(1)
+def _steps() -> NDArray[np.int32]:
+    """Return the distance to the position before of the smallest gap of each class."""
+    return (class_edges() + 1).astype(np.int32)
+
+
+@lru_cache(1)
+def _magnitudes() -> Vector:
+    """Return the smallest magnitude of each class."""
+    return (class_edges() + 1).astype(np.float32)
 
 
 def _far(classes: rans.Symbols) -> tuple[Integers, Integers]:
     """Return which classes have raw bits behind them, and how many."""
-    far = np.flatnonzero(classes >= EXACT)
+    far = np.flatnonzero(classes >= np.uint16(EXACT))
     return far, class_widths()[classes[far]]
 
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from liberatai_core.sparsifier.support import Positions, draw, part_of
-from liberatai_core.structure import Structure
+from liberatai_core.structure import Structure, Tensor
 from liberatai_core.weights import Vector
 
 SMALLEST = 2000
@@ -89,6 +89,28 @@ def subspace(structure: Structure, share: float, seed: int, *, smallest: int = S
         return Subspace(structure, structure, np.empty(0, np.int64), None)
     positions, gain = _drawn(sizes, share, seed, smallest)
     return Subspace(structure, part_of(structure, positions), positions, gain)
+
+
+def trained_structure(structure: Structure, share: float, *, smallest: int = SMALLEST) -> Structure:
+    """Return the `part` of a subspace, which depends on no seed: nothing is drawn for it.
+
+    Args:
+        structure: the named tensors of the flat vector.
+        share: as for `subspace`.
+        smallest: as for `subspace`.
+
+    Raises:
+        ValueError: the share is out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share} must lie in (0, 1]")
+    counts = [_count(tensor.size, share, smallest) for tensor in structure.tensors]
+    if all(count == tensor.size for count, tensor in zip(counts, structure.tensors, strict=True)):
+        return structure
+    tensors = tuple(
+        Tensor(tensor.name, (count,)) for tensor, count in zip(structure.tensors, counts, strict=True)
+    )
+    return Structure(family=structure.family, params=structure.params, tensors=tensors)
 
 
 def _count(size: int, share: float, smallest: int) -> int:

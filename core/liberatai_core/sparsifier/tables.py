@@ -27,6 +27,8 @@ _LANES = 1 << 14
 """Lanes at most while rows are short: more would not fit a cache."""
 EXACT = 16
 """Classes below this are single numbers and have no raw bits."""
+_TABLES = 512
+"""Tables and laws that are kept: 4 KiB each at most."""
 NEAR = 8
 """Gap classes 0, 1 ... 7 and the rest have sign statistics of their own."""
 
@@ -81,6 +83,7 @@ IMPLIED_LAW = b"\xff"
 """In a plan: the geometric law that follows from the density; it is not in the stream."""
 
 
+@lru_cache(_TABLES)
 def shares_of(law: bytes) -> Integers:
     """Return the weight of every class, sum about 2^30, from the two bytes of a parametric table."""
     shape, scale = law
@@ -113,14 +116,13 @@ def implied(count: int, parameters: int) -> Integers:
     return _geometric(max(int(rate[0]), 1) << 34 - rans.FRACTION)
 
 
-def weights_of(law: bytes, parameters: int, count: int) -> Integers:
-    """Return the weights of the classes that numbers below `parameters` can have."""
+def weights_of(law: bytes) -> Integers:
+    """Return the weights of the classes from the bytes of a table."""
     if law[0] == EXPLICIT:
         codes = np.frombuffer(law[2:], np.uint8).astype(np.int64)
         weights = rans.exp2_negative(codes << rans.FRACTION - 3)
         return np.where(codes == NEVER, 0, weights)
-    weights = implied(count, parameters) if law == IMPLIED_LAW else shares_of(law)
-    return weights[: class_of(parameters - 1) + 1]
+    return shares_of(law)
 
 
 def _with_signs(weights: Integers, changes: Sequence[int]) -> Integers:
@@ -142,16 +144,36 @@ class Plan:
 
 def coded_by(plan: Plan, magnitude_table: bytes | None, parameters: int, count: int) -> rans.Coded:
     """Return tables and runs of symbols: gaps, then magnitudes. Both ends."""
-    tables = []
-    for law, changes in zip(plan.laws, plan.changes, strict=True):
-        weights = weights_of(law, parameters, count)
-        tables.append(rans.normalise(_with_signs(weights, changes) if plan.signs else weights))
+    classes = class_of(parameters - 1) + 1
+    tables = [
+        _implied_table(parameters, count, changes) if law == IMPLIED_LAW else _table(law, classes, changes)
+        for law, changes in zip(plan.laws, plan.changes, strict=True)
+    ]
     counts, owners = list(plan.counts), list(range(len(tables)))
     if magnitude_table is not None:
         owners.append(len(tables))
         counts.append(count)
-        tables.append(rans.normalise(weights_of(magnitude_table, MAX_LEVELS, 0)))
+        tables.append(_table(magnitude_table, class_of(MAX_LEVELS - 1) + 1, ()))
     return rans.Coded(tables, counts, owners)
+
+
+# Updates of one round are much alike: most of their tables are the same.
+@lru_cache(_TABLES)
+def _table(law: bytes, classes: int, changes: tuple[int, ...]) -> Integers:
+    """Return the frequencies of a table of the stream; `changes` are empty if signs are raw."""
+    return _frequencies(weights_of(law)[:classes], changes)
+
+
+@lru_cache(_TABLES)
+def _implied_table(parameters: int, count: int, changes: tuple[int, ...]) -> Integers:
+    """Return the frequencies of the table that follows from the density."""
+    return _frequencies(implied(count, parameters)[: class_of(parameters - 1) + 1], changes)
+
+
+def _frequencies(weights: Integers, changes: tuple[int, ...]) -> Integers:
+    frequencies = rans.normalise(_with_signs(weights, changes) if changes else weights)
+    frequencies.setflags(write=False)
+    return frequencies
 
 
 def free_lanes(symbols: int, raw_bits: int) -> int:

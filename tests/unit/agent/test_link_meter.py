@@ -1,252 +1,252 @@
-"""The link's rate follows real transfers, not freaks; a day's quota is given once, whatever the clock says."""
+"""The watch measures what moves through the socket, and its counts survive restarts, crashes and a bad file."""
 
-import math
-from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
-from liberatai_agent.link_meter import (
-    ANNOUNCE_S,
-    DAY_S,
-    DRIFT_HALF_LIFE_S,
-    MAX_COUNT,
-    MAX_STEP,
-    NOTHING,
-    Link,
-    announce,
-    count,
-    drifted,
-    received,
-    sent,
+from liberatai_agent.link_estimate import ANNOUNCE_S, DAY_S, DRIFT_HALF_LIFE_S, LinkEstimate
+from liberatai_agent.link_meter import FILE, SAVE_S, UNSAVED_BYTES, LinkMeter, read_link
+from liberatai_core.errors import NotFoundError
+from liberatai_core.link.link import Traffic
+
+MIB = 1 << 20
+NOON = 20_000 * DAY_S + DAY_S / 2
+
+
+class Socket:
+    """Counters and clocks that a test moves by hand."""
+
+    def __init__(self) -> None:
+        self.traffic, self.now_s, self.wall_s = Traffic(), 1000.0, NOON
+
+    def move(self, seconds: float, sent: int = 0, received: int = 0) -> None:
+        self.now_s += seconds
+        self.wall_s += seconds
+        self.traffic = Traffic(
+            sent_bytes=self.traffic.sent_bytes + sent, received_bytes=self.traffic.received_bytes + received
+        )
+
+    def watch(self, folder: Path, quota: int | None = None, up_bits_s: float | None = None) -> LinkMeter:
+        """Return the watch of an agent that has just started: its socket counts from zero."""
+        self.traffic = Traffic()
+        return LinkMeter(
+            folder,
+            quota,
+            lambda: self.traffic,
+            lambda: self.now_s,
+            lambda: self.wall_s,
+            up_bits_s=up_bits_s,
+        )
+
+
+def test_an_upload_is_measured_from_the_publication_to_its_acknowledgement(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    with watch.sending(8192):
+        socket.move(1.0)
+    assert watch.link.up_bits_s == pytest.approx(65_536)
+
+
+def test_an_upload_that_fails_is_not_measured(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+
+    def upload() -> None:
+        with watch.sending(8192):
+            socket.move(1.0)
+            raise NotFoundError("gone")
+
+    with pytest.raises(NotFoundError):
+        upload()
+    assert watch.link.up_bits_s is None
+
+
+def test_downloads_that_overlap_share_the_link_and_are_measured_together(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    with watch.fetching():
+        socket.move(1.0, received=10_000)
+        with watch.fetching():
+            socket.move(1.0, received=10_000)
+        assert watch.link.down_bits_s is None
+        socket.move(2.0, received=20_000)
+    assert watch.link.down_bits_s == pytest.approx(80_000)
+
+
+def test_downloads_of_which_one_failed_say_nothing(tmp_path: Path) -> None:
+    """A minute was waited for a blob that never came."""
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+
+    def in_vain() -> None:
+        with watch.fetching():
+            socket.move(60.0)
+            raise NotFoundError("nothing came")
+
+    with watch.fetching():
+        socket.move(1.0, received=10_000)
+        with pytest.raises(NotFoundError):
+            in_vain()
+    assert watch.link.down_bits_s is None
+    with watch.fetching():
+        socket.move(1.0, received=10_000)
+    assert watch.link.down_bits_s == pytest.approx(80_000)
+
+
+def test_rates_totals_and_the_days_bytes_survive_a_restart(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path, MIB)
+    with watch.sending(8192):
+        socket.move(1.0, sent=9000)
+    socket.move(1.0, received=500)
+    watch.count()
+    watch.save()
+    again = socket.watch(tmp_path, MIB)
+    assert again.link == watch.link
+    assert again.day_bytes == 9500
+    assert again.announced.up_bits_s == watch.link.up_bits_s == pytest.approx(65_536, rel=1e-3)
+    socket.move(1.0, sent=100)
+    again.count()
+    assert (again.day_bytes, again.link.sent_bytes) == (9600, 9100)
+
+
+def test_a_low_rate_returns_to_the_profile_while_the_agent_runs_and_a_restart_keeps_what_is_reached(
+    tmp_path: Path,
+) -> None:
+    """A bad day: 1.6 kbit/s were measured, the profile promises 1 Mbit/s, and nothing large is sent."""
+    socket = Socket()
+    watch = socket.watch(tmp_path, up_bits_s=1e6)
+    with watch.sending(8000):
+        socket.move(40.0)
+    watch.count()
+    before = watch.link.up_bits_s
+    assert before is not None
+    assert before == pytest.approx(1600, rel=0.01)
+    for _ in range(12):
+        socket.move(DRIFT_HALF_LIFE_S / 12)
+        watch.count()
+    assert watch.link.up_bits_s == pytest.approx(2 * before, rel=0.01)
+    assert read_link(tmp_path).up_bits_s == watch.link.up_bits_s
+    again = socket.watch(tmp_path, up_bits_s=1e6)
+    socket.move(DRIFT_HALF_LIFE_S)
+    again.count()
+    assert again.link.up_bits_s == pytest.approx(4 * before, rel=0.01)
+    assert again.look().up_bits_s == again.link.up_bits_s, "the coordinator hears of it"
+
+
+@pytest.mark.parametrize(("quota", "unsaved"), [(None, UNSAVED_BYTES), (MIB, MIB // 100)])
+def test_a_crash_forgets_no_more_than_its_limit(tmp_path: Path, quota: int | None, unsaved: int) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path, quota)
+    socket.move(1.0)
+    watch.count()
+    for _ in range(50):
+        socket.move(1.0, sent=unsaved // 10 + 1)
+        watch.count()
+        assert watch.link.sent_bytes - read_link(tmp_path).sent_bytes <= unsaved
+
+
+def test_an_idle_link_does_not_wear_the_card_out(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    watch.count()
+    written = set()
+    for _ in range(120):
+        socket.move(5.0, sent=2)
+        watch.count()
+        written.add((tmp_path / FILE).stat().st_mtime_ns)
+    assert len(written) <= 1 + 600 / SAVE_S
+
+
+def test_the_quota_is_spent_until_midnight_and_a_restart_does_not_renew_it(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path, MIB)
+    socket.move(60.0, sent=MIB // 2, received=MIB // 2 - 1)
+    watch.count()
+    assert not watch.spent
+    socket.move(1.0, received=1)
+    watch.count()
+    assert watch.spent
+    watch.save()
+    again = socket.watch(tmp_path, MIB)
+    assert again.spent
+    socket.wall_s -= 3 * DAY_S
+    again.count()
+    assert again.spent
+    socket.wall_s = NOON + DAY_S / 2
+    again.count()
+    assert not again.spent
+
+
+def test_a_start_on_the_next_day_has_its_quota_at_once(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path, MIB)
+    socket.move(1.0, sent=MIB)
+    watch.count()
+    watch.save()
+    socket.wall_s += DAY_S
+    assert not socket.watch(tmp_path, MIB).spent
+
+
+def test_without_a_quota_nothing_is_ever_spent(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    socket.move(1.0, sent=1 << 50)
+    watch.count()
+    assert not watch.spent
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"day": -1}',
+        b'{"day_bytes": 1e400}',
+        b'{"up_s_per_byte": 0}',
+        b'{"other": 1}',
+        b"9" * 10_000,
+    ],
 )
-
-KIB = 1024
-
-
-def uploads(link: Link, transfers: Iterable[tuple[int, float]]) -> Link:
-    """Return the link after (bytes, seconds) of every transfer."""
-    for size, seconds in transfers:
-        link = sent(link, size, seconds)
-    return link
-
-
-def rate(link: Link) -> float:
-    assert link.up_bits_s is not None
-    return link.up_bits_s
-
-
-# --- rates ---------------------------------------------------------------------------------------
-
-
-def test_the_first_transfer_gives_the_rate() -> None:
-    assert rate(uploads(Link(), [(8 * KIB, 1.024)])) == pytest.approx(64_000)
-
-
-def test_small_messages_say_nothing_about_the_rate() -> None:
-    link = uploads(Link(), [(200, 0.3), (1024, 0.2), (1500, 0.2), (4095, 0.2)])
-    assert link.up_bits_s is None
-    assert link.latency_s == 0.2
-
-
-def test_latency_is_taken_off_larger_transfers() -> None:
-    """16 KiB at 64 kbit/s over a satellite: 2.05 s of transfer and 0.6 s of waiting."""
-    link = uploads(Link(), [(100, 0.6), (16 * KIB, 16 * KIB * 8 / 64_000 + 0.6)])
-    assert rate(link) == pytest.approx(64_000)
-
-
-def test_the_latency_falls_at_once_and_rises_slowly() -> None:
-    link = uploads(Link(), [(100, 0.5), (100, 0.1)])
-    assert link.latency_s == 0.1
-    assert uploads(link, [(100, 10.0)]).latency_s == pytest.approx(0.1 + 9.9 / 16)
-
-
-def test_a_transfer_that_is_mostly_latency_raises_the_rate_but_never_lowers_or_starts_it() -> None:
-    waiting = uploads(Link(), [(100, 0.5)])
-    assert uploads(waiting, [(4 * KIB, 0.55)]).up_bits_s is None
-    slow = uploads(Link(latency_s=0.5, up_s_per_byte=8 / 10_000), [(4 * KIB, 0.55)])
-    assert 10_000 < rate(slow) < 4 * KIB * 8 / 0.55
-    fast = Link(latency_s=0.5, up_s_per_byte=8 / 10e6)
-    assert uploads(fast, [(4 * KIB, 0.55)] * 100) == fast
-
-
-@pytest.mark.parametrize("size", [300, 1024, 2048, 4095])
-def test_a_small_transfer_raises_the_rate_but_never_beyond_what_it_shows(size: int) -> None:
-    low = Link(latency_s=0.1, up_s_per_byte=8 / 2000)
-    shown = size * 8 / 0.12
-    assert 2000 * 1.1 < rate(uploads(low, [(size, 0.12)])) < shown
-    assert rate(uploads(low, [(size, 0.12)] * 200)) == pytest.approx(shown, rel=0.01)
-
-
-@pytest.mark.parametrize("size", [100, 1024, 4095])
-def test_a_small_transfer_never_lowers_the_rate(size: int) -> None:
-    high = Link(latency_s=0.1, up_s_per_byte=8 / 300_000)
-    assert uploads(high, [(size, 30.0)] * 50).up_s_per_byte == high.up_s_per_byte
-    assert received(high, size, 30.0).down_s_per_byte is None
-
-
-def test_a_small_download_raises_the_downlink() -> None:
-    link = received(Link(down_s_per_byte=8 / 2000), 700, 0.1)
-    assert link.down_bits_s is not None
-    assert link.down_bits_s > 2200
-
-
-def test_nothing_at_all_is_no_transfer() -> None:
-    link = Link(up_s_per_byte=8 / 2000, down_s_per_byte=8 / 2000)
-    assert received(link, 0, 0.0) == link
-
-
-def test_a_link_that_was_bad_for_an_hour_is_used_again_although_its_updates_became_small() -> None:
-    """A plan that lets an update take 2 s; the link carries 300 kbit/s again after some very slow uploads."""
-    link = uploads(Link(), [(100, 0.1)] + [(10_240, 0.1 + 10_240 * 8 / 300_000)] * 8)
-    link = uploads(link, [(10_240, 50.0)] * 4)
-    assert rate(link) < 3000
-    for _ in range(60):
-        size = min(10_240, int(rate(link) * 2.0 / 8))
-        link = sent(link, size, 0.1 + size * 8 / 300_000)
-    assert rate(link) == pytest.approx(300_000, rel=0.1)
-
-
-# --- estimates grow old --------------------------------------------------------------------------
-
-
-def test_a_low_estimate_returns_to_the_profile_half_of_the_way_per_half_life() -> None:
-    low = Link(up_s_per_byte=0.005, down_s_per_byte=0.003)
-    link = drifted(low, DRIFT_HALF_LIFE_S, up_bits_s=8000, down_bits_s=8e6)
-    assert link.up_s_per_byte == pytest.approx((0.005 + 0.001) / 2)
-    assert link.down_s_per_byte == pytest.approx((0.003 + 1e-6) / 2)
-    assert rate(drifted(low, 60 * DRIFT_HALF_LIFE_S, up_bits_s=8000)) == pytest.approx(8000)
-
-
-def test_without_a_profile_the_rate_doubles_per_half_life_and_stays_a_rate() -> None:
-    low = Link(up_s_per_byte=0.005)
-    assert rate(drifted(low, DRIFT_HALF_LIFE_S)) == pytest.approx(2 * 1600)
-    assert rate(drifted(low, 1e12)) <= 1e12
-
-
-def test_a_device_that_trains_once_a_day_believes_its_link_at_most_four_times_too_fast() -> None:
-    assert rate(drifted(Link(up_s_per_byte=0.001), DAY_S)) <= 4.001 * 8000
-
-
-def test_many_short_times_are_one_long_time() -> None:
-    low = link = Link(up_s_per_byte=0.005)
-    for _ in range(1000):
-        link = drifted(link, 5.0, up_bits_s=64_000)
-    assert rate(link) == pytest.approx(rate(drifted(low, 5000.0, up_bits_s=64_000)))
-
-
-@pytest.mark.parametrize("ran_s", [0.0, -5.0, math.nan])
-def test_no_time_changes_nothing(ran_s: float) -> None:
-    low = Link(up_s_per_byte=0.005)
-    assert drifted(low, ran_s, up_bits_s=8e6) == low
-
-
-def test_what_is_faster_than_the_profile_or_was_never_measured_stays() -> None:
-    link = Link(up_s_per_byte=8 / 1e6)
-    assert drifted(link, 1e6, up_bits_s=64_000, down_bits_s=64_000) == link
-
-
-@pytest.mark.parametrize("bits_s", [2e3, 64e3, 1e6, 20e6, 1e9])
-def test_a_steady_link_is_measured_within_a_percent_at_any_speed(bits_s: float) -> None:
-    link = uploads(Link(), [(100, 0.0005)] + [(128 * KIB, 128 * KIB * 8 / bits_s + 0.0005)] * 5)
-    assert rate(link) == pytest.approx(bits_s, rel=0.01)
-
-
-def test_one_freak_moves_the_rate_by_less_than_its_step_and_is_forgotten() -> None:
-    """A device that slept for an hour in the middle of an upload."""
-    good = [(8 * KIB, 0.065)] * 20
-    before = uploads(Link(), good)
-    after = uploads(before, [(8 * KIB, 3600.0)])
-    assert rate(before) / (MAX_STEP / 2 + 0.5) <= rate(after) < rate(before)
-    assert rate(uploads(after, good * 3)) == pytest.approx(rate(before), rel=0.05)
-
-
-def test_a_link_that_becomes_slower_is_noticed_after_a_few_transfers() -> None:
-    fast = uploads(Link(), [(64 * KIB, 0.026)] * 10)
-    assert rate(fast) == pytest.approx(20e6, rel=0.02)
-    slow = uploads(fast, [(8 * KIB, 1.024)] * 30)
-    assert rate(slow) == pytest.approx(64_000, rel=0.05)
-
-
-def test_the_mean_is_that_of_times_because_a_plan_asks_how_long() -> None:
-    """Half the bytes at 1 Mbit/s, half at 100 kbit/s: the average byte takes as long as at 182 kbit/s."""
-    fast, slow = (8 * KIB, 8 * KIB * 8 / 1e6), (8 * KIB, 8 * KIB * 8 / 1e5)
-    found = rate(uploads(Link(), [fast, slow] * 100))
-    assert 120_000 < found < 260_000
-
-
-@pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan, DAY_S + 1.0])
-def test_impossible_times_are_ignored(seconds: float) -> None:
-    link = uploads(Link(), [(100, 0.1), (8 * KIB, 1.0)])
-    assert uploads(link, [(100, seconds), (8 * KIB, seconds)]) == link
-
-
-def test_no_time_at_all_is_no_infinite_rate() -> None:
-    assert rate(uploads(Link(), [(8 * KIB, 0.0)])) <= 1e12
-
-
-def test_downloads_are_measured_on_their_own() -> None:
-    link = received(Link(latency_s=0.25), 32 * KIB, 32 * KIB * 8 / 100_000 + 0.25)
-    assert link.down_bits_s == pytest.approx(100_000)
-    assert link.up_bits_s is None
-
-
-# --- what the coordinator is told ----------------------------------------------------------------
-
-
-def test_the_first_measurement_is_told_at_once_and_small_changes_never() -> None:
-    link = Link(up_s_per_byte=8 / 100_000)
-    told = announce(link, NOTHING, 5.0)
-    assert told.up_bits_s == pytest.approx(100_000)
-    assert (told.down_bits_s, told.at_s) == (None, 5.0)
-    little = Link(up_s_per_byte=8 / 81_000)
-    assert announce(little, told, 5.0 + 100 * ANNOUNCE_S) is told
-
-
-def test_a_large_change_is_told_when_the_pause_is_over() -> None:
-    told = announce(Link(up_s_per_byte=8 / 100_000), NOTHING, 0.0)
-    slower = Link(up_s_per_byte=8 / 70_000)
-    assert announce(slower, told, ANNOUNCE_S - 1) is told
-    assert announce(slower, told, ANNOUNCE_S).up_bits_s == pytest.approx(70_000)
-
-
-def test_nothing_measured_is_nothing_told() -> None:
-    assert announce(Link(), NOTHING, 1e9) is NOTHING
-
-
-# --- the day's quota -----------------------------------------------------------------------------
-
-
-def days(link: Link, *looks: tuple[int, int, float]) -> Link:
-    """Return the link after (day on the clock, bytes, seconds run) of every look."""
-    for day, size, ran_s in looks:
-        link = count(link, size, 0, day=day, ran_s=ran_s)
-    return link
-
-
-def test_both_ways_count_and_totals_never_start_over() -> None:
-    link = count(count(Link(), 10, 5, day=100, ran_s=5.0), 1, 2, day=101, ran_s=5.0)
-    assert (link.day, link.day_bytes) == (101, 3)
-    assert (link.sent_bytes, link.received_bytes) == (11, 7)
-
-
-def test_a_day_is_counted_on_until_the_next_one() -> None:
-    assert days(Link(), (100, 10, 5), (100, 20, 5)).day_bytes == 30
-    assert days(Link(), (100, 10, 5), (100, 20, 5), (101, 7, 5)).day_bytes == 7
-
-
-def test_a_clock_that_jumps_back_gives_no_new_quota_on_its_way_there_or_back() -> None:
-    link = days(Link(), (100, 10, 5), (99, 20, 5), (100, 30, 5), (0, 40, 5), (100, 50, 5))
-    assert (link.day, link.day_bytes) == (100, 150)
-
-
-def test_a_clock_that_was_far_ahead_is_believed_again_after_a_day_of_running() -> None:
-    link = days(Link(), (50_000, 10, 5), (100, 20, DAY_S - 1))
-    assert (link.day, link.day_bytes) == (50_000, 30)
-    link = days(link, (100, 5, 2))
-    assert (link.day, link.day_bytes) == (100, 5)
-    assert days(link, (101, 1, 5)).day_bytes == 1
-
-
-def test_counters_stop_at_their_limit() -> None:
-    link = days(Link(), (1, MAX_COUNT, 1), (1, MAX_COUNT, 1))
-    assert link.day_bytes == link.sent_bytes == MAX_COUNT
+def test_a_damaged_file_means_to_measure_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    assert read_link(tmp_path) == LinkEstimate()
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    socket.move(1.0, sent=10)
+    watch.count()
+    watch.save()
+    assert read_link(tmp_path).sent_bytes == 10
+
+
+def test_a_disk_that_refuses_is_asked_again(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    socket = Socket()
+    watch = socket.watch(folder)
+    socket.move(1.0, sent=10)
+    watch.count()
+    watch.save()
+    folder.mkdir()
+    watch.save()
+    assert read_link(folder).sent_bytes == 10
+
+
+def test_the_coordinator_hears_of_a_new_rate_once_and_not_too_often(tmp_path: Path) -> None:
+    socket = Socket()
+    watch = socket.watch(tmp_path)
+    before = watch.look()
+    with watch.sending(8192):
+        socket.move(1.0)
+    first = watch.look()
+    assert first is not before
+    for _ in range(20):
+        with watch.sending(8192):
+            socket.move(8.0)
+    assert watch.link.up_bits_s is not None
+    assert first.up_bits_s is not None
+    assert watch.link.up_bits_s < first.up_bits_s / 2
+    assert watch.look() is first
+    socket.move(ANNOUNCE_S)
+    assert watch.look().up_bits_s == watch.link.up_bits_s

@@ -12,7 +12,7 @@ import pytest
 from liberatai_agent import control_groups, probe
 from liberatai_agent.config import AgentConfig, LinkSettings
 from liberatai_agent.control_groups import Group
-from liberatai_agent.link_meter import NOTHING, Announced
+from liberatai_agent.link_estimate import NOTHING, Announced
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import Profile, parse_profile
 
@@ -202,7 +202,11 @@ def test_the_bench_measures_looks_at_data_and_is_kept(
 
 
 def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_run_bench", lambda *_: {"gflops": 2.0})
+
+    async def run_bench(*_: object) -> dict[str, object]:
+        return {"gflops": 2.0}
+
+    monkeypatch.setattr(probe, "_run_bench", run_bench)
     for text in ("", "[]", '{"for": 1}', "\0"):
         (tmp_path / "bench.json").write_text(text)
         assert probe.bench(tmp_path, None).gflops == 2.0
@@ -218,8 +222,9 @@ def test_a_broken_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
         (lambda path: np.savez(path, x=np.zeros((3, 4)), y=[0, 1]), "y has shape"),
         (lambda path: np.savez(path, x=np.zeros((3, 4))), "no labels"),
         (lambda path: np.savez(path, z=np.zeros((3, 4))), "no inputs"),
+        (lambda path: np.savez(path, x=np.zeros((2, 4)), y=[0, 1], test=[1, 1]), "marked test"),
     ],
-    ids=["missing", "garbage", "empty", "nan", "shape", "labels", "inputs"],
+    ids=["missing", "garbage", "empty", "nan", "shape", "labels", "inputs", "test"],
 )
 def test_every_fault_of_the_data_has_its_sentence(
     tmp_path: Path, make: Callable[[Path], object], complaint: str

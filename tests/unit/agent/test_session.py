@@ -1,5 +1,6 @@
 """The agent's rules, as lists of events: late, doubled, lost and hostile ones included."""
 
+import math
 from typing import Any, TypeVar
 
 import pytest
@@ -8,7 +9,18 @@ from msgspec.structs import replace
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
-from liberatai_core.contract.messages import BlobRef, Cancel, Receipt, Step, Task, TaskSpec, update_id
+from liberatai_agent.session.state import final_of
+from liberatai_core.contract.messages import (
+    SPARSE_METHODS,
+    BlobRef,
+    Cancel,
+    Capability,
+    Receipt,
+    Step,
+    Task,
+    TaskSpec,
+    update_id,
+)
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.structure import DataContract, Structure, Tensor
 
@@ -68,7 +80,7 @@ class Play:
         self(*events)
 
     def __call__(self, *events: on.Happened) -> list[do.Action]:
-        """Return what follows; a spec that is asked for is read at once, as the service does."""
+        """Return what follows but reports; a spec that is asked for is read at once, as the service does."""
         new: list[do.Action] = []
         waiting = list(events)
         while waiting:
@@ -77,7 +89,7 @@ class Play:
             reads = [action.blob for action in actions if isinstance(action, do.ReadSpec)]
             waiting[:0] = [on.SpecRead(blob=blob, spec=self.spec) for blob in reads]
         self.log += new
-        return new
+        return [action for action in new if not isinstance(action, do.PublishReport)]
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         return [action for action in self.log if isinstance(action, kind)]
@@ -130,8 +142,6 @@ def test_one_round_goes_through_all_phases_in_order() -> None:
     assert play.phase == "sending"
     assert of(play(a_receipt(task.task_id)), do.Forget) == [do.Forget(update_id=task.task_id)]
     assert play.phase == "idle"
-    reports = [r.phase for r in play.of(do.PublishReport)]
-    assert reports == ["idle", "fetching", "training", "sending", "idle"]
 
 
 def test_a_task_that_comes_twice_is_done_once() -> None:
@@ -285,10 +295,6 @@ def test_a_credit_sends_chunks_and_restarts_the_timer() -> None:
     task = a_task()
     play = until_sent(task)
     play(on.Tick(now_s=4.0))
-    got = play(on.CreditArrived(update_id=task.task_id, have=b"\1", chunks=4))
-    assert of(got, do.SendChunks) == [do.SendChunks(update_id=task.task_id, have=b"\1", chunks=4)]
-    assert not of(play(on.Tick(now_s=6.0)), do.SendUpdate)
-    assert play(on.CreditArrived(update_id=b"y" * 16, have=b"", chunks=4)) == []
 
 
 def test_cancel_stops_the_round_it_names_and_no_later_one() -> None:
@@ -310,7 +316,7 @@ def test_cancel_brings_the_finished_model_once() -> None:
     assert not play(cancel), "a doubled cancel"
     play(*(on.BlobStored(blob=step.blob.blob) for step in final))
     assert play.phase == "idle"
-    assert play.session.final == final
+    assert final_of(play.session.work) == final
 
 
 def test_a_closed_gate_holds_the_training_and_an_open_one_starts_it() -> None:
@@ -440,11 +446,11 @@ def test_the_final_model_goes_on_from_the_path_and_becomes_it() -> None:
     assert of(play(on.BlobStored(blob=a_step(9).blob.blob)), do.KeepPath) == [
         do.KeepPath(path=(*path, a_step(9)))
     ]
-    assert play.session.final == (*path, a_step(9))
+    assert final_of(play.session.work) == (*path, a_step(9))
     assert not play(cancel), "a doubled cancel"
     again = online(path=(*path, a_step(9)))
     got = again(on.CancelArrived(cancel=a_cancel(9, held=path[1].digest, final=(a_step(9),))))
-    assert again.session.final == (*path, a_step(9)), "the retained word after a restart"
+    assert final_of(again.session.work) == (*path, a_step(9)), "the retained word after a restart"
     assert not of(got, do.Emit)
 
 
@@ -478,9 +484,9 @@ def test_a_final_model_that_is_here_stays_while_the_path_to_another_is_asked_for
     play = online(path=path)
     play(on.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
     play(on.BlobStored(blob=path[1].blob.blob))
-    assert play.session.final == path
+    assert final_of(play.session.work) == path
     play(on.CancelArrived(cancel=a_cancel(4, job="other", held=a_step(7).digest, final=(a_step(8),))))
-    assert play.session.final == path
+    assert final_of(play.session.work) == path
     play(on.CancelArrived(cancel=a_cancel(9, held=path[0].digest, final=path[1:])))
     assert not of(play(on.Tick(now_s=1e5)), do.Emit)
 
@@ -570,11 +576,12 @@ def test_a_spec_of_another_method_or_job_fails_the_task(spec: TaskSpec, code: st
 def test_the_agent_knows_exactly_the_methods_that_there_are() -> None:
     from liberatai_core.sparsifier.methods import METHODS
 
-    assert set(s.CODECS) == set(METHODS)
+    assert set(SPARSE_METHODS) == set(METHODS)
 
 
 def test_a_fault_in_the_data_is_reported_while_idle() -> None:
     play = Play(on.Started(fault="E_DATA: no such file"), on.LinkUp())
+    play(on.Tick(now_s=0.5))
     assert play.of(do.PublishReport)[-1] == do.PublishReport(phase="failed", reason="E_DATA: no such file")
     play(on.MachineChanged(tier="full", storage_bytes=1 << 30))
     assert play.phase == "idle"
@@ -636,8 +643,217 @@ def test_training_goes_on_while_the_link_is_down_and_is_sent_when_it_is_back() -
 
 def test_every_connection_repeats_state_and_report() -> None:
     play = online()
+    play(on.Tick(now_s=1.0), on.LinkDown())
+    assert play(on.LinkUp(session_present=True)) == [do.PublishState()]
+    play(on.Tick(now_s=2.0))
+    assert play.of(do.PublishReport) == [do.PublishReport(phase="idle")] * 2
+
+
+def test_an_ordinary_round_needs_no_report_unless_it_lasts() -> None:
+    play, task = online(), a_task()
+    play(on.Tick(now_s=1.0))
+    until_sent(task, play)
+    play(a_receipt(task.task_id), on.Tick(now_s=60.0))
+    assert [report.phase for report in play.of(do.PublishReport)] == ["idle"]
+    play(on.TaskArrived(task=a_task(2)))
+    assert s.due_s(play.session) == 80.0
+    play(on.Tick(now_s=79.9))
+    assert len(play.of(do.PublishReport)) == 1
+    play(on.Tick(now_s=80.0))
+    assert [report.phase for report in play.of(do.PublishReport)] == ["idle", "fetching"]
+
+
+def test_a_fault_is_reported_soon_and_nothing_is_due_after_it() -> None:
+    play = online()
+    play(on.Tick(now_s=1.0), on.GateChanged(open=False, reason="90 °C"))
+    assert s.due_s(play.session) == 1.5
+    play(on.Tick(now_s=1.5))
+    assert play.of(do.PublishReport)[-1] == do.PublishReport(phase="gated", reason="90 °C")
+    assert s.due_s(play.session) == math.inf, "an idle device needs no clock"
+
+
+def a_capability(**changes: Any) -> Capability:
+    fields: dict[str, Any] = {
+        "device": "dev",
+        "public_key": b"k" * 32,
+        "session": 1,
+        "agent_version": "1",
+        "tier": "full",
+        "disk_free_bytes": 1 << 30,
+        "storage_bytes": 1 << 30,
+    }
+    return Capability(**(fields | changes))
+
+
+def looked(**changes: Any) -> on.MachineChanged:
+    found = a_capability(**changes)
+    return on.MachineChanged(tier=found.tier, storage_bytes=found.storage_bytes, capability=found)
+
+
+def test_nothing_is_said_before_the_first_look_at_the_machine_and_then_everything() -> None:
+    unsent = on.Unsent(update_id=b"u" * 16, job="digits", round=1, size_bytes=10)
+    play = Play(on.Started(measured=False, unsent=(unsent,)), on.LinkUp())
+    assert not play.log
+    assert s.due_s(play.session) == math.inf
+    assert [type(action) for action in play(looked())] == [do.PublishState, do.SendUpdate]
+    assert play.of(do.PublishState)[0].capability == a_capability()
+
+
+def test_free_space_that_moves_around_a_boundary_is_told_once() -> None:
+    play = Play(on.Started(measured=False), on.LinkUp(), looked())
+    edge = 1 << 29
+    moves = [looked(disk_free_bytes=edge + (1 << 20) * (1 - 2 * (n % 2))) for n in range(10)]
+    told = [action for move in moves for action in play(move)]
+    assert len(of(told, do.PublishCapability)) == 1
+    assert of(play(looked(disk_free_bytes=edge, samples=5)), do.PublishCapability)
     play(on.LinkDown())
-    assert play(on.LinkUp(session_present=True)) == [do.PublishState(), do.PublishReport(phase="idle")]
+    assert not play(looked(samples=6)), "nobody is there"
+    assert of(play(on.LinkUp()), do.PublishState)[0].capability == a_capability(samples=6)
+
+
+KIB = 1024
+
+
+def offered(size_bytes: int = 10 * 128 * KIB) -> Play:
+    unsent = on.Unsent(update_id=b"u" * 16, job="digits", round=1, transfer="x", size_bytes=size_bytes)
+    play = Play(on.Started(unsent=(unsent,)))
+    assert of(play(on.LinkUp()), do.SendOffer) == [do.SendOffer(update_id=b"u" * 16, chunk_bytes=128 * KIB)]
+    return play
+
+
+def a_credit(*have: int, chunks: int = 4) -> on.CreditArrived:
+    bits = sum(1 << number for number in have)
+    return on.CreditArrived(transfer="x", have=bits.to_bytes(2, "little"), chunks=chunks)
+
+
+def numbers(actions: list[do.Action]) -> list[int]:
+    return [number for action in of(actions, do.SendChunks) for number in action.numbers]
+
+
+def test_a_credit_sends_the_next_chunks_and_its_repetitions_nothing() -> None:
+    play = offered()
+    assert numbers(play(a_credit())) == [0, 1, 2, 3]
+    assert not any(numbers(play(a_credit())) for _ in range(100)), "each of them would cost 512 KiB"
+    assert numbers(play(a_credit(0, 1))) == [4, 5], "four are under way at most"
+    assert numbers(play(a_credit(0, 1, 2, 3, 4, 5))) == [6, 7, 8, 9]
+    assert not numbers(play(a_credit(0, 1, 2, 3, 4))), "an older word"
+    assert play(on.CreditArrived(transfer="y", have=b"", chunks=4)) == []
+
+
+def test_a_lost_chunk_is_sent_again_after_a_new_offer() -> None:
+    play = offered()
+    play(a_credit())
+    play(on.Tick(now_s=1.0))
+    assert s.due_s(play.session) == math.inf, "the link may take long for them"
+    play(on.ChunksSent(update_id=b"u" * 16))
+    assert not numbers(play(a_credit(1, 2, 3, chunks=1)))
+    assert of(play(on.Tick(now_s=11.0)), do.SendOffer)
+    assert numbers(play(a_credit(1, 2, 3))) == [0, 4, 5, 6]
+
+
+def test_a_used_up_quota_lets_every_byte_of_an_update_go_once_more_at_most() -> None:
+    play = offered()
+    play(on.QuotaChanged(words="used up"))
+    sent: list[int] = []
+    for n in range(1, 200):
+        play(on.ChunksSent(update_id=b"u" * 16), on.Tick(now_s=200.0 * n))
+        sent += numbers(play(a_credit()))
+    assert sorted(sent) == list(range(10))
+    play(on.QuotaChanged(), on.ChunksSent(update_id=b"u" * 16), on.Tick(now_s=1e6))
+    assert numbers(play(a_credit())) == [0, 1, 2, 3], "a new day"
+
+
+def test_a_short_update_is_sent_once_when_the_quota_is_used_up() -> None:
+    task = a_task()
+    play = until_sent(task)
+    play(on.QuotaChanged(words="used up"))
+    got = [action for n in range(50) for action in play(on.Tick(now_s=200.0 * n), on.LinkDown(), on.LinkUp())]
+    assert len(of(got, do.SendUpdate)) == 1
+    assert of(play(on.QuotaChanged(), on.Tick(now_s=1e6)), do.SendUpdate)
+
+
+def test_a_used_up_quota_holds_downloads_and_trainings_and_lets_the_running_one_end() -> None:
+    play, task = online(), a_task()
+    play(on.QuotaChanged(words="the link quota is used up"))
+    assert not of(play(on.TaskArrived(task=task)), do.FetchBlobs)
+    assert s.report_of(play.session).reason == "the link quota is used up"
+    assert of(play(on.QuotaChanged()), do.FetchBlobs)
+    play(*stored(task))
+    assert not of(play(on.QuotaChanged(words="again")), do.StopTraining)
+    assert of(play(on.Trained(update_id=task.task_id, result=RESULT)), do.StoreUpdate)
+
+
+def test_what_breaks_a_bound_fails_the_task_and_is_not_tried_again() -> None:
+    task, play = a_task(), online()
+    play(on.TaskArrived(task=task), *stored(task), on.Trained(update_id=task.task_id, result=RESULT))
+    got = play(on.StoreFailed(update_id=task.task_id, code="E_SCHEMA", text="10000001 samples"))
+    assert [e.code for e in of(got, do.Emit)] == ["E_SCHEMA"]
+    assert play.phase == "failed"
+    assert not of(play(on.Tick(now_s=1e5)), do.StoreUpdate)
+
+
+def test_an_update_that_is_stored_after_the_next_task_came_is_sent() -> None:
+    first, second, play = a_task(1), a_task(2), online()
+    play(on.TaskArrived(task=first), *stored(first), on.Trained(update_id=first.task_id, result=RESULT))
+    play(on.TaskArrived(task=second))
+    got = play(on.OutboxStored(update_id=first.task_id, job="digits", round=1))
+    assert of(got, do.SendUpdate) == [do.SendUpdate(update_id=first.task_id)]
+    assert play.session.task == second
+    assert not of(play(on.TaskArrived(task=first)), do.FetchBlobs), "it is done"
+
+
+def test_a_coordinator_with_a_lower_epoch_is_shown_the_higher_one_and_the_reason_is_told() -> None:
+    play = Play(on.Started(epoch=7), on.LinkUp(), on.Tick(now_s=1.0))
+    lower = on.CoordinatorChanged(state="online", epoch=3)
+    assert [type(action) for action in play(lower)] == [do.Emit, do.ShowEpoch]
+    assert not of(play(lower), do.ShowEpoch), "not in every breath"
+    assert of(play(on.Tick(now_s=11.0), lower), do.ShowEpoch)
+    assert "epoch 3, 7 was seen" in s.report_of(play.session).reason
+    play(on.CoordinatorChanged(state="online", epoch=8, word=b"signed"))
+    assert (play.phase, s.report_of(play.session).reason) == ("idle", "")
+    assert play.of(do.RememberEpoch) == [do.RememberEpoch(epoch=8, word=b"signed")]
+
+
+def test_no_signed_epoch_is_so_large_that_its_coordinator_cannot_go_above_it() -> None:
+    play = online()
+    play(on.CoordinatorChanged(state="online", epoch=2**53))
+    assert play.session.epoch == 2**52
+    got = play(on.TaskArrived(task=a_task(epoch=2**52 + 1)))
+    assert of(got, do.FetchBlobs)
+
+
+def test_a_device_that_was_put_back_from_a_copy_takes_a_higher_number_once() -> None:
+    play = Play(on.Started(number=3), on.LinkUp())
+    assert play(on.SessionBehind(session=9)) == [do.RaiseSession(known=9)]
+    play(on.Renumbered(number=10))
+    assert play(on.SessionBehind(session=9)) == [], "a replayed word"
+
+
+def test_what_the_broker_refuses_is_told_until_the_next_connection() -> None:
+    play = online()
+    play(on.BrokerRefused(topic="caps", words="the broker refuses messages to caps"))
+    assert s.report_of(play.session).reason == "E_BROKER: the broker refuses messages to caps"
+    play(on.LinkDown(), on.LinkUp())
+    assert play.phase == "idle"
+
+
+def test_an_update_that_is_too_long_for_the_broker_goes_in_smaller_pieces() -> None:
+    task = a_task()
+    play = online()
+    play(on.TaskArrived(task=task), *stored(task), on.Trained(update_id=task.task_id, result=RESULT))
+    got = play(on.OutboxStored(update_id=task.task_id, transfer="x", size_bytes=20_000))
+    assert of(got, do.SendUpdate)
+    play(on.BrokerRefused(topic="x", words="", packet_bytes=5096))
+    assert of(play(on.Tick(now_s=5.0)), do.SendOffer)[0].chunk_bytes == 1024
+
+
+def test_every_state_of_the_work_is_in_the_table() -> None:
+    from typing import get_args
+
+    from liberatai_agent.session.state import Work
+    from liberatai_agent.session.work import TABLE
+
+    assert set(TABLE) == set(get_args(Work))
 
 
 def test_the_clock_never_goes_back() -> None:

@@ -337,8 +337,9 @@ def test_rows_marked_as_test_are_the_holdout(chain: Chain, tmp_path: Path) -> No
         ({"x": np.full((5, 6), np.inf), "y": np.zeros(5, int)}, "NaN or infinity"),
         ({"x": np.zeros((5, 6)), "y": np.full(5, 3)}, "label 3"),
         ({"x": np.zeros((5, 6))}, "no labels"),
+        ({"x": np.zeros((5, 6)), "y": np.zeros(5, int), "test": np.ones(5, int)}, "marked test"),
     ],
-    ids=["missing", "empty", "shape", "nan", "label", "unlabelled"],
+    ids=["missing", "empty", "shape", "nan", "label", "unlabelled", "test"],
 )
 def test_faulty_data_fail_the_task_with_e_data(
     chain: Chain, tmp_path: Path, arrays: dict[str, Any] | None, complaint: str
@@ -569,3 +570,29 @@ def test_a_process_that_talks_nonsense_is_killed_and_reported(chain: Chain, data
 
     with pytest.raises(TrainerDiedError):
         asyncio.run(scenario())
+
+
+def test_a_residual_travels_as_a_file_and_a_damaged_one_is_let_go(
+    chain: Chain, data: Path, tmp_path: Path
+) -> None:
+    from msgspec.structs import replace
+
+    from liberatai_agent.children import residual
+    from liberatai_agent.events import ResidualFile
+
+    work = a_work(chain, data, residual_to=str(tmp_path / "next"))
+    result = TrainingResult(body=b"body", residual=b"rest" * 100, samples=3)
+    written = residual.write(work, result)
+    assert (written.residual, written.dropped) == (b"", None)
+    assert written.residual_file is not None
+    assert (tmp_path / "next").stat().st_mode & 0o777 == 0o600
+    again = a_work(
+        chain, data, residual_to=str(tmp_path / "other"), residual_from=written.residual_file, rounds_away=2
+    )
+    assert (residual.read(again).residual, residual.read(again).rounds_away) == (b"rest" * 100, 2)
+    (tmp_path / "next").write_bytes(bytes(400))
+    lost = residual.read(again)
+    assert (lost.residual, lost.rounds_away) == (None, 0)
+    assert residual.write(lost, result).dropped == residual.DAMAGED
+    gone = replace(again, residual_from=ResidualFile(path="/nowhere", sha256=b""))
+    assert residual.read(gone).residual is None

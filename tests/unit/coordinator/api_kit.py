@@ -18,6 +18,7 @@ from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
     JobState,
+    JobSummary,
     JobView,
     PlanView,
     RoundView,
@@ -137,8 +138,8 @@ class MemoryJobs:
         self.memory.base_dirs[spec.name] = base_dir
         return job
 
-    async def list(self) -> tuple[JobView, ...]:
-        return tuple(self.memory.trainings.values())
+    async def list(self) -> tuple[JobSummary, ...]:
+        return tuple(summary(job) for job in self.memory.trainings.values())
 
     async def show(self, name: str) -> JobView:
         self.memory.trainings[name] = self.memory.look(find(self.memory.trainings, name, "job"))
@@ -309,6 +310,10 @@ def find(known: dict[str, Found], name: str, what: str) -> Found:
     if name not in known:
         raise NotFoundError(f"{what} {name}: not known")
     return known[name]
+
+
+def summary(job: JobView) -> JobSummary:
+    return msgspec.convert(job, JobSummary, from_attributes=True)
 
 
 def next_round(job: JobView) -> JobView:

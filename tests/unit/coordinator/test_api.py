@@ -21,10 +21,9 @@ from liberatai_coordinator.api.jobs import Jobs
 from liberatai_coordinator.api.models import Models
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import Plans
-from liberatai_coordinator.api.routes import MAX_BODY_BYTES, STATUS, make_app, problem, serve_uds
+from liberatai_coordinator.api.routes import MAX_BODY_BYTES, PART, STATUS, make_app, problem, serve_uds
 from liberatai_coordinator.api.variants import Variants
-from liberatai_coordinator.client import client as client_module
-from liberatai_coordinator.client.client import Client, CoordinatorError
+from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
 from liberatai_core.errors import (
     BY_CODE,
     ConfigError,
@@ -89,30 +88,39 @@ def test_the_memory_operations_are_operations(operations: MemoryOperations, noun
 
 
 def test_devices_are_shown_and_let_in_and_shut_out(client: Client) -> None:
-    assert [device.id for device in client.devices()] == ["camera", "gateway"]
-    assert client.device("camera").status == "pending"
-    assert client.approve("camera").status == "approved"
-    shut_out = client.quarantine("camera", "sends nonsense")
+    assert [device.id for device in client.devices.list()] == ["camera", "gateway"]
+    assert client.devices.show("camera").status == "pending"
+    assert client.devices.approve("camera").status == "approved"
+    shut_out = client.devices.quarantine("camera", "sends nonsense")
     assert (shut_out.status, shut_out.reason) == ("quarantined", "sends nonsense")
-    assert client.device("camera") == shut_out
-    assert client.release("camera").status == "approved"
+    assert client.devices.show("camera") == shut_out
+    assert client.devices.release("camera").status == "approved"
+
+
+def test_a_long_list_comes_in_parts_and_whole(client: Client, operations: MemoryOperations) -> None:
+    one = operations.fleet["camera"]
+    for count in (0, 1, PART, 2 * PART + 1):
+        names = [f"camera-{number:05d}" for number in range(count)]
+        operations.fleet = {name: msgspec.structs.replace(one, id=name) for name in names}
+        assert [device.id for device in client.devices.list()] == names
 
 
 def test_a_job_is_created_paused_resumed_and_aborted(
     client: Client, operations: MemoryOperations, tmp_path: Path
 ) -> None:
-    job = client.create_job(JOB, tmp_path)
+    job = client.jobs.create(JOB, tmp_path)
     assert (job.name, job.state, job.rounds_total) == ("digits", "running", 3)
     assert operations.base_dirs == {"digits": str(tmp_path)}
-    assert client.pause("digits").state == "paused"
-    assert client.resume("digits").state == "running"
-    assert client.abort("digits").state == "aborted"
-    assert client.jobs() == [client.job("digits")]
+    assert client.jobs.pause("digits").state == "paused"
+    assert client.jobs.resume("digits").state == "running"
+    assert client.jobs.abort("digits").state == "aborted"
+    (listed,) = client.jobs.list()
+    assert (listed.name, listed.state) == ("digits", "aborted")
 
 
 def test_a_plan_is_of_a_job_of_the_newest_or_of_a_description(client: Client) -> None:
     assert client.plan(yaml_text=JOB).dry_run
-    client.create_job(JOB, "/")
+    client.jobs.create(JOB, "/")
     assert not client.plan("digits").dry_run
     assert client.plan().job == "digits"
     with pytest.raises(SchemaError, match="not both"):
@@ -120,25 +128,25 @@ def test_a_plan_is_of_a_job_of_the_newest_or_of_a_description(client: Client) ->
 
 
 def test_models_versions_and_ensembles_come_back_whole(client: Client) -> None:
-    assert client.models() == VERSIONS[:1]
-    assert client.log("digits") == VERSIONS
-    assert client.version("digits") == VERSIONS[0]
-    assert client.version("digits", "stable") == client.version("digits", "1") == VERSIONS[1]
-    assert client.ensemble("digits").members == ("mlp-hidden4",)
+    assert client.models.list() == (VERSIONS[0],)
+    assert client.models.log("digits") == tuple(VERSIONS)
+    assert client.models.version("digits") == VERSIONS[0]
+    assert client.models.version("digits", "stable") == client.models.version("digits", "1") == VERSIONS[1]
+    assert client.models.ensemble("digits").members == ("mlp-hidden4",)
     assert client.health() == {"ok": True, "epoch": 3}
 
 
 def test_weights_come_back_bit_for_bit_with_their_structure(client: Client) -> None:
-    assert client.weights("digits", "latest", "mlp-hidden4") == (STRUCTURE, DATA, WEIGHTS.tobytes())
+    assert client.models.weights("digits", "latest", "mlp-hidden4") == (STRUCTURE, DATA, WEIGHTS.tobytes())
 
 
 def test_weights_that_were_damaged_on_the_way_are_refused(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client._send
-    monkeypatch.setattr(client, "_send", lambda *arguments: real(*arguments)[:-1] + b"\x00")
+    real = client.send
+    monkeypatch.setattr(client, "send", lambda *arguments: real(*arguments)[:-1] + b"\x00")
     with pytest.raises(DigestError, match="damaged on the way"):
-        client.weights("digits", "latest", "mlp-hidden4")
+        client.models.weights("digits", "latest", "mlp-hidden4")
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -146,22 +154,22 @@ def test_weights_that_were_damaged_on_the_way_are_refused(
 
 def test_an_error_is_the_same_on_both_sides(client: Client, operations: MemoryOperations) -> None:
     with pytest.raises(NotFoundError, match="device nobody: not known"):
-        client.device("nobody")
+        client.devices.show("nobody")
     with pytest.raises(ConfigError) as caught:
-        client.job("faulty")
+        client.jobs.show("faulty")
     assert caught.value.where == "job.yaml"
     assert caught.value.faults == ["name: must match ^[a-z]", "rounds.count: must be >= 1 (got 0)"]
-    client.create_job(JOB, "/")
+    client.jobs.create(JOB, "/")
     with pytest.raises(StateError, match="job digits is running"):
-        client.resume("digits")
+        client.jobs.resume("digits")
     operations.disk_full = True
     with pytest.raises(DiskError):
-        client.create_job(JOB, "/")
+        client.jobs.create(JOB, "/")
 
 
 def test_a_fault_that_nobody_foresaw_says_so_without_its_details(client: Client) -> None:
     with pytest.raises(CoordinatorError, match=r"failed \(RuntimeError\); its log") as caught:
-        client.job("boom")
+        client.jobs.show("boom")
     assert caught.value.code == "E_INTERNAL"
     assert "foresaw" not in str(caught.value)
     assert client.health()["ok"]
@@ -173,7 +181,7 @@ def test_every_code_survives_the_way_from_error_to_error() -> None:
             continue
         error = kind("where", ["fault"]) if issubclass(kind, ConfigError) else kind("what, where, what to do")
         content = msgspec.json.encode(problem(error))
-        back = client_module._error(httpx.Response(STATUS.get(code, 500), content=content))
+        back = error_of(STATUS.get(code, 500), content)
         assert type(back) is kind
         assert str(back) == str(error)
 
@@ -227,9 +235,9 @@ def test_no_coordinator_is_a_link_error_that_says_what_to_do(tmp_path: Path) -> 
 
 
 def test_an_answer_that_is_no_view_is_a_schema_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_send", lambda *_: b'{"id": 7}')
+    monkeypatch.setattr(client, "send", lambda *_: b'{"id": 7}')
     with pytest.raises(SchemaError, match="another release"):
-        client.device("camera")
+        client.devices.show("camera")
 
 
 # --- OpenAPI -------------------------------------------------------------------------------------

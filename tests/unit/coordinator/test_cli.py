@@ -25,9 +25,11 @@ from tests.unit.coordinator.api_kit import (
     MemoryOperations,
     next_round,
     served,
+    summary,
 )
 
 from liberatai_coordinator.cli import app as cli
+from liberatai_coordinator.cli import tables
 from liberatai_coordinator.cli.app import main
 from liberatai_coordinator.client.views import (
     CentralView,
@@ -35,6 +37,7 @@ from liberatai_coordinator.client.views import (
     EnsembleView,
     JobView,
     LocalView,
+    RoundState,
     RoundView,
     ScoreView,
     VersionView,
@@ -121,6 +124,12 @@ def test_every_list_takes_an_output_format() -> None:
             assert "output" in {option.name for option in command.params}, path
 
 
+@pytest.mark.parametrize("path", [path for path, _ in tree()], ids=lambda path: " ".join(path) or "-")
+def test_every_command_takes_h_for_help(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*path, "-h"]) == 0
+    assert "Example: liberatai" in capsys.readouterr().out
+
+
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     script = (
         "import sys, liberatai_coordinator.cli.app as c; code = c.main(['--help']);"
@@ -171,7 +180,7 @@ def test_json_is_exactly_what_the_api_says(
     assert main([*what.split(), "-o", "json"]) == 0
     expected: Any = {
         "devices list": sorted(fleet.fleet.values(), key=lambda device: device.id),
-        "jobs list": list(fleet.trainings.values()),
+        "jobs list": [summary(job) for job in fleet.trainings.values()],
         "models list": VERSIONS[:1],
         "models log digits": VERSIONS,
     }[what]
@@ -203,6 +212,18 @@ def test_on_a_screen_a_list_is_a_table_of_its_own(fleet: MemoryOperations) -> No
     assert b"camera" in shown
     assert b"[red]pi" in shown
     assert "─".encode() in shown
+
+
+def test_a_long_list_is_plain_columns_on_a_screen_too(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "on_screen", lambda: True)
+    one = fleet.fleet["camera"]
+    names = [f"camera-{number:04d}" for number in range(tables.MAX_DRAWN + 1)]
+    fleet.fleet = {name: msgspec.structs.replace(one, id=name) for name in names}
+    assert main(["devices", "list"]) == 0
+    _, *rows = words(capsys.readouterr().out)
+    assert [row[0] for row in rows] == names
 
 
 # --- devices -------------------------------------------------------------------------------------
@@ -301,6 +322,33 @@ def test_a_device_shows_what_its_updates_gave_the_newest_first(
 
 
 # --- jobs ----------------------------------------------------------------------------------------
+
+
+def test_a_new_job_says_how_to_follow_it(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    assert capsys.readouterr().out.endswith("follow it: liberatai jobs watch digits\n")
+    assert main(["jobs", "create", "-f", str(job_file), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "digits"
+
+
+@pytest.mark.parametrize("state", ["open", "closed", "abandoned"])
+def test_a_round_without_a_version_shows_no_figures_of_zero(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path, state: str
+) -> None:
+    def look(job: JobView) -> JobView:
+        view = RoundView(round=1, state=msgspec.convert(state, RoundState), invited=1000, updates=0)
+        return msgspec.structs.replace(job, rounds=(view,), state="aborted")
+
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    fleet.look = look
+    capsys.readouterr()
+    assert main(["jobs", "watch", "digits"]) == 1
+    assert f"round 1: {state}, 0 of 1,000 updates\n" in capsys.readouterr().out
+    assert main(["jobs", "show", "digits"]) == 0
+    row = words(capsys.readouterr().out)[-1]
+    assert row == ["1", state, "0/1000", "-", "-", "-", "-", "-"]
 
 
 def scored_round(job: JobView) -> JobView:

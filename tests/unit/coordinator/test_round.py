@@ -11,6 +11,7 @@ from liberatai_coordinator.rounds.round import (
     Action,
     Back,
     Close,
+    Failed,
     Gone,
     Invitation,
     Phase,
@@ -246,3 +247,58 @@ def test_an_event_costs_the_same_whatever_the_number_of_invitations() -> None:
         answer(now, f"d{n}")
         now.handle(Tick(now_s=1.0))
     assert Counted.walks == 0
+
+
+def test_a_device_that_failed_has_answered_and_the_others_close_the_round() -> None:
+    now = make_round()
+    for device in ("d0", "d1"):
+        answer(now, device)
+    assert now.handle(Failed(device="d3")) == []
+    assert answer(now, "d2")[-1] == Close(update_ids=ids("d0", "d1", "d2"))
+
+
+def test_the_last_word_may_be_that_of_the_device_that_failed() -> None:
+    now = make_round()
+    for device in ("d0", "d1", "d2"):
+        answer(now, device)
+    assert now.handle(Failed(device="d3")) == [Close(update_ids=ids("d0", "d1", "d2"))]
+
+
+def test_a_round_that_cannot_reach_its_quorum_any_more_ends_at_once() -> None:
+    now = make_round()
+    answer(now, "d0")
+    answer(now, "d1")
+    now.handle(Failed(device="d2"))
+    (end,) = now.handle(Failed(device="d3"))
+    assert isinstance(end, Abandon)
+    assert end.update_ids == ids("d0", "d1")
+    assert "2 of 3 needed updates and no device is left" in end.reason
+    assert "2 failed" in end.reason
+
+
+def test_who_is_lost_may_come_back_to_a_round_that_needs_it() -> None:
+    now = make_round()
+    answer(now, "d0")
+    answer(now, "d1")
+    now.handle(Failed(device="d2"))
+    assert now.handle(Gone(device="d3")) == []
+    assert answer(now, "d3")[-1] == Close(update_ids=ids("d0", "d1", "d3"))
+
+
+def test_a_device_that_failed_and_then_sends_after_all_counts() -> None:
+    now = make_round()
+    now.handle(Failed(device="d0"))
+    now.handle(Back(device="d0"))
+    for device in ("d1", "d2", "d3"):
+        answer(now, device)
+    assert answer(now, "d0")[-1] == Close(update_ids=ids("d0", "d1", "d2", "d3"))
+
+
+def test_a_failed_device_whose_connection_breaks_is_still_not_waited_for() -> None:
+    now = make_round()
+    answer(now, "d0")
+    answer(now, "d1")
+    now.handle(Failed(device="d2"))
+    now.handle(Gone(device="d2"))
+    (end,) = now.handle(Failed(device="d3"))
+    assert isinstance(end, Abandon)

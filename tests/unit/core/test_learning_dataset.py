@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from liberatai_core.errors import DataError
+from liberatai_core.errors import BusyError, DataError
+from liberatai_core.learning import dataset
 from liberatai_core.learning.dataset import contract_of, load_labelled, load_npz, load_unlabeled
 from liberatai_core.structure import DataContract
 
@@ -133,7 +134,6 @@ FAULTS: dict[str, dict[str, Any]] = {
     r"label -1 of sample 3": {"x": IMAGES, "y": [0, 1, 2, -1]},
     r"y has shape \(3,\), but there are 4 samples": {"x": IMAGES, "y": LABELS[:3]},
     "y must be whole numbers": {"x": IMAGES, "y": LABELS.astype(np.float32)},
-    "device has shape": {"x": IMAGES, "y": LABELS, "device": [1]},
     "test has shape": {"x": IMAGES, "y": LABELS, "test": [1]},
     r"inputs are uint8 \(\)": {"x": np.uint8(3), "y": LABELS},
     "inputs are <U1": {"x": np.array(list("abcd")), "y": LABELS},
@@ -151,6 +151,73 @@ def test_faults_are_named(tmp_path: Path, text: str) -> None:
         load_npz(path, DIGITS)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OBJECTS = np.array([{"a": 1}, None, "text", 4], dtype=object)
+
+
+@pytest.mark.parametrize("key", ["notes", "device", "classes", "mfcc", "x_delta", "scale"])
+def test_a_key_that_nothing_needs_may_hold_whatever_it_likes(tmp_path: Path, key: str) -> None:
+    samples = load_npz(saved(tmp_path, x=IMAGES, y=LABELS, **{key: OBJECTS}), DIGITS)
+    assert samples.y is not None
+    assert (len(samples), samples.device, samples.classes) == (4, None, ())
+    assert len(load_npz(saved(tmp_path, x=IMAGES, y=LABELS, device=["a", "b", "c", "d"]), DIGITS)) == 4
+
+
+@pytest.mark.parametrize("key", ["x", "y", "test"])
+def test_a_key_that_is_needed_must_be_an_array(tmp_path: Path, key: str) -> None:
+    path = saved(tmp_path, **({"x": IMAGES, "y": LABELS, "test": [0, 0, 0, 1]} | {key: OBJECTS}))
+    with pytest.raises(DataError, match=f"{key} is no array of numbers"):
+        load_npz(path, DIGITS)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved(tmp_path, x=IMAGES, y=LABELS)
+    (tmp_path / "next").mkdir()
+    new = saved(tmp_path / "next", x=np.concatenate([IMAGES, IMAGES]), y=[*LABELS, *LABELS])
+    whole, read = new.read_bytes(), dataset._array
+    times: list[int] = []
+
+    def replaced(*arguments: Any) -> Any:
+        if not times:
+            old.write_bytes(whole)
+        times.append(1)
+        return read(*arguments)
+
+    monkeypatch.setattr(dataset, "_array", replaced)
+    assert len(load_npz(old, DIGITS)) == 8
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, x=IMAGES, y=LABELS)
+    whole = path.read_bytes()
+    parts = iter([whole[: len(whole) // 2], whole])
+    path.write_bytes(whole[:100])
+    monkeypatch.setattr("time.sleep", lambda _: path.write_bytes(next(parts)))
+    assert len(load_npz(path, DIGITS)) == 4
+
+
+def test_a_file_that_changes_all_the_time_is_tried_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, x=IMAGES, y=LABELS)
+    numbers = iter(range(100))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(dataset, "_state", lambda _: (next(numbers),))
+    with pytest.raises(BusyError, match="all the time"):
+        load_npz(path, DIGITS)
+
+
+def test_a_file_without_a_row_to_train_on_is_a_fault_in_words(tmp_path: Path) -> None:
+    path = saved(tmp_path, x=IMAGES, y=LABELS, test=[1, 1, 1, 1])
+    with pytest.raises(DataError, match="all 4 samples are marked test"):
+        dataset.require_training_rows(load_npz(path, DIGITS), str(path))
+    path = saved(tmp_path, x=IMAGES, y=LABELS, test=[1, 1, 1, 0])
+    dataset.require_training_rows(load_npz(path, DIGITS), str(path))
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:

@@ -31,4 +31,4 @@ def without_proxies() -> Iterator[None]:
 
 
 with without_proxies():
-    import paho.mqtt.client  # noqa: F401 - loaded here, so that `mqtt.py` finds it loaded
+    import paho.mqtt.client  # noqa: F401 - loaded here, so that `client.py` finds it loaded

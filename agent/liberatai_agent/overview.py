@@ -1,0 +1,109 @@
+"""What `liberatai-agent status` shows, from the state of a running agent."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liberatai_agent import probe
+from liberatai_agent.config import AgentConfig
+from liberatai_agent.faults import Faults
+from liberatai_agent.identity import Identity
+from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.session import Session, report_of
+from liberatai_agent.session.state import final_of, missing_of
+from liberatai_core import __version__
+from liberatai_core.contract.messages import Capability, Step
+from liberatai_core.link.link import Connected, Traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The parts of an agent that its status speaks of."""
+
+    config: AgentConfig
+    session: Session
+    identity: Identity
+    meter: LinkMeter
+    faults: Faults
+    traffic: Traffic
+    connected: Connected | None
+    capability: Capability | None
+    found: probe.Bench | None
+    last_training: dict[str, Any]
+    blobs: Path
+    started_at: float
+
+
+def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
+    """Return the status as it is written."""
+    config, state, report = seen.config, seen.session, report_of(seen.session)
+    caps, found, last = seen.capability, seen.found or probe.Bench(), seen.last_training
+    connected = None if stopped else seen.connected
+    structure = state.spec[1].structure.id if state.task and state.spec else ""
+    return {
+        "device": config.device,
+        "fleet": config.fleet,
+        "version": __version__,
+        "pid": os.getpid(),
+        "running": not stopped,
+        "session": seen.identity.session,
+        "public_key": seen.identity.signer.public_key.hex(),
+        "broker": config.broker,
+        "connected": connected is not None,
+        "protocol": connected.protocol if connected is not None else "",
+        "coordinator": state.coordinator,
+        "epoch": state.epoch,
+        "phase": "stopped" if stopped else report.phase,
+        "reason": report.reason,
+        "job": report.job,
+        "round": report.round or last.get("round", 0),
+        "structure": structure or last.get("structure", ""),
+        "tier": caps.tier if caps else "",
+        "profile": caps.profile if caps else "",
+        "samples": caps.samples if caps else 0,
+        "storage_bytes": caps.storage_bytes if caps else 0,
+        "sent_bytes": seen.traffic.sent_bytes,
+        "received_bytes": seen.traffic.received_bytes,
+        "link": _link(seen.meter, metered=caps.metered if caps else None),
+        "updates_waiting": len(state.pending),
+        "last_training": last,
+        "model": _model(final_of(state.work), seen.blobs, complete=not missing_of(state.work)),
+        "broker_refuses": [words for _, words in state.refused],
+        "refusals": dict(sorted(seen.faults.refused.items())),
+        "updates_refused": dict(state.refusals),
+        "last_error": seen.faults.last,
+        "data_fault": found.fault,
+        "data_warning": found.warning,
+        "started_at": seen.started_at,
+        "updated_at": time.time(),
+    }
+
+
+def _link(meter: LinkMeter, *, metered: bool | None) -> dict[str, Any]:
+    """Return what is measured and counted of the link; rates are null until they are measured."""
+    link = meter.link
+    return {
+        "up_bits_s": link.up_bits_s,
+        "down_bits_s": link.down_bits_s,
+        "latency_s": link.latency_s,
+        "metered": metered,
+        "day_bytes": link.day_bytes,
+        "day_quota_bytes": meter.quota_bytes,
+        "quota_spent": meter.spent,
+        "ever_sent_bytes": link.sent_bytes,
+        "ever_received_bytes": link.received_bytes,
+    }
+
+
+def _model(chain: tuple[Step, ...], blobs: Path, *, complete: bool) -> dict[str, Any]:
+    """Return the finished model on this device: version, digest and files, oldest first."""
+    if not chain:
+        return {}
+    return {
+        "version": chain[-1].version,
+        "digest": chain[-1].digest.hex(),
+        "complete": complete,
+        "files": [str(blobs / step.blob.blob) for step in chain],
+    }

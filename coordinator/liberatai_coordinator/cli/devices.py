@@ -1,0 +1,145 @@
+"""`liberatai devices`: who is there, who is let in."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import msgspec
+import typer
+
+from liberatai_coordinator.cli.kit import PARTLY, client_of, complain, group
+from liberatai_coordinator.cli.tables import (
+    Column,
+    Output,
+    OutputOption,
+    ago_text,
+    count_text,
+    rate_text,
+    show,
+    show_one,
+    size_text,
+)
+from liberatai_coordinator.client.views import ContributionView, DeviceView
+from liberatai_core.errors import LiberataiError, LinkError
+
+Names = Annotated[list[str], typer.Argument(help="Names of devices.")]
+
+
+app = group("Devices of the fleet: who is there, who is let in.", "liberatai devices list")
+
+
+@app.command("list", epilog="Example: liberatai devices list -o wide")
+def devices_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
+    """List all devices."""
+    with client_of(context) as client:
+        show(client.devices.list(), _DEVICE_COLUMNS, output)
+
+
+@app.command("show", epilog="Example: liberatai devices show gateway-01")
+def devices_show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show everything that is known of one device."""
+    with client_of(context) as client:
+        view = client.devices.show(name)
+    if output in (Output.JSON, Output.YAML):
+        show_one(view, output)
+        return
+    if not view.contributions:
+        show_one(view, output)
+        return
+    show_one(
+        {name: value for name, value in msgspec.to_builtins(view).items() if name != "contributions"}, output
+    )
+    print()
+    print("what its updates gave, the newest first:")
+    show(view.contributions, _CONTRIBUTION_COLUMNS, output)
+
+
+@app.command("approve", epilog="Example: liberatai devices approve gateway-01 camera-07")
+def devices_approve(context: typer.Context, names: Names) -> None:
+    """Let pending devices in."""
+    with client_of(context) as client:
+        _each(names, client.devices.approve, "approved")
+
+
+@app.command("quarantine", epilog="Example: liberatai devices quarantine camera-07 --reason 'sends nonsense'")
+def devices_quarantine(
+    context: typer.Context,
+    names: Names,
+    reason: Annotated[str, typer.Option(help="Why; shown in lists and to the device.")] = "",
+) -> None:
+    """Shut devices out: what they send is refused until they are released."""
+    with client_of(context) as client:
+        _each(names, lambda name: client.devices.quarantine(name, reason), "quarantined")
+
+
+@app.command("release", epilog="Example: liberatai devices release camera-07")
+def devices_release(context: typer.Context, names: Names) -> None:
+    """Let quarantined devices in again."""
+    with client_of(context) as client:
+        _each(names, client.devices.release, "released")
+
+
+def _each(names: Sequence[str], act: Callable[[str], object], done: str) -> None:
+    """Do something to every name; exit 3 if it worked for some of them only."""
+    codes = []
+    for name in names:
+        try:
+            act(name)
+            print(f"device {name}: {done}")
+        except LinkError:
+            raise
+        except LiberataiError as error:
+            codes.append(complain(error))
+    if codes:
+        raise typer.Exit(codes[0] if len(codes) == len(names) else PARTLY)
+
+
+def _link_words(device: DeviceView) -> str:
+    words = ["measured" if device.link_measured else "by profile" if device.up_bits_s else "unknown"]
+    if device.metered:
+        words.append("metered")
+    if device.day_quota_bytes:
+        words.append(f"{size_text(device.day_quota_bytes)} a day{', used up' if device.quota_spent else ''}")
+    return ", ".join(words)
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
+
+
+_DEVICE_COLUMNS: list[Column[DeviceView]] = [
+    Column("DEVICE", lambda row: row.id),
+    Column("STATUS", lambda row: row.status),
+    Column("STATE", lambda row: row.state),
+    Column("PHASE", lambda row: row.phase),
+    Column("PROFILE", lambda row: row.profile),
+    Column("TIER", lambda row: row.tier),
+    Column("STORAGE", lambda row: size_text(row.storage_bytes), right=True),
+    Column("STRUCTURE", lambda row: row.structure),
+    Column("JOB", lambda row: f"{row.job}/{row.round}" if row.job else ""),
+    Column("SEEN", lambda row: ago_text(row.last_seen_s), right=True),
+    Column("MEMORY", lambda row: size_text(row.memory_bytes), wide=True, right=True),
+    Column("CPU", lambda row: f"{row.cpu_share:g} of {row.cores} {row.arch}", wide=True),
+    Column("FORM", lambda row: row.form, wide=True),
+    Column("GFLOPS", lambda row: "-" if row.gflops is None else f"{row.gflops:.1f}", wide=True, right=True),
+    Column("UPLINK", lambda row: rate_text(row.up_bits_s), wide=True, right=True),
+    Column("DOWNLINK", lambda row: rate_text(row.down_bits_s), wide=True, right=True),
+    Column("LINK", _link_words, wide=True),
+    Column("SAMPLES", lambda row: count_text(row.samples), wide=True, right=True),
+    Column("SENT", lambda row: size_text(row.sent_bytes), wide=True, right=True),
+    Column("RECEIVED", lambda row: size_text(row.received_bytes), wide=True, right=True),
+    Column("UPDATES", lambda row: count_text(row.updates), wide=True, right=True),
+    Column("VERSION", lambda row: row.agent_version, wide=True),
+    Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
+    Column("REASON", lambda row: row.reason, wide=True),
+]
+_CONTRIBUTION_COLUMNS: list[Column[ContributionView]] = [
+    Column("JOB", lambda row: row.job),
+    Column("ROUND", lambda row: str(row.round), right=True),
+    Column("VERDICT", lambda row: row.verdict),
+    Column("NORM", lambda row: f"{row.norm:.4g}", right=True),
+    Column("COSINE", lambda row: f"{row.cosine:.3f}", right=True),
+]

@@ -1,0 +1,116 @@
+"""`liberatai jobs`: trainings, what became of them, and who waits for what."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liberatai_coordinator.cli.accuracy import explained, show_accuracy
+from liberatai_coordinator.cli.job_text import ROUND_COLUMNS, STRUCTURE_COLUMNS, bytes_line, job_line
+from liberatai_coordinator.cli.kit import FAILED, client_of, group, job_text
+from liberatai_coordinator.cli.tables import (
+    Column,
+    Output,
+    OutputOption,
+    on_screen,
+    show,
+    show_one,
+    when_text,
+)
+from liberatai_coordinator.cli.watch import watch_lines, watch_screen
+from liberatai_coordinator.client.views import JobSummary, JobView
+
+JobArgument = Annotated[str, typer.Argument(help="Name of the job.")]
+
+
+app = group("Federated trainings.", "liberatai jobs list")
+
+
+@app.command("create", epilog="Example: liberatai jobs create -f job.yaml")
+def jobs_create(
+    context: typer.Context,
+    file: Annotated[Path, typer.Option("--file", "-f", help="The job (YAML).")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Create and start a job. Relative paths in the file start from its folder."""
+    text = job_text(file)
+    with client_of(context) as client:
+        job = client.jobs.create(text, file.absolute().parent)
+    _show_job(job, output)
+    if output in (Output.TABLE, Output.WIDE):
+        print(f"follow it: liberatai jobs watch {job.name}")
+
+
+@app.command("list", epilog="Example: liberatai jobs list -o json")
+def jobs_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
+    """List all jobs, oldest first."""
+    with client_of(context) as client:
+        show(client.jobs.list(), _JOB_COLUMNS, output)
+
+
+@app.command("show", epilog="Example: liberatai jobs show digits")
+def jobs_show(context: typer.Context, name: JobArgument, output: OutputOption = Output.TABLE) -> None:
+    """Show one job: what it decided, its structures, their accuracy, and its rounds."""
+    with client_of(context) as client:
+        _show_job(client.jobs.show(name), output)
+
+
+@app.command("watch", epilog="Example: liberatai jobs watch digits")
+def jobs_watch(
+    context: typer.Context,
+    name: JobArgument,
+    interval: Annotated[float, typer.Option(min=0.05, max=3600, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Follow a job until it ends; exit 1 if it does not finish."""
+    with client_of(context) as client:
+        last = watch_screen(client, name, interval) if on_screen() else watch_lines(client, name, interval)
+    if last.state != "finished":
+        raise typer.Exit(FAILED)
+
+
+@app.command("pause", epilog="Example: liberatai jobs pause digits")
+def jobs_pause(context: typer.Context, name: JobArgument) -> None:
+    """Open no further round; the one that is open is finished."""
+    with client_of(context) as client:
+        print(job_line(client.jobs.pause(name)))
+
+
+@app.command("resume", epilog="Example: liberatai jobs resume digits")
+def jobs_resume(context: typer.Context, name: JobArgument) -> None:
+    """Go on with a paused job."""
+    with client_of(context) as client:
+        print(job_line(client.jobs.resume(name)))
+
+
+@app.command("abort", epilog="Example: liberatai jobs abort digits")
+def jobs_abort(context: typer.Context, name: JobArgument) -> None:
+    """End a job for good; its versions stay."""
+    with client_of(context) as client:
+        print(job_line(client.jobs.abort(name)))
+
+
+def _show_job(job: JobView, output: Output) -> None:
+    if output in (Output.JSON, Output.YAML):
+        show_one(job, output)
+        return
+    print(job_line(job))
+    print(bytes_line(job))
+    for line in explained(job):
+        print(line)
+    if job.structures:
+        print()
+        show(job.structures, STRUCTURE_COLUMNS, output)
+    show_accuracy(job, output)
+    if job.rounds:
+        print()
+        show(job.rounds, ROUND_COLUMNS, output)
+
+
+_JOB_COLUMNS: list[Column[JobSummary]] = [
+    Column("JOB", lambda row: row.name),
+    Column("STATE", lambda row: row.state),
+    Column("ROUNDS", lambda row: f"{row.rounds_done}/{row.rounds_total}", right=True),
+    Column("VERSION", lambda row: str(row.version), right=True),
+    Column("CREATED", lambda row: when_text(row.created_s)),
+    Column("REASON", lambda row: row.reason),
+]

@@ -1,0 +1,112 @@
+"""`liberatai models pull`: the variant that fits, checked and written to a file."""
+
+# ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liberatai_coordinator.cli.kit import Model, Version, budget_of, budget_of_profile, client_of
+from liberatai_coordinator.cli.tables import Output, OutputOption, clean, dump, progress
+from liberatai_coordinator.client.client import Client
+from liberatai_coordinator.client.views import VariantDetail, VariantView
+from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
+
+
+def pull(
+    context: typer.Context,
+    name: Model,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="The best variant whose file is not larger, e.g. 120KB.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="The best variant that this class of hardware can store.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="This variant: the beginning of its id.")
+    ] = None,
+    structure: Annotated[
+        str | None, typer.Option("--structure", help="Only variants made from this structure.")
+    ] = None,
+    version: Version = "latest",
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write the file of a variant: the one that answers best among those that fit, or one by its id."""
+    given = [one for one in (budget, profile, variant) if one is not None]
+    if len(given) != 1:
+        raise ConfigError("models pull", ["give one of --budget, --profile and --variant"])
+    with client_of(context) as client, progress(f"pulling {name}"):
+        if variant is not None:
+            found = client.variants.show(name, variant)
+        else:
+            room = budget_of(budget, "--budget") if budget is not None else budget_of_profile(str(profile))
+            found = client.variants.show(name, _best(client, name, version, room, structure).id)
+        file = client.variants.file(found.variant)
+    _write_checked(found, file, out)
+    if output in (Output.JSON, Output.YAML):
+        dump(found, output)
+        return
+    print(f"{out}: {_variant_line(found.variant)}")
+
+
+def _best(client: Client, name: str, version: str, budget_bytes: int, structure: str | None) -> VariantView:
+    from liberatai_coordinator.client.choice import best_variant
+
+    view = client.models.version(name, version)
+    if structure is not None and structure not in view.digests:
+        known = ", ".join(sorted(view.digests))
+        raise ConfigError("--structure", [f"{name} version {view.version} has {known}"])
+    every = client.variants.list(name, str(view.version))
+    variants = [one for one in every if structure in (None, one.parent_structure)]
+    found = best_variant(variants, budget_bytes)
+    if found is None:
+        have = f"the smallest has {min(one.bytes for one in variants)} bytes" if variants else "there is none"
+        raise NotFoundError(
+            f"{name} version {view.version}: no variant of at most {budget_bytes} bytes ({have}); make one: "
+            f"`liberatai models fit {name} --structure {structure or min(view.digests)} "
+            f"--budget {budget_bytes} --unlabeled FILE.npz`"
+        )
+    rivals = [one for one in variants if one.bytes <= budget_bytes]
+    origins = sorted({one.parent_structure for one in rivals})
+    if len(origins) > 1 and any(one.accuracy is None for one in rivals):
+        fault = (
+            f"missing: variants of {' and '.join(origins)} fit, and agreement with unlike originals "
+            "cannot be compared; name one, or fit them with --test"
+        )
+        raise ConfigError("--structure", [fault])
+    return found
+
+
+def _write_checked(found: VariantDetail, file: bytes, out: Path) -> None:
+    """Write a file that decodes to the weights that its variant names."""
+    from liberatai_core.compressor.artifact import restore
+    from liberatai_core.weights import digest
+
+    if digest(restore(file, found.structure)).hex() != found.variant.digest:
+        raise DigestError(
+            f"variant {found.variant.id[:12]} decodes to other weights than it names: not written"
+        )
+    part = out.with_name(f"{out.name}.part")
+    try:
+        part.write_bytes(file)
+        part.replace(out)
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _variant_line(one: VariantView) -> str:
+    figures = [
+        f"{text} {value:.2%}"
+        for text, value in (("accuracy", one.accuracy), ("agreement", one.agreement))
+        if value is not None
+    ]
+    words = [
+        f"{one.model} version {one.version}",
+        f"variant {one.id[:12]}",
+        one.structure,
+        f"{one.bytes} bytes",
+        clean(one.method),
+    ]
+    return ", ".join([*words, *figures])

@@ -1,0 +1,263 @@
+"""What devices say about themselves: checked, decided by `fleet.devices`, remembered, told to the jobs.
+
+Nothing here waits for the disk: the store writes what is remembered soon, many devices at once, the last
+word of each, and goes on trying while the disk is full. And no message costs more because there are many
+devices or jobs: what changed is told to the jobs together, a moment later.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
+from liberatai_core.contract.messages import (
+    Capability,
+    Event,
+    Message,
+    Report,
+    SessionSeen,
+    State,
+    Telemetry,
+)
+from liberatai_core.errors import BaseMissingError, LiberataiError, ReplayError
+
+log = logging.getLogger(__name__)
+
+TOLD_S = 0.05
+"""Jobs hear of changes together, so long after the first: ten thousand devices that come at once are one."""
+
+TICK_S = 0.5
+"""How exactly silence is noticed; it begins after half a minute at the earliest."""
+
+TRAFFIC_S = 60.0
+"""Between two writes of what devices' sockets carried. Their counters are totals: a crash loses nothing
+but the last words of an agent that started anew in the meantime."""
+
+LEAF: dict[type[Message], str] = {
+    State: "state",
+    Capability: "caps",
+    Report: "rep",
+    Telemetry: "tele",
+    Event: "ev",
+}
+"""Where each message belongs: a State on the topic of a Capability is refused."""
+
+
+class Jobs(Protocol):
+    """Who must know what becomes of devices."""
+
+    def devices_changed(self, devices: Collection[Device], now_s: float) -> None:
+        """Devices came, went or can do other things than before."""
+
+    def reported(self, device: Device, report: Report, now_s: float) -> None:
+        """A device said where it stands with its task."""
+
+    def base_missing(self, device: Device) -> None:
+        """A device does not hold what its task goes on from."""
+
+    def tick(self, now_s: float) -> None:
+        """Time passes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Presence:
+    """Takes in what devices say about themselves.
+
+    Attributes:
+        answer: sends a device the session number that it must go above.
+    """
+
+    fleet: Fleet
+    ledger: Ledger
+    jobs: Jobs
+    answer: Callable[[SessionSeen], Awaitable[None]]
+    _changed: dict[str, Device] = field(default_factory=dict)
+    _telling: asyncio.TimerHandle | None = None
+    _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
+
+    def restore(self) -> None:
+        """Take over what the ledger remembers of devices."""
+        traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
+        rows = self.ledger.devices.all()
+        self.fleet.restore([_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in rows])
+        self.fleet.refusals = {name: Counter(codes) for name, codes in self.ledger.refusals.all().items()}
+        self._saved_traffic = {device.id: device.traffic for device in self.fleet.devices.values()}
+
+    async def run(self) -> None:
+        """Notice silence, and save what devices' sockets carried now and then, until cancelled."""
+        saved_s = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            silent = self.fleet.expire(now_s)
+            if silent:
+                self._note_changed(*silent)
+            self.jobs.tick(now_s)
+            self.fleet.forget_pending(now_s)
+            await self._forget()
+            if now_s - saved_s >= TRAFFIC_S:
+                self.save_traffic()
+                saved_s = now_s
+
+    async def hear(self, message: Message, key: bytes, *, retained: bool) -> None:
+        """Take in one verified message of a device.
+
+        Args:
+            message: a State, Capability, Report, Telemetry or Event on its own topic.
+            key: that verified it.
+            retained: the broker had it in store.
+
+        Raises:
+            LiberataiError: refused; see `Fleet.hear`.
+        """
+        now_s = time.monotonic()
+        try:
+            heard = self.fleet.hear(message, key, now_s, wall_s=time.time(), retained=retained)
+        except ReplayError:
+            if not retained:
+                await self._answer_replay(message, now_s)
+            raise
+        device = heard.device
+        # A stranger that waits for approval may say what it likes; it is written down once.
+        if heard.lasting and (heard.new or device.status != "pending"):
+            self.ledger.devices.remember(device_row(device))
+        if heard.new and device.status == "pending":
+            log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
+        if heard.changed:
+            self._note_changed(device)
+        if isinstance(message, Report):
+            self.jobs.reported(device, message, now_s)
+        if isinstance(message, Event) and message.code == BaseMissingError.code:
+            self.jobs.base_missing(device)
+
+    def note_alive(self, device: str) -> None:
+        """Take an update, an offer or a part of an upload as a sign of life."""
+        if device in self.fleet.devices and self.fleet.note_alive(device, time.monotonic(), time.time()):
+            self._note_changed(self.fleet.devices[device])
+
+    def set_connected(self, connected: bool) -> None:
+        """Note that the broker is there, or went away."""
+        before = self.fleet.connected
+        self.fleet.set_connected(connected, time.monotonic())
+        if before != connected:
+            self._note_changed()
+
+    def set_status(self, device: str, status: Status, reason: str) -> Device:
+        """Approve, quarantine or release a device; on disk when this returns.
+
+        Raises:
+            NotFoundError: no such device. LiberataiError: it cannot be written; nothing has changed.
+        """
+        before = self.fleet.require(device)
+        self.ledger.devices.remember(device_row(before))
+        self.ledger.devices.set_status(device, status, reason)
+        changed = self.fleet.set_status(device, status, reason)
+        self._note_changed(changed)
+        self._tell()  # who is shut out is out now
+        return changed
+
+    def save_traffic(self) -> None:
+        """Let it be written what devices' sockets carried since the last time."""
+        known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
+        changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
+        if changed:
+            self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
+            self._saved_traffic |= changed
+
+    async def _answer_replay(self, message: Message, now_s: float) -> None:
+        session = self.fleet.answer_replay(message, now_s)
+        if session:
+            device: str = message.device  # type: ignore[attr-defined]
+            log.warning("%s speaks in an old session: it is told to go above %d", device, session)
+            await self.answer(SessionSeen(device=device, session=session))
+
+    def _note_changed(self, *devices: Device) -> None:
+        self._changed |= {device.id: device for device in devices}
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TOLD_S, self._tell)
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        changed, self._changed = self._changed, {}
+        # As they are now: what was changed twice is told once.
+        known = [self.fleet.devices[name] for name in changed if name in self.fleet.devices]
+        self.jobs.devices_changed(known, time.monotonic())
+
+    async def _forget(self) -> None:
+        names, self.fleet.forgotten = self.fleet.forgotten, []
+        if not names:
+            return
+        try:
+            await asyncio.to_thread(self.ledger.devices.forget, names)
+        except LiberataiError as error:
+            self.fleet.forgotten += names
+            log.warning("devices that never were let in are not forgotten yet: %s %s", error.code, error)
+
+
+def device_row(device: Device) -> DeviceRow:
+    """Return what the ledger keeps of a device."""
+    return DeviceRow(
+        id=device.id,
+        public_key=device.public_key,
+        status=device.status,
+        capability=msgspec.msgpack.encode(device.capability) if device.capability else None,
+        session=device.session,
+        first_seen_s=device.last_seen_s,
+        last_seen_s=device.last_seen_s,
+        reason=device.reason,
+    )
+
+
+def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
+    return Device(
+        id=row.id,
+        public_key=row.public_key,
+        status=msgspec.convert(row.status, Status),
+        capability=_capability(row),
+        session=row.session,
+        last_seen_s=row.last_seen_s,
+        alive_s=time.monotonic(),
+        reason=row.reason,
+        traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
+        updates=updates,
+    )
+
+
+def _capability(row: DeviceRow) -> Capability | None:
+    """Return what a device said of itself; of another release it may be unreadable: it will say it again."""
+    try:
+        return msgspec.msgpack.decode(row.capability, type=Capability) if row.capability else None
+    except (msgspec.MsgspecError, LiberataiError):
+        log.warning("%s: what the ledger has of it is of another release", row.id)
+        return None
+
+
+def _traffic(row: TrafficRow) -> DeviceTraffic:
+    return DeviceTraffic(
+        sent_bytes=row.sent_bytes,
+        received_bytes=row.received_bytes,
+        session=row.session,
+        session_sent=row.session_sent,
+        session_received=row.session_received,
+    )
+
+
+def _traffic_row(device: str, told: DeviceTraffic) -> TrafficRow:
+    return TrafficRow(
+        device=device,
+        sent_bytes=told.sent_bytes,
+        received_bytes=told.received_bytes,
+        session=told.session,
+        session_sent=told.session_sent,
+        session_received=told.session_received,
+    )

@@ -1,0 +1,99 @@
+"""A coordinator that was put back from a copy believes its own signature, and nothing else, about its epoch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from liberatai_coordinator.intake.fencing import MAX_JUMPS, Fencing
+from liberatai_coordinator.service import presence_frame
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_core.contract.frame import Signer, seal
+from liberatai_core.contract.messages import Head
+from liberatai_core.errors import FrameError, ReplayError, SignatureError, UnknownDeviceError
+
+OWN, OTHER = Signer.from_seed(b"o" * 32, "f"), Signer.from_seed(b"x" * 32, "f")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(tmp_path)
+    yield opened
+    opened.close()
+
+
+def fencing(ledger: Ledger, jumps: int = 0) -> Fencing:
+    return Fencing(ledger=ledger, fleet="f", coordinator="co1", public_key=OWN.public_key, jumps=jumps)
+
+
+def epoch_after_restart(ledger: Ledger) -> int:
+    ledger.close()
+    again = Ledger.open(ledger.folder)
+    again.close()
+    return again.epoch
+
+
+@pytest.mark.parametrize("state", ["online", "offline", "lost"])
+def test_its_own_presence_in_store_at_the_broker_shows_how_far_it_was(ledger: Ledger, state: str) -> None:
+    found = fencing(ledger)
+    found.own_presence(presence_frame(OWN, "co1", 41, state), retained=True)
+    assert found.behind
+    assert epoch_after_restart(ledger) == 42
+
+
+def test_what_a_device_shows_of_its_own_words_counts(ledger: Ledger) -> None:
+    found = fencing(ledger)
+    found.shown("d0", presence_frame(OWN, "co1", 7, "online"))
+    assert found.behind
+    assert epoch_after_restart(ledger) == 8
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_what_is_not_higher_changes_nothing(ledger: Ledger, epoch: int) -> None:
+    found = fencing(ledger)
+    found.own_presence(presence_frame(OWN, "co1", epoch, "online"), retained=True)
+    found.shown("d0", presence_frame(OWN, "co1", epoch, "online"))
+    assert not found.behind
+    assert epoch_after_restart(ledger) == 2
+
+
+def test_nobody_elses_word_counts(ledger: Ledger) -> None:
+    found = fencing(ledger)
+    word = presence_frame(OWN, "co1", 99, "online")
+    for bad, error in (
+        (presence_frame(OTHER, "co1", 99, "online"), UnknownDeviceError),
+        (word[:20] + bytes([word[20] ^ 1]) + word[21:], SignatureError),
+        (word[:-1], SignatureError),
+        (presence_frame(Signer.from_seed(b"o" * 32, "g"), "co1", 99, "online"), SignatureError),
+        (presence_frame(OWN, "co2", 99, "online"), ReplayError),
+        (seal(Head(job="j", epoch=99, version=1, state="running", chains={}), OWN), FrameError),
+        (b"", FrameError),
+    ):
+        with pytest.raises(error):
+            found.shown("d0", bad)
+        with pytest.raises(error):
+            found.own_presence(bad, retained=True)
+    assert not found.behind
+    assert epoch_after_restart(ledger) == 2
+
+
+def test_an_epoch_without_room_above_it_is_a_fault_and_never_taken(ledger: Ledger) -> None:
+    found = fencing(ledger)
+    found.shown("d0", presence_frame(OWN, "co1", 2**53, "online"))
+    assert not found.behind
+    assert "new key" in found.fault
+    assert epoch_after_restart(ledger) == 2
+
+
+def test_a_twin_that_speaks_now_is_a_fault_and_no_reason_to_jump(ledger: Ledger) -> None:
+    found = fencing(ledger)
+    found.own_presence(presence_frame(OWN, "co1", 9, "online"), retained=False)
+    assert not found.behind
+    assert "another coordinator with the same key" in found.fault
+
+
+def test_two_that_jump_above_each_other_come_to_an_end(ledger: Ledger) -> None:
+    found = fencing(ledger, jumps=MAX_JUMPS)
+    found.shown("d0", presence_frame(OWN, "co1", 9, "online"))
+    assert not found.behind
+    assert found.fault

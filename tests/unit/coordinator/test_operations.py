@@ -1,0 +1,108 @@
+"""What a client asks costs what it asks for: a list reads no round, and what ended is read once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from liberatai_coordinator.api import jobs
+from liberatai_coordinator.api.rounds import MAX_REMEMBERED, EndedRounds
+from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.jobs.records import Stats
+from liberatai_coordinator.store.ledger import Ledger
+from liberatai_coordinator.store.rounds import RoundStore
+from liberatai_coordinator.store.rows import RoundRow
+
+JOB = """
+name: digits
+data: {input_shape: [2], classes: 4}
+structures: [{family: mlp, params: {hidden: 4}}]
+rounds: {count: 3}
+"""
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(tmp_path)
+    opened.jobs.create("digits", msgspec.json.encode(parse_job(JOB, "job")), ".", 1.0)
+    yield opened
+    opened.close()
+
+
+def open_round(ledger: Ledger, number: int, job: str = "digits") -> None:
+    invited = msgspec.msgpack.encode([["a"], ["b"]])
+    ledger.rounds.open(RoundRow(job=job, round=number, epoch=1, opened_s=float(number), invited=invited))
+
+
+def publish(ledger: Ledger, number: int, job: str = "digits") -> None:
+    ledger.rounds.close(job, number, [])
+    ledger.rounds.set_aggregated(job, number, f"v{number}", msgspec.msgpack.encode(Stats(up_bytes=number)))
+    ledger.rounds.set_published(job, number)
+
+
+def test_a_list_of_jobs_reads_no_round(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_round(ledger, 1)
+
+    def refuse(*_args: object, **_more: object) -> None:
+        raise AssertionError("a round is read")
+
+    for name in ("all", "get"):
+        monkeypatch.setattr(RoundStore, name, refuse)
+    (job,) = jobs.summaries(ledger, {"digits": "waits: 0 of 2 devices"})
+    assert (job.name, job.state, job.rounds_total, job.reason) == (
+        "digits",
+        "waiting",
+        3,
+        "waits: 0 of 2 devices",
+    )
+
+
+def test_rounds_that_ended_are_read_once_and_the_open_one_again(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = RoundStore.all
+
+    def noted(store: RoundStore, job: str, *, after: int = 0) -> list[RoundRow]:
+        rows = real(store, job, after=after)
+        read.extend(row.round for row in rows)
+        return rows
+
+    monkeypatch.setattr(RoundStore, "all", noted)
+    ended, row = EndedRounds(), ledger.jobs.get("digits")
+    open_round(ledger, 1)
+    publish(ledger, 1)
+    open_round(ledger, 2)
+    first = ended.rounds(ledger, row, {2: 1})
+    assert [(view.round, view.state, view.invited, view.updates) for view in first] == [
+        (1, "published", 2, 0),
+        (2, "open", 2, 1),
+    ]
+    ledger.rounds.abandon("digits", 2, "too few")
+    open_round(ledger, 3)
+    second = ended.rounds(ledger, row, {})
+    assert [view.state for view in second] == ["published", "abandoned", "open"]
+    assert ended.rounds(ledger, row, {}) == second
+    assert read == [1, 2, 2, 3, 3]
+
+
+def test_a_job_that_is_created_again_shows_none_of_the_rounds_of_the_old_one(ledger: Ledger) -> None:
+    ended, row = EndedRounds(), ledger.jobs.get("digits")
+    open_round(ledger, 1)
+    publish(ledger, 1)
+    assert len(ended.rounds(ledger, row, {})) == 1
+    again = type(row)(name=row.name, spec=row.spec, base_dir=row.base_dir, created_s=row.created_s + 1)
+    open_round(ledger, 2)
+    assert [view.round for view in ended.rounds(ledger, again, {})] == [1, 2]
+
+
+def test_only_the_jobs_asked_for_last_are_remembered(ledger: Ledger) -> None:
+    ended = EndedRounds()
+    for number in range(MAX_REMEMBERED + 3):
+        name = f"job-{number}"
+        ledger.jobs.create(name, b"{}", ".", float(number))
+        open_round(ledger, 1, name)
+        publish(ledger, 1, name)
+        assert len(ended.rounds(ledger, ledger.jobs.get(name), {})) == 1
+    assert len(ended) == MAX_REMEMBERED
