@@ -12,6 +12,7 @@ import numpy as np
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.publisher import Publisher
+from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.service import Service, presence_frame
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
@@ -250,6 +251,19 @@ async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def ended(service: Service, job: str = "tiny") -> bool:
+    """Whether nothing runs for a job any more: it came to its end, or its task did."""
+    running = service.jobs._running.get(job)
+    return running is None or running.done()
+
+
+async def runner_of(service: Service, job: str = "tiny") -> Runner:
+    """Return the runner of a finished job, as it is read back when a device asks for it."""
+    runner = await service.jobs._recall(service.ledger.jobs.get(job))
+    runner.roster.recall_rounds(service.ledger.rounds.all(job))
+    return runner
 
 
 def decode(frame: bytes) -> Message:

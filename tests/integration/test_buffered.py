@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.kit import ScriptedDevice, coordinator, job_yaml, until
+from tests.integration.kit import (
+    ScriptedDevice,
+    coordinator,
+    ended,
+    job_yaml,
+    runner_of,
+    until,
+)
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.jobs import records
@@ -190,7 +197,7 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
             async with coordinator(broker, folder) as service:
                 crash_at(service, name, call, after=after)
                 await Operations.of(service).jobs.create(buffered(), str(folder))
-                await until(lambda: service.jobs._running["tiny"].done())
+                await until(lambda: ended(service))
                 assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
@@ -374,13 +381,13 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
                     text.replace("min_devices: 3", "min_devices: 1"), str(tmp_path)
                 )
                 crash_at(service, "rounds.close", 4, after=True)
-                await until(lambda: service.jobs._running["tiny"].done())
+                await until(lambda: ended(service))
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
                 rows = service.ledger.rounds.all("tiny")
                 asked = Counter(one.device for row in rows for one in records.invited_in(row))
                 assert sum(asked.values()) == 6
-                history = service.runners["tiny"].roster.history
+                history = (await runner_of(service)).roster.history
                 assert {name: past.invited for name, past in history.devices.items()} == Counter(
                     one.device for row in rows[:-1] for one in records.invited_in(row)
                 )

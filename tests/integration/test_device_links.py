@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tests.integration.kit import ScriptedDevice, coordinator, devices, job_yaml, until
+from tests.integration.kit import (
+    ScriptedDevice,
+    coordinator,
+    devices,
+    job_yaml,
+    runner_of,
+    until,
+)
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.fleet.plan import OVERHEAD_BYTES, density
+from liberatai_coordinator.jobs.materials import candidates_of
 from liberatai_coordinator.service import Service
 from liberatai_core.contract.messages import Capability, State, Telemetry
 from liberatai_core.link.memory import MemoryBroker
@@ -98,8 +106,8 @@ def test_a_slow_link_gets_a_smaller_share_in_its_task_and_the_plan_says_so(tmp_p
                 row.device: row for row in (await Operations.of(service).plans.show("tiny", None)).assignments
             }
             assert shown["a"].density == 0.3
-            job = service.runners["tiny"].roster
-            candidate = next(iter(job.candidates.values()))
+            job = (await runner_of(service)).roster
+            (candidate,), _ = candidates_of(job.job)
             assert density(job.job, candidate, a_capability(service, "a"))[0] == 0.3
 
     run(scenario())

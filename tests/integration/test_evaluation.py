@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.integration.kit import DATA, ScriptedDevice, coordinator, job_yaml, replaced, until
+from tests.integration.kit import (
+    DATA,
+    ScriptedDevice,
+    coordinator,
+    ended,
+    job_yaml,
+    replaced,
+    runner_of,
+    until,
+)
 from tests.integration.test_rounds import Crash, crash_at
 
 from liberatai_coordinator.api.operations import Operations
@@ -148,7 +157,7 @@ def test_a_crash_between_a_version_and_its_note_loses_no_figure(tmp_path: Path) 
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "rounds.set_aggregated", 2, after=False)
                 await Operations.of(service).jobs.create(text, str(tmp_path))
-                await until(lambda: service.jobs._running["tiny"].done())
+                await until(lambda: ended(service))
                 assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
@@ -173,7 +182,7 @@ def test_who_scored_an_older_version_counts_and_is_told(tmp_path: Path) -> None:
             )
             late = [one for one in first if one.device == "a"]
             mixed = late + [one for one in second if one.device != "a"]
-            found = local(service.runners["tiny"].versions, service.fleet, 1, mixed)
+            found = local((await runner_of(service)).versions, service.fleet, 1, mixed)
             assert found is not None
             assert (found.late, found.all.devices) == (1, 3)
 

@@ -19,13 +19,15 @@ from tests.integration.kit import (
     coordinator,
     decode,
     devices,
+    ended,
     job_yaml,
     replaced,
+    runner_of,
     until,
 )
 
-from liberatai_coordinator import service as service_module
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.jobs import queue as queue_module
 from liberatai_coordinator.jobs import roster as roster_module
 from liberatai_coordinator.models import versions as versions_module
 from liberatai_coordinator.models.versions import Versions
@@ -154,7 +156,7 @@ def test_a_crash_at_any_step_changes_nothing(tmp_path: Path, name: str, call: in
             async with coordinator(broker, folder) as service:
                 crash_at(service.ledger, name, call, after=after)
                 await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
-                await until(lambda: service.jobs._running["tiny"].done())
+                await until(lambda: ended(service))
                 assert isinstance(service.jobs._running["tiny"].exception(), Crash)
             async with coordinator(broker, folder) as service:
                 await until(lambda: finished(service))
@@ -458,7 +460,7 @@ def test_what_devices_hold_is_known_after_a_crash(tmp_path: Path) -> None:
             async with coordinator(broker, tmp_path) as service:
                 crash_at(service.ledger, "rounds.close", 2, after=False)
                 await Operations.of(service).jobs.create(job_yaml(rounds=4), str(tmp_path))
-                await until(lambda: service.jobs._running["tiny"].done())
+                await until(lambda: ended(service))
             async with coordinator(broker, tmp_path) as service:
                 await until(lambda: finished(service))
             for device in fleet:
@@ -505,7 +507,7 @@ def test_the_state_of_a_server_optimiser_survives_a_restart(tmp_path: Path, rule
                     if name == "crashed":
                         crash_at(service.ledger, "rounds.open", 3, after=False)
                     await Operations.of(service).jobs.create(text, str(folder))
-                    await until(lambda: service.jobs._running["tiny"].done())
+                    await until(lambda: ended(service))
                 async with coordinator(broker, folder) as service:
                     await until(lambda: finished(service))
                     digests.append(await final_digests(service))
@@ -531,7 +533,7 @@ def test_a_full_disk_pauses_a_job_and_changes_nothing(tmp_path: Path) -> None:
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(service.repository, "put", put)
-                patch.setattr(service_module, "DISK_RETRY_S", 0.05)
+                patch.setattr(queue_module, "DISK_RETRY_S", 0.05)
                 await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
                 await until(lambda: finished(service))
             assert next(calls) > 14
@@ -789,7 +791,7 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
         async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
             await Operations.of(service).jobs.create(job_yaml(rounds=3), str(tmp_path))
             await until(lambda: finished(service))
-            job = service.runners["tiny"].roster
+            job = (await runner_of(service)).roster
             assert job.room("a") == 100_000
             known = service.fleet.devices["a"]
             assert known.capability

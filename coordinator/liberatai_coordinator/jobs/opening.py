@@ -95,6 +95,8 @@ class Opening:
             able = {device.id: device for device in self.roster.ready(number)}
             standing = self.standing(set(able))
             busy = {one.device for one in standing}
+            # What stands over no more may be asked anew, by this job or another one.
+            self.sharing.give_back(self.job.name, able.keys() - busy)
             claim = Claim(
                 job=self.job.name,
                 devices=frozenset(able.keys() - busy),
