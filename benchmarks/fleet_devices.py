@@ -85,6 +85,11 @@ class Devices:
         """Take the coordinator's public key; nothing can be read before."""
         self._key = coordinator_key
 
+    @property
+    def trusts(self) -> bool:
+        """Whether the coordinator's key is known."""
+        return bool(self._key)
+
     # --- what they hear -----------------------------------------------------------------------
 
     def receive(self, topic: str, payload: bytes) -> None:
@@ -118,14 +123,19 @@ class Devices:
             message = self._opened(payload)
             device = topic.removeprefix(self._down).split("/")[0]
             assert getattr(message, "device", None) == device
-            match message:
-                case Task():
-                    self.tasks[device] = message
-                case Cancel():
-                    self.cancels[device] = message
-                    self.tasks.pop(device, None)
-                case Receipt():
-                    self.receipts.setdefault(message.update_id, []).append((came_s, message))
+            if isinstance(message, Task | Cancel | Receipt):
+                self.took(message, came_s)
+
+    def took(self, message: Task | Cancel | Receipt, came_s: float) -> None:
+        """Sort one message that was checked."""
+        match message:
+            case Task():
+                self.tasks[message.device] = message
+            case Cancel():
+                self.cancels[message.device] = message
+                self.tasks.pop(message.device, None)
+            case Receipt():
+                self.receipts.setdefault(message.update_id, []).append((came_s, message))
 
     def tasks_of(self, job: str, number: int) -> list[Task]:
         """Return the tasks of a round, by device."""

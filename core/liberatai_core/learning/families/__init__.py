@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from liberatai_core.errors import MissingExtraError, StructureError
-from liberatai_core.learning.families import members
+from liberatai_core.learning.families import members, shapes
 from liberatai_core.learning.families.images import cnn, ds_cnn
 from liberatai_core.learning.families.mobilenet import mobilenet
 from liberatai_core.learning.families.parts import STATISTICS
@@ -177,8 +177,9 @@ def cost(structure: Structure, data: DataContract) -> Cost:
     for layer in module.modules():
         if not any(True for _ in layer.children()):
             layer.register_forward_hook(count)
+    device = "cpu" if shapes.without_weights(module) else "meta"
     with torch.no_grad():
-        module(torch.empty((1, *data.input_shape), device="meta"))
+        module(torch.empty((1, *data.input_shape), device=device))
     return Cost(macs_per_sample=macs, activation_bytes_per_sample=4 * values)
 
 
