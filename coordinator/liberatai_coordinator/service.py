@@ -216,7 +216,6 @@ class Service:
             ):
                 await self.devices.hear(message, opened.public_key, retained=event.retained)
             case EpochSeen() if place.leaf == "ev":
-                self.devices.note_alive(message.device)
                 self.fencing.shown(message.device, message.word)
             case _:
                 raise FrameError(f"{type(message).__name__} does not belong on {event.topic}")
@@ -224,7 +223,7 @@ class Service:
 
     def _own_presence(self, place: Place, event: Received) -> None:
         if place.owner == self.config.coordinator and event.payload:
-            self.fencing.own_presence(event.payload, retained=event.retained)
+            self.fencing.own_presence(event.payload)
 
     def _require_own(self, message: Message, key: bytes, place: Place) -> None:
         """Refuse what one device signs in another's name, or sends on another's topic.
