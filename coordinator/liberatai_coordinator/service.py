@@ -526,6 +526,12 @@ class Service:
         self.ledger.jobs.set_state(name, "aborted", "aborted by an operator")
         await self.runners[name].stop("aborted")
 
+    async def delete_job(self, name: str) -> None:
+        """Forget an ended job; its versions stay."""
+        self.runners.pop(name, None)
+        self._recalled.pop(name, None)
+        await asyncio.to_thread(self.ledger.jobs.delete, name)
+
     # --- devices -------------------------------------------------------------------------------
 
     def set_status(self, device: str, status: Status, reason: str) -> Device:
