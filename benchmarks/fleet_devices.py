@@ -25,6 +25,7 @@ from liberatai_core.contract.messages import (
     State,
     Task,
     TaskSpec,
+    Telemetry,
     Update,
 )
 from liberatai_core.contract.topics import Topics, blob_id
@@ -59,8 +60,10 @@ class Devices:
         bytes_of_updates: of every frame that `answer` made.
     """
 
-    def __init__(self, count: int, seed: int, fleet: str, data: DataContract) -> None:
-        self.fleet, self._seed, self._data = fleet, seed, data
+    def __init__(
+        self, count: int, seed: int, fleet: str, data: DataContract, *, telemetry_s: float = 3600.0
+    ) -> None:
+        self.fleet, self._seed, self._data, self.telemetry_s = fleet, seed, data, telemetry_s
         self.topics = Topics(fleet=fleet)
         made = [Device(number, seed, fleet) for number in range(count)]
         self.all = {device.name: device for device in made}
@@ -84,6 +87,11 @@ class Devices:
     def trust(self, coordinator_key: bytes) -> None:
         """Take the coordinator's public key; nothing can be read before."""
         self._key = coordinator_key
+
+    @property
+    def trusts(self) -> bool:
+        """Whether the coordinator's key is known."""
+        return bool(self._key)
 
     # --- what they hear -----------------------------------------------------------------------
 
@@ -118,14 +126,19 @@ class Devices:
             message = self._opened(payload)
             device = topic.removeprefix(self._down).split("/")[0]
             assert getattr(message, "device", None) == device
-            match message:
-                case Task():
-                    self.tasks[device] = message
-                case Cancel():
-                    self.cancels[device] = message
-                    self.tasks.pop(device, None)
-                case Receipt():
-                    self.receipts.setdefault(message.update_id, []).append((came_s, message))
+            if isinstance(message, Task | Cancel | Receipt):
+                self.took(message, came_s)
+
+    def took(self, message: Task | Cancel | Receipt, came_s: float) -> None:
+        """Sort one message that was checked."""
+        match message:
+            case Task():
+                self.tasks[message.device] = message
+            case Cancel():
+                self.cancels[message.device] = message
+                self.tasks.pop(message.device, None)
+            case Receipt():
+                self.receipts.setdefault(message.update_id, []).append((came_s, message))
 
     def tasks_of(self, job: str, number: int) -> list[Task]:
         """Return the tasks of a round, by device."""
@@ -164,11 +177,25 @@ class Devices:
                 gflops=2.0,
                 samples=SAMPLES,
                 data=self._data,
+                telemetry_s=self.telemetry_s,
             )
             state = State(device=device.name, state="online", session=1)
             found.append((self.topics.up(device.name, "caps"), seal(capability, device.signer)))
             found.append((self.topics.up(device.name, "state"), seal(state, device.signer)))
         return found
+
+    def telemetry(self, device: Device) -> tuple[str, bytes]:
+        """Return topic and frame of a sign of life."""
+        told = Telemetry(
+            device=device.name,
+            session=1,
+            cpu_percent=12.5,
+            memory_available_bytes=300_000_000,
+            rss_bytes=40_000_000,
+            sent_bytes=6_000 * device.rounds,
+            received_bytes=8_000 * device.rounds,
+        )
+        return self.topics.up(device.name, "tele"), seal(told, device.signer)
 
     def answer(self, task: Task) -> tuple[str, bytes]:
         """Return topic and frame of the update that answers a task."""

@@ -225,6 +225,11 @@ class Exchange:
         self._waiting.append((topic, payload, False))
         self._pump()
 
+    def forget(self) -> None:
+        """Lose what has not been acknowledged, as a broker that is killed; what is retained comes again."""
+        self._waiting.clear()
+        self._unacknowledged.clear()
+
     async def all_taken(self) -> None:
         """Wait until the coordinator has acknowledged everything."""
         while self._waiting or self._unacknowledged:

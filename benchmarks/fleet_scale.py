@@ -59,6 +59,8 @@ LIMIT_S: Final = 900.0
 PACE: Final = 500
 """Updates on their way through a broker: a real one drops what its queue does not take."""
 SENDERS: Final = 20
+TELEMETRY_S: Final = 60.0
+"""As agents have it without settings."""
 REPEAT_S: Final = 5.0
 
 JOB: Final = """
@@ -252,6 +254,13 @@ class Scale:
         self.devices.trust(bytes.fromhex(health["public_key"]))
         await self.coordinator.note("start")
         await self.join()
+        living = asyncio.create_task(self.live())
+        try:
+            await self._steps()
+        finally:
+            living.cancel()
+
+    async def _steps(self) -> None:
         await self.list_devices()
         await self.rounds()
         self.found |= self.coordinator.memory_mb() | {"ledger_mb": self.coordinator.ledger_mb()}
@@ -270,6 +279,19 @@ class Scale:
         self.found["join_s"] = time.monotonic() - started
         self.found["join_cpu_s"] = self.coordinator.cpu_s() - computed
         await self._done("join")
+
+    async def live(self) -> None:
+        """Let every device give a sign of life once in a telemetry interval."""
+        devices = list(self.devices.all.values())
+        pause_s = self.devices.telemetry_s / len(devices)
+        due = time.monotonic()
+        while True:
+            for device in devices:
+                due += pause_s
+                if due > time.monotonic():
+                    await asyncio.sleep(max(0.1, due - time.monotonic()))
+                if self.wire.connected.is_set():
+                    self.wire.publish(*self.devices.telemetry(device))
 
     async def list_devices(self) -> None:
         """Run the command that lists all devices."""
@@ -445,7 +467,7 @@ class Scale:
 
 async def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run everything in a folder; returns the figures."""
-    devices = Devices(given.devices, given.seed, FLEET, DATA)
+    devices = Devices(given.devices, given.seed, FLEET, DATA, telemetry_s=TELEMETRY_S)
     broker, password = None, "benchmark-only"
     if given.link == "broker":
         broker = start_broker("mosquitto", folder / "broker", {"coordinator": password}, FLEET)

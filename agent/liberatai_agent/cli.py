@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 4 not found. Errors are o
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ Checks = list[tuple[bool | None, str, str]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    say_what_the_terminal_can()
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
@@ -48,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
+
+
+def say_what_the_terminal_can() -> None:
+    """Print a question mark for what the terminal's encoding lacks, instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _complain(line: str) -> None:
@@ -169,11 +178,11 @@ def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
     """Return how to reach the broker.
 
     Raises:
-        ConfigError: a file is missing or empty.
+        ConfigError: a file is missing or empty, or no UTF-8 text.
     """
     from dataclasses import replace  # noqa: PLC0415
 
-    from liberatai_core.link.mqtt import MqttSettings, TlsSettings  # noqa: PLC0415
+    from liberatai_core.link.mqtt import MqttSettings, TlsSettings, read_password  # noqa: PLC0415
 
     faults = []
     for name in ("password_file", "ca_file", "cert_file", "key_file"):
@@ -189,18 +198,13 @@ def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
             cert_file=Path(config.cert_file) if config.cert_file else None,
             key_file=Path(config.key_file) if config.key_file else None,
         )
-    try:
-        password = (
-            Path(config.password_file).read_text(encoding="utf-8").rstrip("\r\n")
-            if config.password_file
-            else None
-        )
-    except OSError as error:
-        raise ConfigError("settings", [f"password_file: {error}"]) from None
+    password_file = Path(config.password_file) if config.password_file else None
+    if password_file is not None:
+        read_password(password_file)
     return replace(
         MqttSettings.from_url(config.broker, client_id=config.device, tls=tls),
         username=config.username,
-        password=password,
+        password_file=password_file,
         keepalive_s=config.keepalive_s,
     )
 

@@ -169,8 +169,8 @@ def load_profile(config: AgentConfig) -> Profile | None:
             raise ConfigError("profile", [f'"{config.profile}" is not in {folder} (known: {known})'])
     try:
         return parse_profile(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError("profile", [f"cannot be read: {error}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("profile", [f"{path}: cannot be read: {error}"]) from None
 
 
 def _profiles_dir(config: AgentConfig) -> Path:

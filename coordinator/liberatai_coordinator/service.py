@@ -217,7 +217,7 @@ class Service:
 
     def _own_presence(self, frame: Frame) -> None:
         if frame.place.owner == self.config.coordinator and frame.payload:
-            self.fencing.own_presence(frame.payload, retained=frame.retained)
+            self.fencing.own_presence(frame.payload)
             self._note_fencing()
 
     def _note_fencing(self) -> None:
@@ -287,7 +287,6 @@ class Service:
             ):
                 await self.devices.hear(message, opened.public_key, retained=frame.retained)
             case EpochSeen() if frame.place.leaf == "ev":
-                self.devices.note_alive(message.device)
                 self.fencing.shown(message.device, message.word)
                 self._note_fencing()
             case _:

@@ -21,7 +21,7 @@ from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError
 from liberatai_core.link.link import Link, Will
-from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings
+from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings, read_password
 
 log = logging.getLogger(__name__)
 
@@ -95,24 +95,16 @@ def mqtt_settings(config: CoordinatorConfig) -> MqttSettings:
     ca_file, cert_file, key_file = (Path(name) if name else None for name in certificates)
     tls = TlsSettings(ca_file=ca_file, cert_file=cert_file, key_file=key_file) if any(certificates) else None
     settings = MqttSettings.from_url(config.broker, client_id=config.coordinator, tls=tls)
-    password = read_secret(config.password_file)
+    password_file = Path(config.password_file) if config.password_file else None
+    if password_file is not None:
+        read_password(password_file)
     return replace(
         settings,
         username=config.username or settings.username,
-        password=password or settings.password,
+        password_file=password_file,
         session_expiry_s=SESSION_EXPIRY_S,
         receive_maximum=RECEIVE_MAXIMUM,
     )
-
-
-def read_secret(path: str | None) -> str | None:
-    """Return the first line of a file, or None."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [f"cannot be read: {error}"]) from None
 
 
 def load_key(path: Path) -> bytes:

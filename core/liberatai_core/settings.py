@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -132,8 +132,9 @@ def convert(raw: Mapping[str, Any], wanted: type[Settings], where: str) -> Setti
 def faults(raw: Mapping[str, Any], wanted: type[msgspec.Struct], prefix: str = "") -> list[str]:
     """Return one line per fault of `raw`, with the dotted name of the key; none means it converts."""
     fields = {field.encode_name: field for field in msgspec.structs.fields(wanted)}
+    known = ", ".join(sorted(fields))
     found = [
-        f"{prefix}{_clean(str(name))}: unknown key (known: {', '.join(sorted(fields))})"
+        f"{prefix}{_clean(str(name))}: unknown key{_meant(str(name), fields)} (known: {known})"
         for name in raw
         if name not in fields
     ]
@@ -144,6 +145,14 @@ def faults(raw: Mapping[str, Any], wanted: type[msgspec.Struct], prefix: str = "
             continue
         found += _value_faults(raw[name], field.type, f"{prefix}{name}")
     return found
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """Return the known key that a misspelt one is most like, as it follows the fault; "" for none."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only who misspells needs it
+
+    found = get_close_matches(name[:64], known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _value_faults(value: Any, wanted: Any, name: str) -> list[str]:

@@ -10,6 +10,7 @@ stays small. Only the functions that touch arrays do.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
@@ -95,7 +96,7 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return math.prod(self.shape)
 
 
-class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """A family with its parameters fixed, and the tensors that follow from them.
 
     Attributes:
@@ -137,9 +138,9 @@ class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Readable name, unique inside a job: family and parameters, e.g. "cnn-width16"."""
         return structure_id(self.family, self.params)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        """Number of values of the flat vector."""
+        """Number of values of the flat vector: every update asks for it."""
         return sum(tensor.size for tensor in self.tensors)
 
     def slices(self) -> Iterator[tuple[Tensor, slice]]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from liberatai_coordinator.brokers.start import find_mosquitto
-from liberatai_coordinator.demo.demo import dense_bytes
+from liberatai_coordinator.demo.outcome import dense_bytes
 from liberatai_coordinator.pictures import report as reports
 
 BROKERS = ["amqtt", "mosquitto"]

@@ -7,10 +7,12 @@ from typing import Final
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.client.views import DeviceView
 from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.jobs.records import newest_contributions
 from liberatai_coordinator.service import Service
+from liberatai_core.errors import NotFoundError
 
 PART: Final = 250
 """Devices that are shown at a time: some milliseconds."""
@@ -33,22 +35,31 @@ class Devices:
 
     async def show(self, device: str) -> DeviceView:
         """Return one device."""
-        view = self._view(self.service.fleet.require(device))
+        view = self._view(await self._known(device))
         given = await asyncio.to_thread(newest_contributions, self.service.ledger, device)
         views = tuple(present.contribution_view(*one) for one in given)
         return msgspec.structs.replace(view, contributions=views)
 
     async def approve(self, device: str) -> DeviceView:
         """Let a pending device in; idempotent."""
+        await self._known(device)
         return self._view(self.service.set_status(device, "approved", ""))
 
     async def quarantine(self, device: str, reason: str) -> DeviceView:
         """Shut a device out: nothing it sends counts from now on."""
+        await self._known(device)
         return self._view(self.service.set_status(device, "quarantined", reason))
 
     async def release(self, device: str) -> DeviceView:
         """Let a quarantined device in again."""
+        await self._known(device)
         return self._view(self.service.set_status(device, "approved", ""))
+
+    async def _known(self, name: str) -> Device:
+        try:
+            return self.service.fleet.require(name)
+        except NotFoundError as error:
+            raise await not_found(error, name, list(self.service.fleet.devices)) from None
 
     def _view(self, device: Device) -> DeviceView:
         structure = ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import EndedRounds
 from liberatai_coordinator.client.views import JobSummary, JobView
 from liberatai_coordinator.config import parse_job
@@ -20,7 +21,7 @@ from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow
 from liberatai_core.contract.messages import RUN_BYTES
-from liberatai_core.errors import StateError
+from liberatai_core.errors import NotFoundError, StateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Jobs:
     async def show(self, name: str) -> JobView:
         """Return one job with its rounds."""
         ledger, running = self.service.ledger, self.service.runners.get(name)
-        row = ledger.jobs.get(name)
+        row = await self._row(name)
         now = running.open_round if running else None
         stored = {} if now is None else {now.number: len(now.stored)}
         waits = self.service.jobs.waits().get(name, "")
@@ -57,28 +58,36 @@ class Jobs:
 
     async def pause(self, name: str) -> JobView:
         """Pause a job after the round that is open now."""
-        self._require_state(name, {"waiting", "running"}, "paused")
+        await self._require_state(name, {"waiting", "running"}, "paused")
         self.service.jobs.pause(name)
         return await self.show(name)
 
     async def resume(self, name: str) -> JobView:
         """Go on with a paused job."""
-        self._require_state(name, {"paused"}, "resumed")
+        await self._require_state(name, {"paused"}, "resumed")
         self.service.jobs.unpause(name)
         return await self.show(name)
 
     async def abort(self, name: str) -> JobView:
         """End a job for good; its versions stay."""
-        self._require_state(name, {"waiting", "running", "paused"}, "aborted")
+        await self._require_state(name, {"waiting", "running", "paused"}, "aborted")
         await self.service.jobs.abort(name)
         return await self.show(name)
 
     async def delete(self, name: str) -> None:
         """Forget an ended job, so that its name can be used again; its versions stay."""
+        await self._require_state(name, {"finished", "aborted", "failed"}, "deleted: abort it first")
         await self.service.jobs.delete(name)
 
-    def _require_state(self, name: str, allowed: set[str], what: str) -> None:
-        state = self.service.ledger.jobs.get(name).state
+    async def _row(self, name: str) -> JobRow:
+        ledger = self.service.ledger
+        try:
+            return ledger.jobs.get(name)
+        except NotFoundError as error:
+            raise await not_found(error, name, [row.name for row in ledger.jobs.all()]) from None
+
+    async def _require_state(self, name: str, allowed: set[str], what: str) -> None:
+        state = (await self._row(name)).state
         if state not in allowed:
             raise StateError(f"job {name} is {state}: it cannot be {what}")
 

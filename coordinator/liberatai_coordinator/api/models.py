@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.client.views import EnsembleView, SizesView, VersionView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
@@ -27,22 +28,23 @@ class Models:
 
     async def log(self, model: str) -> tuple[VersionView, ...]:
         """Return all versions of a model, newest first."""
-        rows = self.service.ledger.versions.all(model)
+        rows = await asyncio.to_thread(self.service.ledger.versions.all, model)
         if not rows:
-            raise NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
-        return tuple(present.version_view(row) for row in reversed(rows))
+            error = NotFoundError(f"no model {model!r}; `liberatai models list` shows all")
+            raise await not_found(error, model, self.service.ledger.versions.models())
+        return await asyncio.to_thread(lambda: tuple(map(present.version_view, reversed(rows))))
 
     async def version(self, model: str, ref: str) -> VersionView:
         """Return one version."""
-        return present.version_view(self._row(model, ref))
+        return present.version_view(await self._row(model, ref))
 
     async def ensemble(self, model: str, ref: str) -> EnsembleView:
         """Return how a version's structures are combined."""
-        return present.ensemble_view(self._row(model, ref))
+        return present.ensemble_view(await self._row(model, ref))
 
     async def weights(self, model: str, ref: str, structure: str) -> tuple[Structure, DataContract, bytes]:
         """Return a structure's weights as devices hold them: little-endian float32, in the flat order."""
-        row = self._row(model, ref)
+        row = await self._row(model, ref)
         require_files(model, row.number, collected=row.collected)
         manifest = decode_manifest(row.manifest)
         if structure not in manifest.structures:
@@ -53,7 +55,7 @@ class Models:
 
     async def sizes(self, model: str, ref: str, structure: str) -> SizesView:
         """Return where the bytes of one structure's files go."""
-        row = self._row(model, ref)
+        row = await self._row(model, ref)
         require_files(model, row.number, collected=row.collected)
         members = decode_manifest(row.manifest).structures
         if structure not in members:
@@ -65,14 +67,19 @@ class Models:
         )
         return present.sizes_view(structure, member, sizes)
 
-    def _row(self, model: str, ref: str) -> VersionRow:
-        return version_row(self.service, model, ref)
+    async def _row(self, model: str, ref: str) -> VersionRow:
+        return await version_row(self.service, model, ref)
 
 
-def version_row(service: Service, model: str, ref: str) -> VersionRow:
+async def version_row(service: Service, model: str, ref: str) -> VersionRow:
     """Return one version of a model.
 
     Raises:
         NotFoundError: there is none of this number or tag.
     """
-    return service.ledger.versions.get(model, int(ref) if ref.isdigit() else ref)
+    versions = service.ledger.versions
+    try:
+        return versions.get(model, int(ref) if ref.isdigit() else ref)
+    except NotFoundError as error:
+        known = versions.models()
+        raise (error if model in known else await not_found(error, model, known)) from None

@@ -28,14 +28,15 @@ class Plans:
         if yaml_text is not None:
             return await self._dry_run(parse_job(yaml_text, "job"))
         ledger = self.service.ledger
-        name = job_name or (ledger.jobs.all()[-1].name if ledger.jobs.all() else "")
-        job = msgspec.json.decode(ledger.jobs.get(name).spec, type=JobSpec)
+        rows = {row.name: row for row in ledger.jobs.all()}
+        name = job_name or next(reversed(rows), "")
+        row = rows.get(name) or ledger.jobs.get(name)
+        job = msgspec.json.decode(row.spec, type=JobSpec)
         stored = ledger.jobs.value(name, "plan")
         if stored is None:
             return await self._dry_run(job)
         assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
-        versions = ledger.versions.all(name)
-        newest = versions[-1] if versions else None
+        newest = ledger.versions.newest(name, first=row.first_version)
         sizes = self._stored_bytes(name, newest)
         current = await self._by_link(job, assigned)
         return PlanView(
@@ -50,22 +51,19 @@ class Plans:
         candidates = list(running.roster.candidates.values()) if running else []
         if not candidates:
             candidates, _ = await asyncio.to_thread(materials.candidates_of, job)
-        return [
-            plan.by_link(
-                job,
-                candidates,
-                a,
-                self._capability(a.device),
-                round_s=running.roster.spacing_s(a.device) if running else None,
-            )
-            for a in assigned
-        ]
+        spacing = running.roster.spacing_s if running else _unknown
+        return await asyncio.to_thread(
+            lambda: [
+                plan.by_link(job, candidates, one, self._capability(one.device), round_s=spacing(one.device))
+                for one in assigned
+            ]
+        )
 
     async def _dry_run(self, job: JobSpec) -> PlanView:
         candidates, _ = await asyncio.to_thread(materials.candidates_of, job)
         devices = self.service.fleet.devices.values()
         known = [d.capability for d in devices if d.capability and d.status == "approved"]
-        made = plan.make_plan(job, candidates, known)
+        made = await asyncio.to_thread(plan.make_plan, job, candidates, known)
         assigned, sizes = list(made.assignments.values()), dict(made.keyframe_bytes)
         return PlanView(
             job=job.name,
@@ -91,3 +89,7 @@ class Plans:
             return present.stored_bytes(decode_manifest(newest.manifest))
         budgets = self.service.ledger.jobs.value(job, "keyframes")
         return msgspec.msgpack.decode(budgets, type=dict[str, int]) if budgets else {}
+
+
+def _unknown(_device: str) -> None:
+    """Return how long a round takes in a job that does not run."""

@@ -172,6 +172,12 @@ def _add_jobs(app: FastAPI, operations: Operations) -> None:
         """End a job for good."""
         return _json(await operations.jobs.abort(name))
 
+    @app.delete("/v1/jobs/{name}", **_NOTHING)
+    async def delete(name: str) -> Response:
+        """Forget an ended job; its versions stay."""
+        await operations.jobs.delete(name)
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
     @app.post("/v1/plan", **_shows(PlanView, PlanRequest))
     async def plan(request: Request) -> Response:
         """Which device gets which variant, and why."""
@@ -327,6 +333,12 @@ _BYTES: dict[str, Any] = {
     },
 }
 """Arguments of a route that answers with bytes."""
+_NOTHING: dict[str, Any] = {
+    "response_class": Response,
+    "status_code": int(HTTPStatus.NO_CONTENT),
+    "responses": {"default": _PROBLEM},
+}
+"""Arguments of a route that answers with nothing but success."""
 
 
 def _shows(

@@ -21,20 +21,20 @@ class Variants:
     async def commit(self, model: str, ref: str, manifest: VariantManifest, file: bytes) -> VariantView:
         """Check a variant of a version and store it; the same one again is stored once."""
         ledger, repository = self.service.ledger, self.service.repository
-        row = version_row(self.service, model, ref)
+        row = await version_row(self.service, model, ref)
         made = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
         return present.variant_view(made)
 
     async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
         """Return the variants of a version, the smallest first."""
-        number = version_row(self.service, model, ref).number
+        number = (await version_row(self.service, model, ref)).number
         return tuple(
             present.variant_view(row) for row in self.service.ledger.versions.variants(model, number)
         )
 
     async def show(self, model: str, prefix: str) -> VariantDetail:
         """Return one variant by the beginning of its id."""
-        row = self._row(model, prefix)
+        row = await self._row(model, prefix)
         manifest = decode_variant(row.manifest)
         sizes = await asyncio.to_thread(
             variants.tensor_sizes, self.service.repository, manifest.file, manifest.structure
@@ -43,9 +43,9 @@ class Variants:
 
     async def file(self, model: str, prefix: str) -> bytes:
         """Return the file of a variant, by the beginning of its id."""
-        row = self._row(model, prefix)
+        row = await self._row(model, prefix)
         return await asyncio.to_thread(variants.file_of, self.service.repository, row)
 
-    def _row(self, model: str, prefix: str) -> VariantRow:
-        self.service.ledger.versions.get(model)  # an unknown model is told as such
+    async def _row(self, model: str, prefix: str) -> VariantRow:
+        await version_row(self.service, model, "latest")  # an unknown model is told as such
         return self.service.ledger.versions.variant(model, prefix)

@@ -5,6 +5,8 @@ plain columns when piped; programs take `-o json`. Everything heavy is imported 
 it, so that `liberatai --help` is quick.
 """
 
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -31,6 +33,10 @@ app.command(epilog="Example: liberatai doctor --config /etc/liberatai/coordinato
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A question mark for what the terminal's encoding lacks, instead of a traceback.
+            stream.reconfigure(errors="replace")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="liberatai")
     except SystemExit as stop:

@@ -89,6 +89,14 @@ def jobs_abort(context: typer.Context, name: JobArgument) -> None:
         print(job_line(client.jobs.abort(name)))
 
 
+@app.command("delete", epilog="Example: liberatai jobs delete digits")
+def jobs_delete(context: typer.Context, name: JobArgument) -> None:
+    """Forget an ended job with its rounds; its versions stay, and its name can be used again."""
+    with client_of(context) as client:
+        client.jobs.delete(name)
+    print(f"job {name}: deleted; `liberatai models log {name}` still lists its versions")
+
+
 def _show_job(job: JobView, output: Output) -> None:
     if output in (Output.JSON, Output.YAML):
         show_one(job, output)

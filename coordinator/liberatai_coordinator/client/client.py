@@ -157,6 +157,10 @@ class JobsClient:
         """End a job for good; its versions stay."""
         return self._client.ask("POST", f"/jobs/{_part(name)}/abort", JobView)
 
+    def delete(self, name: str) -> None:
+        """Forget an ended job, so that its name can be used again; its versions stay."""
+        self._client.send("DELETE", f"/jobs/{_part(name)}")
+
 
 class ModelsClient:
     """Models of a coordinator. A version is asked for by number, tag or "latest"."""

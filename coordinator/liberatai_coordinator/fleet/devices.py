@@ -309,9 +309,9 @@ class Fleet:
         return Heard(device, before is None, lasting or before is None, changed)
 
     def note_alive(self, device: str, now_s: float, wall_s: float) -> bool:
-        """Take any other verified word of a device as a sign of life; returns whether it was silent."""
+        """Take an update, or a part of one, as a sign of life; returns whether the device was silent."""
         known = self.require(device)
-        self._put(replace(known, last_seen_s=wall_s, alive_s=now_s, silent=False, note=""))
+        self._put(replace(known, last_seen_s=wall_s, alive_s=now_s, silent=False, note="", ignores=""))
         return known.silent
 
     def answer_replay(self, message: Message, now_s: float) -> int | None:

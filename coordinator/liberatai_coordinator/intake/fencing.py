@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_core.contract.frame import expect, key_id
 from liberatai_core.contract.messages import CoordinatorState
-from liberatai_core.errors import ReplayError
+from liberatai_core.errors import ReplayError, UnknownDeviceError
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +41,24 @@ class Fencing:
     jumps: int = 0
     behind: bool = False
     fault: str = ""
+    _foreign: bool = False
 
-    def own_presence(self, frame: bytes, *, retained: bool) -> None:
+    def own_presence(self, frame: bytes) -> None:
         """Look at what stands at, or comes to, the topic of the coordinator's own presence.
 
         Raises:
-            LiberataiError: it is not signed by this coordinator, or not about it.
+            LiberataiError: it is no presence, or not about this coordinator.
         """
-        epoch = self._epoch(frame)
-        if epoch > self.ledger.epoch and not retained:
-            self._twin(epoch)
-        elif epoch > self.ledger.epoch:
+        try:
+            epoch = self._epoch(frame)
+        except UnknownDeviceError:
+            if not self._foreign:
+                log.warning(
+                    "a coordinator with another key spoke here: devices that pin that key ignore this one"
+                )
+            self._foreign = True
+            return
+        if epoch > self.ledger.epoch:
             self._jump(epoch, "its own presence at the broker")
 
     def shown(self, device: str, frame: bytes) -> None:

@@ -123,7 +123,7 @@ class Jobs:
             await runner.tasks.drop_all()
         await self.slots.clear(name)
         await self.publisher.clear(self.publisher.topics.head(name))
-        self.ledger.jobs.delete(name)
+        await asyncio.to_thread(self.ledger.jobs.delete, name)
         self.unreadable.pop(name, None)
 
     def cancel(self) -> list[asyncio.Task[None]]:

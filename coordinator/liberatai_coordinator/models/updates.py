@@ -180,7 +180,7 @@ def _part_of(update: Update, structure: Structure, job: JobSpec) -> Structure | 
 
 def _meaning(update: Update, job: JobSpec, part: Structure, entries: Entries) -> Decoded | LiberataiError:
     positions, values = entries
-    if np.abs(values).max(initial=0) > LARGEST:
+    if values.size and max(values.max(), -values.min()) > LARGEST:
         return NormError(f"a parameter changes by more than {LARGEST:g}")
     counts = update.class_counts
     if counts is not None and len(counts) != job.data.classes:

@@ -9,7 +9,8 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,17 @@ QUICK_CHECK_BYTES: Final = 1 << 30
 JOURNAL_BYTES: Final = 64 * 1024 * 1024
 """The write-ahead log is cut back to this size after a checkpoint."""
 
+SETTLE_BYTES: Final = 8 * 1024 * 1024
+"""In the write-ahead log before it is moved into the database."""
+FORCED_PAGES: Final = 16_384
+"""In the write-ahead log before whoever commits must move it (64 MiB): a safety net."""
+TRANSACTION_BYTES: Final = 32 * 1024
+"""A small transaction in the log, about."""
+PAGE_BYTES: Final = 4096
+FREED_PAGES: Final = 500
+"""Given back at a time: some milliseconds in which nobody else writes."""
+MAX_PAUSE_S: Final = 0.05
+
 _FATAL_SYNC = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -46,6 +58,8 @@ class Database:
         folder: where it lies.
         epoch: generation of this coordinator: larger than that of every earlier one on this folder.
         engine: SQLAlchemy's; for tests, and for nobody else.
+        unsettled_bytes: that wait in the write-ahead log, about.
+        wake: called when they are many; `settle` is for a thread that nobody waits for.
     """
 
     def __init__(self, folder: Path, lock_fd: int, engine: sa.Engine, reserve_bytes: int) -> None:
@@ -58,6 +72,8 @@ class Database:
         self._lock_fd = lock_fd
         self._reserve_bytes = reserve_bytes
         self._fault: DiskError | None = None
+        self.unsettled_bytes = 0
+        self.wake: Callable[[], None] = lambda: None
 
     @classmethod
     def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES) -> "Database":
@@ -136,17 +152,44 @@ class Database:
                 connection = connection.execution_options(write=True)  # noqa: PLW2901 - the same connection
                 with connection.begin():
                     yield connection
+                self.unsettled_bytes += TRANSACTION_BYTES
         except (sa.exc.DBAPIError, sqlite3.Error) as error:
             raise self._translate(error) from error
+        if self.unsettled_bytes >= SETTLE_BYTES:
+            self.wake()
 
     def give_space_back(self) -> None:
-        """Let the file shrink by what was deleted."""
-        # This pragma frees one page per step: only `executescript` goes through all of them, and it
-        # works outside of a transaction.
+        """Let the file shrink by what was deleted, some pages at a time; others write in between."""
+        with self.read() as connection:
+            free = connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0
+        for _ in range(-(-free // FREED_PAGES)):
+            with self.slice(), self.write_lock:
+                self._script(f"PRAGMA incremental_vacuum({FREED_PAGES});")
+            self.unsettled_bytes += FREED_PAGES * PAGE_BYTES
+
+    @contextmanager
+    def slice(self) -> Iterator[None]:
+        """Do a part of long work; then rest as long as it took.
+
+        The lock of writers is not fair: without a rest whoever waits for it might wait for all parts.
+        """
+        started = time.monotonic()
+        yield
+        time.sleep(min(MAX_PAUSE_S, time.monotonic() - started))
+
+    def settle(self) -> None:
+        """Move what was committed from the write-ahead log into the database; others write meanwhile."""
+        self.unsettled_bytes = 0
+        self._script("PRAGMA wal_checkpoint(PASSIVE);")
+
+    def _script(self, pragma: str) -> None:
+        # This pragma frees one page per step: only `executescript` goes through all of them, and it works
+        # outside of a transaction.
+        self.require_alive()
         try:
-            with self.write_lock, closing(self.engine.raw_connection()) as connection:
+            with closing(self.engine.raw_connection()) as connection:
                 driver: Any = connection.driver_connection
-                driver.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(PASSIVE);")
+                driver.executescript(pragma)
         except (sa.exc.DBAPIError, sqlite3.Error) as error:
             raise self._translate(error) from error
 
@@ -275,6 +318,7 @@ def _engine(path: Path) -> sa.Engine:
             "foreign_keys = ON",
             f"busy_timeout = {BUSY_TIMEOUT_MS}",
             f"journal_size_limit = {JOURNAL_BYTES}",
+            f"wal_autocheckpoint = {FORCED_PAGES}",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
 

@@ -14,7 +14,7 @@ from liberatai_coordinator.store.rows import RoundRow, RoundSummary
 from liberatai_coordinator.store.tables import JOBS, ROUNDS, SLOT_BITS, UPDATE_FRAMES, UPDATE_KEYS, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
 
-DELETED_ROWS: Final = 500
+DELETED_ROWS: Final = 250
 """Deleted in one transaction: some milliseconds in which nobody else writes."""
 PAGE_ROUNDS: Final = 20
 """Read at once where only the newest ones may be wanted."""
@@ -234,7 +234,7 @@ def delete_slots(database: Database, table: sa.Table, round_no: int) -> int:
     change = sa.delete(table).where(table.c.slot.in_(some))
     deleted, count = 0, DELETED_ROWS
     while count == DELETED_ROWS:
-        with database.write() as connection:
+        with database.slice(), database.write() as connection:
             count = connection.execute(change, slots_of(round_no)).rowcount
         deleted += count
     return deleted

@@ -11,6 +11,18 @@ _REAL: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite"
 _STRICT: dict[str, Any] = {"sqlite_strict": True}
 
 
+class _Blob(sa.LargeBinary):
+    """Bytes as they are: both drivers take and give them, and the wrapping of every value costs time."""
+
+    cache_ok = True
+
+    def bind_processor(self, dialect: sa.Dialect) -> None:  # noqa: ARG002 - SQLAlchemy's
+        return None
+
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> None:  # noqa: ARG002 - SQLAlchemy's
+        return None
+
+
 def _text(name: str, **more: Any) -> sa.Column[str]:
     return sa.Column(name, sa.Text, nullable=False, **more)
 
@@ -20,7 +32,7 @@ def _whole(name: str, **more: Any) -> sa.Column[int]:
 
 
 def _blob(name: str, *, nullable: bool = False, **more: Any) -> sa.Column[bytes]:
-    return sa.Column(name, sa.LargeBinary, nullable=nullable, **more)
+    return sa.Column(name, _Blob(), nullable=nullable, **more)
 
 
 def _seconds(name: str) -> sa.Column[float]:

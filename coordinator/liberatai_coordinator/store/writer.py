@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
 
-from liberatai_coordinator.store.database import Database, again
+from liberatai_coordinator.store.database import SETTLE_BYTES, Database, again
 from liberatai_core.errors import BusyError, DiskError, LiberataiError
 
 BATCH_ITEMS: Final = 1000
@@ -50,7 +50,7 @@ class _Stop:
 
 
 class _Wake:
-    """There are rows of which only the newest counts."""
+    """There is something to write or to settle that is not in the queue."""
 
 
 _Item = _Waiting | _Stop | _Wake
@@ -117,6 +117,7 @@ class Writer:
         self._pending = _Pending()
         self._latest: list[Latest[Any, Any]] = []
         self._latest_s = 0.0
+        database.wake = self._wake
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
     def start(self) -> None:
@@ -135,7 +136,10 @@ class Writer:
     def look_after(self, latest: Latest[Any, Any]) -> None:
         """Write these rows from time to time; call it before `start`."""
         self._latest.append(latest)
-        latest.wake = lambda: self._queue.put(_Wake())
+        latest.wake = self._wake
+
+    def _wake(self) -> None:
+        self._queue.put(_Wake())
 
     async def submit(self, apply: Apply, item: Any, size_bytes: int) -> Any:
         """Let `apply` handle an item, together with others in one transaction; returns after its commit.
@@ -174,6 +178,9 @@ class Writer:
             if batch:
                 self._settle(batch)
             self._write_latest(now=stopping)
+            if self._database.unsettled_bytes >= SETTLE_BYTES:
+                with suppress(LiberataiError):  # it is tried again, and in the end whoever commits does it
+                    self._database.settle()
 
     def _next_batch(self) -> tuple[list[_Waiting], bool]:
         """Wait for something, then take whatever else is there already."""
@@ -239,6 +246,7 @@ class Writer:
                 done = apply(connection, [batch[place].item for place in theirs])
                 for place, result in zip(theirs, done, strict=True):
                     results[place] = result
+        self._database.unsettled_bytes += sum(waiting.size_bytes for waiting in batch)
         return results
 
     def _write_latest(self, *, now: bool) -> None:

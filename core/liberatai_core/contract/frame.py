@@ -9,7 +9,8 @@ unauthenticated byte never reaches the decoder. Ed25519: RFC 8032.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeVar
 
 import msgspec
@@ -44,6 +45,9 @@ _SMALL_ORDER = frozenset(
 """y coordinates of the eight points whose order divides 8 (RFC 8032 curve): a signature "of" such a key can
 be made without any private key, and OpenSSL takes it."""
 
+_PARSED = 4096
+"""Public keys that are kept parsed: 100 bytes each or so."""
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {kind: msgspec.msgpack.Decoder(struct) for kind, struct in KINDS.items()}
 _SPEC_DECODER = msgspec.msgpack.Decoder(TaskSpec)
@@ -63,16 +67,17 @@ class Signer:
 
     private: Ed25519PrivateKey
     fleet: str
+    public_key: bytes = field(init=False)
+    """The 32-byte public key."""
+
+    def __post_init__(self) -> None:
+        """Derive the public key once: every frame names it."""
+        object.__setattr__(self, "public_key", self.private.public_key().public_bytes_raw())
 
     @classmethod
     def from_seed(cls, seed: bytes, fleet: str) -> "Signer":
         """Return the signer of a 32-byte private key."""
         return cls(Ed25519PrivateKey.from_private_bytes(seed), fleet)
-
-    @property
-    def public_key(self) -> bytes:
-        """The 32-byte public key."""
-        return self.private.public_key().public_bytes_raw()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +124,7 @@ def open_frame(data: bytes, fleet: str, keys: Keys) -> Opened:
             in this order of checks.
     """
     kind = _kind(data)
-    body = memoryview(data)[HEADER_BYTES:]
+    body = data[HEADER_BYTES:]
     claimed = claimed_key(data)
     public = keys(claimed)
     if public is None and KINDS[kind] is Capability:
@@ -153,7 +158,7 @@ def claimed_key(data: bytes) -> bytes:
 def _open_introduction(data: bytes, fleet: str, claimed: bytes) -> Opened:
     # The body must be decoded to find the key. It is small, typed and bounded, and it is thrown away
     # unless the signature then verifies.
-    kind, body = data[3], memoryview(data)[HEADER_BYTES:]
+    kind, body = data[3], data[HEADER_BYTES:]
     message = _decode(kind, body)
     if not isinstance(message, Capability) or key_id(message.public_key) != claimed:
         raise SignatureError("the introduction names another key than it is signed with")
@@ -243,21 +248,32 @@ def _line(error: Exception) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(error)[:200])
 
 
-def _signed(fleet: str, kind: int, body: bytes | memoryview) -> bytes:
+def _signed(fleet: str, kind: int, body: bytes) -> bytes:
     return b"".join((b"liberatai/v1", fleet.encode(), b"\0", bytes((kind,)), body))
 
 
-def _verify(public: bytes, signature: bytes, signed: bytes) -> None:
+@lru_cache(_PARSED)
+def _parsed(public: bytes) -> Ed25519PublicKey:
+    """Return a public key that was parsed and checked once.
+
+    Raises:
+        SignatureError: it is weak.
+        ValueError: it is no key.
+    """
     y = int.from_bytes(public, "little") & (1 << 255) - 1
     if y >= _FIELD_PRIME or y in _SMALL_ORDER:
         raise SignatureError("a weak public key: it verifies what nobody signed")
+    return Ed25519PublicKey.from_public_bytes(public)
+
+
+def _verify(public: bytes, signature: bytes, signed: bytes) -> None:
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, signed)
+        _parsed(public).verify(signature, signed)
     except (InvalidSignature, ValueError):
         raise SignatureError("the signature does not belong to these bytes") from None
 
 
-def _decode(kind: int, body: memoryview) -> Message:
+def _decode(kind: int, body: bytes | memoryview) -> Message:
     try:
         message: Message = _DECODERS[kind].decode(body)
     except (msgspec.DecodeError, RecursionError, ValueError, OverflowError) as error:

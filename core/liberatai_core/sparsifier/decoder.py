@@ -46,10 +46,12 @@ Entries = tuple[NDArray[np.int32], Vector]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+N = TypeVar("N", np.int32, np.float32)
 
 _PORTION = 1 << 22
 """Symbols of streams that are decoded together."""
 _SIGN_BIT = np.uint32(31)
+_NONE = np.empty(0, np.int64)
 
 
 def decode(data: bytes, parameters: int) -> tuple[Integers, Vector]:
@@ -208,7 +210,7 @@ def _assemble(head: _Head, symbols: rans.Symbols, raw: bytes) -> Entries:
     plan, parameters = head.plan, head.parameters
     count = sum(plan.counts)
     classes = symbols[:count] >> np.uint16(1) if plan.signs else symbols[:count]
-    steps = _steps().take(classes)
+    steps = _look_up(_steps(), classes)
     # Before the rests are read: their widths are bounded by this sum.
     if int(steps.sum()) > parameters:
         raise IndexRangeError("sparse update: a position lies outside the structure")
@@ -226,7 +228,7 @@ def _assemble(head: _Head, symbols: rans.Symbols, raw: bytes) -> Entries:
         raise IndexRangeError("sparse update: a position lies outside the structure")
     values = np.repeat(head.scales, head.counts)
     if head.several:
-        magnitudes = _magnitudes().take(symbols[count:])
+        magnitudes = _look_up(_magnitudes(), symbols[count:])
         if size_far.size:
             magnitudes[size_far] += rans.unpack(raw, sizes_at, size_widths)
             if magnitudes.max() > MAX_LEVELS:
@@ -234,11 +236,13 @@ def _assemble(head: _Head, symbols: rans.Symbols, raw: bytes) -> Entries:
         with np.errstate(over="ignore"):
             values *= magnitudes
     if plan.signs:
-        negative = np.bitwise_xor.accumulate(symbols[:count] & np.uint16(1))
+        # The last bit of the number of changes so far.
+        negative = np.add.accumulate((symbols[:count] & np.uint16(1)).astype(np.uint32))
     else:
         bits = np.frombuffer(raw, np.uint8)[signs_at // 8 : (sizes_at + 7) // 8]
-        negative = np.unpackbits(bits)[signs_at % 8 :][:count]
-    values.view(np.uint32)[:] ^= negative.astype(np.uint32) << _SIGN_BIT
+        negative = np.unpackbits(bits)[signs_at % 8 :][:count].astype(np.uint32)
+    negative <<= _SIGN_BIT
+    values.view(np.uint32)[:] ^= negative
     require_finite(values, "sparse update")
     return positions, values
 
@@ -255,8 +259,15 @@ def _magnitudes() -> Vector:
     return (class_edges() + 1).astype(np.float32)
 
 
+def _look_up(table: NDArray[N], classes: rans.Symbols) -> NDArray[N]:
+    """Return the entries of classes, all of which are in the table; numpy converts slowly on the way."""
+    return table.take(classes.astype(np.intp), mode="wrap")
+
+
 def _far(classes: rans.Symbols) -> tuple[Integers, Integers]:
     """Return which classes have raw bits behind them, and how many."""
+    if classes.size == 0 or classes.max() < EXACT:
+        return _NONE, _NONE
     far = np.flatnonzero(classes >= np.uint16(EXACT))
     return far, class_widths()[classes[far]]
 

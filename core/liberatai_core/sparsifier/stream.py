@@ -19,6 +19,7 @@ MAX_LEVELS = 255
 SIGNS, MAGNITUDES, SEVERAL, IMPLIED = 1, 2, 4, 8
 """Flags of a sparse stream."""
 GROUPS_SHIFT = 4
+_TRUNCATED = "sparse update: truncated"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +82,16 @@ class Reader:
             CodecError: there are fewer.
         """
         if size > len(self.data) - self.at:
-            raise CodecError("sparse update: truncated")
+            raise CodecError(_TRUNCATED)
         self.at += size
         return self.data[self.at - size : self.at]
 
     def byte(self) -> int:
         """Return the next byte."""
-        return self.take(1)[0]
+        if self.at == len(self.data):
+            raise CodecError(_TRUNCATED)
+        self.at += 1
+        return self.data[self.at - 1]
 
     def varint(self) -> int:
         """Return a number of variable length.
@@ -95,6 +99,8 @@ class Reader:
         Raises:
             CodecError: it is truncated, padded or longer than 5 bytes.
         """
+        if self.at < len(self.data) and self.data[self.at] < 0x80:  # most are this short
+            return self.byte()
         value = 0
         for place in range(0, 35, 7):
             byte = self.byte()

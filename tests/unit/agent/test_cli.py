@@ -1,6 +1,7 @@
 """The command line: light, helpful, with the promised exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,33 @@ def test_doctor_names_what_is_wrong_and_what_to_do(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith("liberatai-agent 0.")
+
+
+LATIN = "fleet: caf\xe9\n".encode("latin-1")
+
+
+@pytest.mark.parametrize("name", ["agent.yaml", "board.yaml", "password"])
+def test_a_file_in_another_encoding_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "board.yaml").write_bytes(LATIN)
+    (tmp_path / "password").write_bytes(LATIN if name == "password" else b"secret")
+    text = f"fleet: f\ndevice: d\ncoordinator_key: '{'0' * 64}'\nusername: d\npassword_file: password\n"
+    text += "profile: ./board.yaml\n" if name == "board.yaml" else ""
+    (tmp_path / "agent.yaml").write_bytes(LATIN if name == "agent.yaml" else text.encode())
+    assert main(["run", "--config", str(tmp_path / "agent.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("E_CONFIG: ")
+    assert shown.count("\n") == 1
+    assert name in shown
+
+
+@pytest.mark.parametrize("module", ["liberatai_agent", "liberatai_coordinator"])
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(module: str) -> None:
+    script = (
+        f"import sys; from {module}.{'cli' if module.endswith('agent') else 'cli.app'} import main\n"
+        "main(['version']); print('81 \\N{DEGREE SIGN}C \\N{HORIZONTAL ELLIPSIS}')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+    assert done.stdout.endswith(b"81 ?C ?\n")

@@ -154,6 +154,11 @@ class MemoryJobs:
     async def abort(self, name: str) -> JobView:
         return self._state(name, find(self.memory.trainings, name, "job").state, "aborted")
 
+    async def delete(self, name: str) -> None:
+        if find(self.memory.trainings, name, "job").state == "running":
+            raise StateError(f"job {name} is running")
+        del self.memory.trainings[name]
+
     def _state(self, name: str, before: str, after: JobState) -> JobView:
         job = find(self.memory.trainings, name, "job")
         if job.state != before:

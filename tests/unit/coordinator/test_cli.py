@@ -95,7 +95,10 @@ def test_the_tree_has_every_command_of_the_design() -> None:
     assert paths >= {
         *("serve", "doctor", "demo", "version"),
         *(f"devices {verb}" for verb in ("list", "show", "approve", "quarantine", "release")),
-        *(f"jobs {verb}" for verb in ("create", "list", "show", "watch", "pause", "resume", "abort")),
+        *(
+            f"jobs {verb}"
+            for verb in ("create", "list", "show", "watch", "pause", "resume", "abort", "delete")
+        ),
         *(f"models {verb}" for verb in ("list", "show", "log", "fit", "pull", "export")),
         "plan show",
     }
@@ -331,6 +334,18 @@ def test_a_new_job_says_how_to_follow_it(
     assert capsys.readouterr().out.endswith("follow it: liberatai jobs watch digits\n")
     assert main(["jobs", "create", "-f", str(job_file), "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
+
+
+def test_an_ended_job_is_deleted(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    assert main(["jobs", "delete", "digits"]) == 1
+    assert "E_STATE" in capsys.readouterr().err
+    assert main(["jobs", "abort", "digits"]) == 0
+    assert main(["jobs", "delete", "digits"]) == 0
+    assert "still lists its versions" in capsys.readouterr().out
+    assert main(["jobs", "delete", "digits"]) == 4
 
 
 @pytest.mark.parametrize("state", ["open", "closed", "abandoned"])

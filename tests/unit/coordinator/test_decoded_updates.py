@@ -9,12 +9,21 @@ import pytest
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
-from liberatai_coordinator.models.members import Member, Public, trained_part
-from liberatai_coordinator.models.updates import Decoded, Kept, changes, check_update, packed
+from liberatai_coordinator.models.members import Member, Public, trained_part, trained_structure
+from liberatai_coordinator.models.updates import (
+    Decoded,
+    Kept,
+    changes,
+    check_update,
+    check_updates,
+    difference,
+    packed,
+)
 from liberatai_core.aggregator.packed import Packed, unpack
 from liberatai_core.contract.messages import Update, update_id, work_seed
+from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.families import initial_weights, structure_of
-from liberatai_core.sparsifier import methods
+from liberatai_core.sparsifier import codec, methods
 from liberatai_core.sparsifier.top_k import init
 from liberatai_core.structure import DataContract, Structure
 
@@ -158,3 +167,46 @@ def test_decoded_updates_are_kept_in_bounded_memory() -> None:
     assert (list(kept), kept.nbytes) == ([b"d"], 16)
     kept.clear()
     assert (len(kept), kept.nbytes) == (0, 0)
+
+
+def test_updates_are_checked_together_as_one_by_one() -> None:
+    """Of several jobs and structures, with every kind of refusal between them."""
+    jobs = [job(), job("dense"), job("random_k"), job("topk_small_dense")]
+    asked = [(one, structures()[one.structure], given) for given in jobs for one in updates(given)[:4]]
+    change = msgspec.structs.replace
+    one, structure, given = asked[0]
+    huge = np.full(trained_part(jobs[1], structure).part.parameters, 2e3, np.float32)
+    asked += [
+        (change(one, codec="dense"), structure, given),
+        (change(one, body=b""), structure, given),
+        (change(one, body=one.body[:-1]), structure, given),
+        (change(one, body=b"\x04" + one.body[1:]), structure, given),
+        (change(one, class_counts=(1, 2)), structure, given),
+        (change(one, class_counts=(9, 9, 9)), structure, given),
+        (change(one, evaluation=(3, 2)), structure, given),
+        (change(asked[4][0], body=codec.encode_dense(huge)), structure, jobs[1]),
+        (change(asked[8][0], device="other"), structure, jobs[2]),
+        (change(asked[12][0], body=asked[12][0].body[:9]), structure, jobs[3]),
+    ]
+    order = np.random.default_rng(0).permutation(len(asked))
+    asked = [asked[place] for place in order]
+    found = check_updates(asked)
+    assert sum(isinstance(one, LiberataiError) for one in found) == 10
+    for together, (sent, of, by) in zip(found, asked, strict=True):
+        if isinstance(together, LiberataiError):
+            with pytest.raises(type(together)) as alone:
+                check_update(sent, of, by)
+            assert str(alone.value) == str(together)
+        else:
+            assert together.content == check_update(sent, of, by).content
+            np.testing.assert_array_equal(
+                unpack(together.packed), difference(by, sent, trained_part(by, of).part)
+            )
+
+
+@pytest.mark.parametrize("given", [job(), job("dense")])
+def test_the_trained_structure_is_that_of_the_drawn_part(given: JobSpec) -> None:
+    big = structure_of("mlp", {"hidden": 400}, DATA)
+    for structure in (*structures().values(), big):
+        assert trained_structure(given, structure) == trained_part(given, structure).part
+        assert trained_structure(given, structure) is trained_structure(given, structure)

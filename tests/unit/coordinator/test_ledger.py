@@ -8,8 +8,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from liberatai_coordinator.store import migration, refusals, writer
+from liberatai_coordinator.store import database, migration, refusals, rounds, writer
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import Manifest, Member, StepRecord, encode_manifest
 from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
@@ -204,9 +206,9 @@ def test_a_frame_damaged_on_disk_is_found(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(1))
     ledger.close()
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        database.execute("UPDATE update_frames SET frame = x'00'")
-    database.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.execute("UPDATE update_frames SET frame = x'00'")
+    file.close()
     ledger = opened(tmp_path)
     with pytest.raises(DigestError, match="device-1 is damaged"):
         ledger.updates.of_round("digits", 1)
@@ -454,9 +456,9 @@ def test_a_damaged_database_is_refused_with_what_to_do(tmp_path: Path, damage: s
 
 def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
-    database = sqlite3.connect(tmp_path / "ledger.db")
-    database.execute("PRAGMA user_version = 99")
-    database.close()
+    file = sqlite3.connect(tmp_path / "ledger.db")
+    file.execute("PRAGMA user_version = 99")
+    file.close()
     with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 2"):
         opened(tmp_path)
 
@@ -910,13 +912,11 @@ def test_no_statement_of_the_hot_paths_scans_a_table_that_grows(tmp_path: Path) 
     ledger.rounds.prune("digits", 0)
     ledger.updates.forget_path("digits", "device-1")
     plans = {}
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
         for statement, values in said.items():
             if statement.split()[0] in {"SELECT", "UPDATE", "DELETE", "INSERT"}:
-                plans[statement] = [
-                    row[3] for row in database.execute("EXPLAIN QUERY PLAN " + statement, values)
-                ]
-    database.close()
+                plans[statement] = [row[3] for row in file.execute("EXPLAIN QUERY PLAN " + statement, values)]
+    file.close()
     assert sum("update_keys" in statement for statement in plans) >= 6
     scans = {statement: plan for statement, plan in plans.items() if any("SCAN" in step for step in plan)}
     assert scans == {}
@@ -927,10 +927,10 @@ def test_the_view_shows_updates_as_people_expect_them(tmp_path: Path) -> None:
     ledger = with_round(tmp_path)
     store(ledger, an_update(1), an_update(2))
     ledger.close()
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        rows = database.execute("SELECT device, job, round, frame, update_id FROM updates ORDER BY device")
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        rows = file.execute("SELECT device, job, round, frame, update_id FROM updates ORDER BY device")
         shown = [(*row,) for row in rows]
-    database.close()
+    file.close()
     expected = [an_update(1), an_update(2)]
     assert shown == [(one.device, one.job, one.round, one.frame, one.update_id) for one in expected]
 
@@ -943,29 +943,27 @@ def test_a_ledger_of_the_first_schema_opens_with_everything_in_it(tmp_path: Path
     invited = msgspec.msgpack.encode([{"device": "a"}, {"device": "b"}])
     updates = [an_update(number, round_number=1 + number // 3) for number in range(9)]
     ids = {number: sorted(one.update_id for one in updates if one.round == number) for number in (1, 2, 3)}
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        database.executescript(first)
-        database.execute("INSERT INTO meta VALUES ('epoch', 7)")
-        database.execute("INSERT INTO jobs VALUES ('digits', x'7b7d', '/', 'running', '', 1.0)")
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.executescript(first)
+        file.execute("INSERT INTO meta VALUES ('epoch', 7)")
+        file.execute("INSERT INTO jobs VALUES ('digits', x'7b7d', '/', 'running', '', 1.0)")
         states = {1: "published", 2: "abandoned", 3: "open"}
         for number, state in states.items():
             frozen = [] if state == "open" else ids[number]
             row = ("digits", number, 5, state, "", 2.0, invited, msgspec.msgpack.encode(frozen))
             digest = hashlib.sha256(b"".join(frozen)).digest()
-            database.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'v', x'01')", (*row, digest)
-            )
+            file.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'v', x'01')", (*row, digest))
         for one in updates:
             frame = None if one.round == 1 else one.frame
             key = (one.update_id, one.job, one.round, one.device, one.structure, one.samples, one.sha256)
-            database.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*key, frame, 3.0))
+            file.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*key, frame, 3.0))
         version = a_version(0, None)
         values = (version.id, version.manifest)
-        database.execute("INSERT INTO versions VALUES ('digits', 0, ?, NULL, ?, 1.0)", values)
-        database.execute("INSERT INTO tags VALUES ('digits', 'stable', 0)")
-        database.execute("INSERT INTO paths VALUES ('digits', 'device-1', x'01')")
-        database.execute("INSERT INTO job_values VALUES ('digits', 'plan', x'02')")
-    database.close()
+        file.execute("INSERT INTO versions VALUES ('digits', 0, ?, NULL, ?, 1.0)", values)
+        file.execute("INSERT INTO tags VALUES ('digits', 'stable', 0)")
+        file.execute("INSERT INTO paths VALUES ('digits', 'device-1', x'01')")
+        file.execute("INSERT INTO job_values VALUES ('digits', 'plan', x'02')")
+    file.close()
     ledger = opened(tmp_path)
     assert ledger.epoch == 8
     assert ledger.jobs.get("digits").state == "running"
@@ -985,27 +983,27 @@ def test_a_ledger_of_the_first_schema_opens_with_everything_in_it(tmp_path: Path
     assert store(ledger, updates[0], updates[4], updates[8]) == ["duplicate"] * 3
     assert store(ledger, an_update(20, round_number=3)) == ["stored"]
     ledger.close()
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        assert database.execute("PRAGMA foreign_key_check").fetchall() == []
-        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    database.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        assert file.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    file.close()
     opened(tmp_path).close()
 
 
 def test_a_migration_that_is_killed_leaves_the_old_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        database.executescript(Path(__file__).with_name("ledger_schema_1.sql").read_text())
-        before = database.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
-    database.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.executescript(Path(__file__).with_name("ledger_schema_1.sql").read_text())
+        before = file.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
+    file.close()
     monkeypatch.setattr(migration, "_AFTER", ("SELECT * FROM nowhere",))
     with pytest.raises(DiskError):
         opened(tmp_path)
-    with sqlite3.connect(tmp_path / "ledger.db") as database:
-        assert database.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == before
-        assert database.execute("PRAGMA user_version").fetchone() == (1,)
-    database.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        assert file.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == before
+        assert file.execute("PRAGMA user_version").fetchone() == (1,)
+    file.close()
     monkeypatch.undo()
     opened(tmp_path).close()
 
@@ -1059,4 +1057,187 @@ def test_a_round_tells_who_sent_without_its_frames(tmp_path: Path) -> None:
     told = ledger.updates.senders("digits", 1)
     assert sorted(told) == [(one.device, one.update_id) for one in (an_update(1), an_update(2))]
     assert ledger.updates.senders("digits", 2) == []
+    ledger.close()
+
+
+# --- nobody waits long -------------------------------------------------------------------------------
+
+
+def test_long_work_is_done_in_parts_between_which_others_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "DELETED_ROWS", 10)
+    monkeypatch.setattr(database, "FREED_PAGES", 8)
+    ledger = with_round(tmp_path)
+    store(ledger, *(an_update(number, size=8192) for number in range(95)))
+    ledger.rounds.abandon("digits", 1, "no quorum")
+    commits = count_transactions(ledger)
+    others: list[int] = []
+    give_way = database.Database.slice
+
+    @contextmanager
+    def noting(self: database.Database) -> Iterator[None]:
+        with give_way(self):
+            yield
+            with self.write() as connection:  # as any other thread could now
+                others.append(connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0)
+
+    monkeypatch.setattr(database.Database, "slice", noting)
+    assert ledger.rounds.prune("digits", 0) == 95
+    assert len(commits) > 2 * 10
+    assert max(others) > 190  # two pages of each frame were free
+    assert others[-1] < 8
+    assert (tmp_path / "ledger.db").stat().st_size < 95 * 8192
+    ledger.close()
+
+
+def test_the_log_is_moved_into_the_database_by_the_writer_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SETTLE_BYTES", 100_000)
+    monkeypatch.setattr(writer, "SETTLE_BYTES", 100_000)
+    settled: list[str] = []
+    done = threading.Event()
+    settle = database.Database.settle
+
+    def noting(self: database.Database) -> None:
+        settled.append(threading.current_thread().name)
+        settle(self)
+        done.set()
+
+    monkeypatch.setattr(database.Database, "settle", noting)
+    ledger = with_round(tmp_path)
+    for number in range(10):
+        ledger.jobs.set_value("digits", str(number), b"v")
+    assert done.wait(60)
+    assert set(settled) == {"ledger"}
+    ledger.close()
+
+
+def test_devices_that_were_heard_while_the_disk_was_full_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RETRY_S", 0.05)
+    ledger = opened(tmp_path)
+    full = threading.Event()
+    full.set()
+    tried = threading.Event()
+
+    def commit(connection: sa.Connection) -> None:
+        if full.is_set() and connection.get_execution_options().get("write"):
+            tried.set()
+            raise sqlite3.OperationalError("database or disk is full")
+
+    sa.event.listen(ledger.database.engine, "commit", commit)
+    known = DeviceRow(
+        id="a",
+        public_key=b"k" * 32,
+        status="approved",
+        capability=None,
+        session=1,
+        first_seen_s=1.0,
+        last_seen_s=1.0,
+    )
+    for number in range(100):
+        ledger.devices.remember(replace(known, id=f"device-{number:02}"))
+    ledger.devices.set_traffic(
+        [
+            TrafficRow(
+                device="a", sent_bytes=1, received_bytes=2, session=3, session_sent=4, session_received=5
+            )
+        ]
+    )
+    assert tried.wait(60)
+    ledger.devices.remember(replace(known, id="device-07", session=9))  # newer than what the disk refused
+    with pytest.raises(DiskError):
+        ledger.devices.flush()
+    assert ledger.devices.all() == []
+    full.clear()
+    commits = count_transactions(ledger)
+    deadline = time.monotonic() + 60
+    while len(ledger.devices.all()) < 100 or not ledger.devices.traffic():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(commits) < 20 + 2 * 100  # reads are counted, too
+    assert {row.id: row.session for row in ledger.devices.all()}["device-07"] == 9
+    ledger.close()
+
+
+def test_a_fleet_that_appears_costs_a_few_transactions(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    commits = count_transactions(ledger)
+    for number in range(5000):
+        ledger.devices.remember(
+            DeviceRow(
+                id=f"device-{number}",
+                public_key=b"k" * 32,
+                status="pending",
+                capability=b"c",
+                session=1,
+                first_seen_s=1.0,
+                last_seen_s=1.0,
+            )
+        )
+    ledger.close()
+    assert len(commits) < 100
+    ledger = opened(tmp_path)
+    assert len(ledger.devices.all()) == 5000
+    ledger.close()
+
+
+def test_what_an_operator_decides_is_not_undone_by_what_was_heard_before(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    row = DeviceRow(
+        id="a",
+        public_key=b"k" * 32,
+        status="pending",
+        capability=None,
+        session=1,
+        first_seen_s=1.0,
+        last_seen_s=1.0,
+    )
+    ledger.devices.remember(row)
+    ledger.devices.set_status("a", "approved", "known")
+    ledger.close()
+    ledger = opened(tmp_path)
+    assert [(one.status, one.reason) for one in ledger.devices.all()] == [("approved", "known")]
+    ledger.close()
+
+
+# --- less than everything ----------------------------------------------------------------------------
+
+
+def test_what_a_list_shows_of_rounds_is_read_without_their_long_records(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    assert ledger.rounds.newest("nothing") is None
+    assert ledger.rounds.newest_number("nothing") == 0
+    for number in (1, 2, 3):
+        if number > 1:
+            ledger.rounds.open(replace(a_round(ledger, number), asked=number))
+        store(ledger, *(an_update(device, round_number=number) for device in range(number)))
+        if number < 3:
+            ledger.rounds.close("digits", number)
+            ledger.rounds.set_aggregated("digits", number, f"v{number}", b"short", b"long" * 1000)
+    shown = ledger.rounds.summaries("digits")
+    assert [(row.round, row.state, row.asked, row.updates, row.stats) for row in shown] == [
+        (1, "aggregated", 0, 1, b"short"),
+        (2, "aggregated", 2, 2, b"short"),
+        (3, "open", 3, 3, b""),
+    ]
+    assert ledger.rounds.newest_number("digits") == 3
+    newest = ledger.rounds.newest("digits")
+    assert newest == ledger.rounds.get("digits", 3)
+    assert [row.round for row in ledger.rounds.newest_first("digits", page=2)] == [3, 2, 1]
+    assert ledger.rounds.get("digits", 2).details == b"long" * 1000
+    assert [row.round for row in ledger.rounds.all("digits", after=1)] == [2, 3]
+    ledger.close()
+
+
+def test_pruning_shortens_what_is_known_of_invitations(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    ledger.rounds.abandon("digits", 1, "no quorum")
+    ledger.rounds.open(a_round(ledger, 2))
+    ledger.rounds.prune("digits", 0, lambda invited: invited[:1])
+    ledger.rounds.prune("digits", 0, lambda _invited: b"never twice")
+    assert [row.invited for row in ledger.rounds.all("digits")] == [b"w", b"who"]
     ledger.close()

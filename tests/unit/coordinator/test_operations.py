@@ -1,18 +1,25 @@
 """What a client asks costs what it asks for: a list reads no round, and what ended is read once."""
 
+import asyncio
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
 
 from liberatai_coordinator.api import jobs
+from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import MAX_REMEMBERED, EndedRounds
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.jobs.records import Stats
+from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rounds import RoundStore
-from liberatai_coordinator.store.rows import RoundRow
+from liberatai_coordinator.store.rows import RoundRow, VersionRow
+from liberatai_core.errors import NotFoundError, StateError
 
 JOB = """
 name: digits
@@ -95,6 +102,52 @@ def test_a_job_that_is_created_again_shows_none_of_the_rounds_of_the_old_one(led
     again = type(row)(name=row.name, spec=row.spec, base_dir=row.base_dir, created_s=row.created_s + 1)
     open_round(ledger, 2)
     assert [view.round for view in ended.rounds(ledger, again, {})] == [1, 2]
+
+
+def test_a_job_counts_only_the_versions_that_it_made_itself(ledger: Ledger) -> None:
+    manifest = b"m"
+    version = VersionRow(
+        model="digits",
+        number=0,
+        id=sha256(manifest).hexdigest(),
+        parent=None,
+        manifest=manifest,
+        created_s=1.0,
+    )
+    ledger.versions.add(version)
+    (job,) = jobs.summaries(ledger, {})
+    assert (job.rounds_done, job.version) == (0, 0)
+    ledger.jobs.set_state("digits", "finished")
+    ledger.jobs.delete("digits")
+    ledger.jobs.create("digits", msgspec.json.encode(parse_job(JOB, "job")), ".", 2.0)
+    assert jobs.summaries(ledger, {})[0].rounds_done == 0
+    for number in (1, 2):
+        manifest = bytes([number])
+        version = VersionRow(
+            model="digits",
+            number=number,
+            id=sha256(manifest).hexdigest(),
+            parent=version.id,
+            manifest=manifest,
+            created_s=2.0,
+        )
+        ledger.versions.add(version)
+    (job,) = jobs.summaries(ledger, {})
+    assert (job.rounds_done, job.version) == (1, 2)
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("camera-0l", "camera-01"), ("gatewy", "gateway"), ("zzz", "")])
+def test_a_misspelt_name_is_answered_with_the_one_that_is_most_like_it(asked: str, meant: str) -> None:
+    error = asyncio.run(not_found(NotFoundError("no device"), asked, ["camera-01", "gateway", "x"]))
+    assert str(error) == ("no device" + (f"; did you mean {meant}?" if meant else ""))
+
+
+def test_a_job_that_is_not_there_is_answered_with_the_one_that_was_meant(ledger: Ledger) -> None:
+    asked = jobs.Jobs(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
+    with pytest.raises(NotFoundError, match=r"job digts: .*; did you mean digits\?"):
+        asyncio.run(asked.show("digts"))
+    with pytest.raises(StateError, match="job digits is waiting: it cannot be deleted"):
+        asyncio.run(asked.delete("digits"))
 
 
 def test_only_the_jobs_asked_for_last_are_remembered(ledger: Ledger) -> None:

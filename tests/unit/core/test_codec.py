@@ -386,6 +386,102 @@ def test_scales_are_rounded_to_eight_significant_bits() -> None:
     assert np.isfinite(codec.round_scale(float(np.finfo(np.float32).max)))
 
 
+# --- many at a time ----------------------------------------------------------------------------------
+
+
+def outcome(found: Any) -> tuple[Any, ...]:
+    if isinstance(found, LiberataiError):
+        return type(found), str(found)
+    positions, values = found
+    return positions.astype(np.int64).tobytes(), values.tobytes()
+
+
+def alone(data: bytes, parameters: int) -> tuple[Any, ...]:
+    try:
+        return outcome(codec.decode(data, parameters))
+    except LiberataiError as error:
+        return outcome(error)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_streams_say_what_each_says_alone_and_a_bad_one_spoils_no_other(seed: int) -> None:
+    """Sound, damaged, cut and foreign streams of all shapes, decoded together in any order."""
+    generator = np.random.default_rng(seed)
+    pool = [*streams().values()]
+    for density in (1.0, 0.3, 0.05):
+        for levels in (1, 3, 255):
+            pool += [(codec.encode(laplace(size, density, levels, seed), size), size) for size in (700, 9000)]
+    asked = []
+    for data, parameters in pool * 3:
+        damaged = bytearray(data)
+        match generator.integers(0, 4):
+            case 0:
+                damaged[generator.integers(0, len(data))] ^= 1 << generator.integers(0, 8)
+            case 1:
+                del damaged[generator.integers(0, len(data)) :]
+            case 2 if len(data) > 60:
+                damaged[40:] = generator.bytes(len(data) - 40)
+        asked.append((bytes(damaged), parameters))
+    asked += [(asked[0][0], 7), (b"", 50)]
+    generator.shuffle(asked)
+    found = codec.decode_all(asked)
+    wanted = [alone(*one) for one in asked]
+    assert [outcome(one) for one in found] == wanted
+    refused = sum(isinstance(one, LiberataiError) for one in found)
+    assert 10 < refused < len(found) - 10
+
+
+def test_nothing_to_decode_is_nothing() -> None:
+    assert codec.decode_all([]) == []
+
+
+def by_the_book(data: bytes, coded: rans.Coded, lanes: int) -> tuple[list[int], bytes]:
+    """Decode a message symbol by symbol, as the head of `rans` describes it."""
+    states = [1 << 24 | int.from_bytes(data[3 * lane : 3 * lane + 3], "big") for lane in range(lanes)]
+    rest, at, symbols = data[3 * lanes :], 0, []
+    bits = "".join(f"{byte:08b}" for byte in rest)
+    for number, owner in enumerate(coded.of_symbols().tolist()):
+        table, lane = coded.tables[owner].tolist(), number % lanes
+        slot, symbol = states[lane] % rans.TOTAL, 0
+        while slot >= table[symbol]:
+            slot -= table[symbol]
+            symbol += 1
+        states[lane] = table[symbol] * (states[lane] // rans.TOTAL) + slot
+        symbols.append(symbol)
+        while states[lane] < 1 << 24:
+            states[lane] = 2 * states[lane] + int(bits[at])
+            at += 1
+    heads = b"".join((state - (1 << 24)).to_bytes(3, "big") for state in states)
+    return symbols, heads + rest[(at + 7) // 8 :]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 50, 700])
+def test_messages_side_by_side_say_what_the_book_says(lanes: int) -> None:
+    """Messages of one to three tables, one of which has one symbol only, and with a table per symbol."""
+    generator = np.random.default_rng(lanes)
+    tables = [rans.normalise(generator.integers(0, 1000, size)) for size in (1, 2, 300)]
+    messages, wanted = [], []
+    for number in range(6):
+        counts = [int(n) for n in generator.integers(1, 300, 4)]
+        owners = [2, 0, 1, 2]
+        each = np.repeat(np.array(owners, np.uint8), counts)
+        if number % 3 == 2:
+            generator.shuffle(each)
+            coded = rans.Coded(tables, counts, owners, each)
+        else:
+            coded = rans.Coded(tables, counts, owners)
+        own = min(lanes + number % 2, coded.symbols)
+        drawn = [generator.choice(tables[o].size, p=tables[o] / rans.TOTAL) for o in each.tolist()]
+        data = rans.encode(np.array(drawn), coded, own, generator.bytes(1000))
+        messages.append(rans.Message(data, coded, own))
+        wanted.append((drawn, by_the_book(data, coded, own)[1]))
+        assert by_the_book(data, coded, own)[0] == drawn
+    short = rans.Message(messages[0].data[: 3 * messages[0].lanes + 1], messages[0].coded, messages[0].lanes)
+    found: list[Any] = rans.decode_all([*messages, short])
+    assert isinstance(found.pop(), CodecError)
+    assert [(symbols.tolist(), raw) for symbols, raw in found] == wanted
+
+
 # --- memory ------------------------------------------------------------------------------------------
 
 

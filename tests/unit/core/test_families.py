@@ -1,5 +1,7 @@
 """The zoo: parameter counts of the papers, batch norm in the flat vector, smaller members, out-of-the-box training."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,47 @@ def test_multiply_accumulates_are_those_of_the_papers(
     family: str, params: Any, data: Any, macs: float
 ) -> None:
     assert cost(structure_of(family, params, data), data).macs_per_sample == pytest.approx(macs, rel=0.01)
+
+
+EVERY = [
+    *DEEP,
+    ("mlp", {"hidden": 8}),
+    ("cnn", {"width": 4, "hidden": 8}),
+    ("ds_cnn", {"width": 4}),
+]
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(("family", "params"), EVERY)
+def test_shapes_of_layers_are_those_that_torch_gives(
+    family: str, params: Any, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = params if family == "mlp" else params | {"norm": norm}
+    structure = structure_of(family, given, CIFAR)
+    ours = cost(structure, CIFAR)
+    monkeypatch.setattr(families.shapes, "without_weights", lambda _module: False)
+    assert cost(structure, CIFAR) == ours
+
+
+def test_a_layer_that_only_torch_knows_is_left_to_torch() -> None:
+    odd = torch.nn.Bilinear(2, 2, 2)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), odd)
+    assert not families.shapes.without_weights(module)
+    assert "forward" not in vars(module[0])
+
+
+def test_counting_imports_no_compiler() -> None:
+    """On device "meta" torch imports its compiler and sympy for a ReLU: seconds at every start."""
+    program = f"""
+import sys
+from liberatai_core.learning.families import cost, structure_of
+from liberatai_core.structure import DataContract
+data = DataContract(input_shape=(3, 32, 32), classes=10)
+for family, params in {EVERY!r}:
+    cost(structure_of(family, params, data), data)
+assert not {{"torch._dynamo", "sympy"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- shapes -------------------------------------------------------------------------------------------

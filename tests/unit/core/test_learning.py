@@ -20,7 +20,7 @@ from liberatai_core.errors import (
 )
 from liberatai_core.learning import families
 from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies, usual_steps
-from liberatai_core.learning.families import cost, initial_weights, structure_of
+from liberatai_core.learning.families import cost, initial_weights, installed, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, log_shares, train
 from liberatai_core.structure import DataContract, Structure, Tensor, to_tensors
 from liberatai_core.weights import to_bytes
@@ -127,11 +127,9 @@ def _with_statistics(_params: Any, data: Any) -> Any:
 def _entry_points(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     for name, function in functions.items():
         monkeypatch.setattr(sys.modules[__name__], name, function, raising=False)
-    points = [EntryPoint(name, f"{__name__}:{name}", families.ENTRY_POINT_GROUP) for name in functions]
+    points = [EntryPoint(name, f"{__name__}:{name}", installed.GROUP) for name in functions]
     monkeypatch.setattr(EntryPoint, "load", lambda self: functions[self.name])
-    monkeypatch.setattr(
-        families, "entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
-    )
+    monkeypatch.setattr(installed, "entry_points", lambda group: points)
 
 
 def test_installed_families_can_be_used_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

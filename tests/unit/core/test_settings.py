@@ -77,6 +77,7 @@ def faults_of(text: str, wanted: Any = Wanted) -> Any:
         ("numbers: 5", "numbers: must be a list (got 5)"),
         ("table: [1]", "table: must be a mapping (got [1])"),
         ("inner: {speed: 1}", "inner.speed: unknown key (known: mode, rate)"),
+        ("inner: {rat: 1}", "inner.rat: unknown key; did you mean rate? (known: mode, rate)"),
     ],
 )
 def test_a_fault_is_one_line_that_says_where_what_and_what_was_there(text: str, fault: str) -> None:

@@ -11,11 +11,10 @@ Third parties add theirs as an installed entry point of the group "liberatai.fam
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from liberatai_core.errors import MissingExtraError, StructureError
-from liberatai_core.learning.families import members
+from liberatai_core.learning.families import installed, members, shapes
 from liberatai_core.learning.families.images import cnn, ds_cnn
 from liberatai_core.learning.families.mobilenet import mobilenet
 from liberatai_core.learning.families.parts import STATISTICS
@@ -28,7 +27,6 @@ from liberatai_core.weights import Vector
 if TYPE_CHECKING:
     import torch
 
-ENTRY_POINT_GROUP = "liberatai.families"
 Build = Callable[[Mapping[str, Parameter], DataContract], "torch.nn.Module"]
 
 FAMILIES: dict[str, Build] = {
@@ -69,7 +67,8 @@ def structure_of(family: str, params: Mapping[str, Parameter], data: DataContrac
     """
     module = build(family, params, data, device="meta")
     tensors = tuple(Tensor(name=name, shape=tuple(t.shape)) for name, t in module.state_dict().items())
-    return Structure(family=family, params=dict(params), tensors=tensors)
+    structure = Structure(family=family, params=dict(params), tensors=tensors)
+    return structure if family in FAMILIES else installed.require_sound(structure)
 
 
 def initial_weights(structure: Structure, data: DataContract, seed: int) -> Vector:
@@ -87,7 +86,7 @@ def initial_weights(structure: Structure, data: DataContract, seed: int) -> Vect
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(structure.family, structure.params, data)
-    return from_tensors({name: t.numpy() for name, t in module.state_dict().items()}, structure)
+    return from_tensors({name: t.cpu().numpy() for name, t in module.state_dict().items()}, structure)
 
 
 def statistics_of(structure: Structure) -> frozenset[str]:
@@ -158,34 +157,62 @@ def sliced(weights: Vector, structure: Structure, member: Structure) -> Vector:
 
 
 def cost(structure: Structure, data: DataContract) -> Cost:
-    """Return multiply-accumulates and activation memory of one sample, counted on shapes only."""
+    """Return multiply-accumulates and activation memory of one sample.
+
+    Built-in families are counted on shapes only. An installed one is tried: a step of training with two
+    samples must go through.
+
+    Raises:
+        StructureError: an installed family does not compute logits; the text names the layer.
+    """
     require_torch()
     import torch
 
-    module = build(structure.family, structure.params, data, device="meta").eval()
+    if structure.family in FAMILIES:
+        module = build(structure.family, structure.params, data, device="meta").eval()
+    else:
+        module = build(structure.family, structure.params, data)
+        installed.require_trainable(structure, module, data)
     macs = 0
     values = math.prod(data.input_shape)
 
-    def count(layer: "torch.nn.Module", _inputs: object, output: "torch.Tensor") -> None:
+    def count(layer: "torch.nn.Module", _inputs: object, output: object) -> None:
         nonlocal macs, values
-        values += output.numel()
-        if isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-            macs += output.numel() * layer.weight[0].numel()
-        elif isinstance(layer, torch.nn.Linear):
-            macs += output.numel() * layer.in_features
+        values += installed.sizes(output)
+        macs += _macs(layer, output)
 
     for layer in module.modules():
         if not any(True for _ in layer.children()):
             layer.register_forward_hook(count)
-    with torch.no_grad():
-        module(torch.empty((1, *data.input_shape), device="meta"))
+    with_values = structure.family not in FAMILIES or shapes.without_weights(module)
+    device = "cpu" if with_values else "meta"
+    with installed.blamed(structure.id), torch.no_grad():
+        module(torch.zeros((1, *data.input_shape), device=device))
     return Cost(macs_per_sample=macs, activation_bytes_per_sample=4 * values)
+
+
+def _macs(layer: "torch.nn.Module", output: object) -> int:
+    """Return the multiply-accumulates of a convolution, a dense or a recurrent layer; of others 0."""
+    import torch
+
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, torch.Tensor):
+        return 0
+    if isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        return first.numel() * layer.weight[0].numel()
+    if isinstance(layer, torch.nn.Linear):
+        return first.numel() * layer.in_features
+    if isinstance(layer, torch.nn.RNNBase):
+        # Every weight once per step; the last axis of the output has the units of all directions.
+        steps = first.numel() // max(first.shape[-1], 1)
+        return steps * sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+    return 0
 
 
 def build(
     family: str, params: Mapping[str, Parameter], data: DataContract, *, device: str = "cpu"
 ) -> "torch.nn.Module":
-    """Return a new module of this family; on device "meta" it has shapes and no values.
+    """Return a new module of this family; on device "meta" it has shapes and no values (see `installed`).
 
     Raises:
         StructureError: see `structure_of`.
@@ -193,12 +220,12 @@ def build(
     require_torch()
     import torch
 
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        module = builder(family)(params, data)
-    state = set(module.state_dict()) - {name for name, _ in module.named_parameters()}
-    if family not in FAMILIES and state:
-        raise StructureError(f"{family}: {min(state)} is no parameter: running statistics do not federate")
-    return module
+    make = builder(family)
+    with torch.random.fork_rng(devices=[]):
+        if family not in FAMILIES:
+            return installed.built(family, make, params, data, device)
+        with torch.device(device):
+            return make(params, data)
 
 
 def require_same(structure: Structure, module: "torch.nn.Module") -> None:
@@ -212,21 +239,21 @@ def require_same(structure: Structure, module: "torch.nn.Module") -> None:
 
 def known_families() -> list[str]:
     """Return the names of all built-in and installed families, sorted."""
-    return sorted({*FAMILIES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*FAMILIES, *installed.names()})
 
 
 def builder(family: str) -> Build:
     """Return the builder of a family; a built-in name cannot be replaced by an entry point.
 
     Raises:
-        StructureError: no such family; the text lists those that exist.
+        StructureError: no such family (the text lists those that exist), or it cannot be imported.
     """
     if family in FAMILIES:
         return FAMILIES[family]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=family):
-        loaded: Build = point.load()
-        return loaded
-    raise StructureError(f"unknown family {family!r}: known are {', '.join(known_families())}")
+    found: Build | None = installed.find(family)
+    if found is None:
+        raise StructureError(f"unknown family {family!r}: known are {', '.join(known_families())}")
+    return found
 
 
 def require_torch() -> None:

@@ -70,7 +70,7 @@ def start_as_he(module: "torch.nn.Module", factor: float = 1.0) -> "torch.nn.Mod
     from torch import nn
 
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:  # there it has no values
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             layer.weight.data.mul_(factor)
     return module
