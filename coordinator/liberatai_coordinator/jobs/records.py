@@ -89,15 +89,15 @@ def newest_contributions(ledger: Ledger, device: str) -> list[tuple[str, int, Co
 
 def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, str, int, Contribution]]:
     """Yield (time of its round, job, round, what it gave) of one job, the newest first."""
-    for row in reversed(ledger.rounds.all(job)):
-        given = stats_of(row).contributions.get(device)
+    for row in ledger.rounds.newest_first(job):
+        given = stats_of(row.stats).contributions.get(device)
         if given is not None:
             yield row.opened_s, job, row.round, given
 
 
-def stats_of(row: RoundRow) -> Stats:
-    """Return what is known of a round."""
-    return msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
+def stats_of(stats: bytes) -> Stats:
+    """Return what the ledger knows of a round."""
+    return msgspec.msgpack.decode(stats, type=Stats) if stats else Stats()
 
 
 def invited_in(row: RoundRow) -> list[deciding.Invitation]:

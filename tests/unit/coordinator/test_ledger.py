@@ -1213,7 +1213,8 @@ def test_what_a_list_shows_of_rounds_is_read_without_their_long_records(tmp_path
     assert ledger.rounds.newest_number("nothing") == 0
     for number in (1, 2, 3):
         if number > 1:
-            ledger.rounds.open(replace(a_round(ledger, number), asked=number))
+            invited = msgspec.msgpack.encode([{"device": device} for device in range(number)])
+            ledger.rounds.open(replace(a_round(ledger, number), invited=invited))
         store(ledger, *(an_update(device, round_number=number) for device in range(number)))
         if number < 3:
             ledger.rounds.close("digits", number)

@@ -70,7 +70,7 @@ def test_figures_are_kept_over_a_restart_and_older_rounds_have_none(tmp_path: Pa
     ledger.close()
     ledger = Ledger.open(tmp_path)
     try:
-        first, second = map(stats_of, ledger.rounds.all("job"))
+        first, second = (stats_of(row.stats) for row in ledger.rounds.all("job"))
     finally:
         ledger.close()
     assert (first.seconds, first.local, first.central, first.use) == (2.0, None, None, "")
