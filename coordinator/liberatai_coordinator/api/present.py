@@ -27,7 +27,7 @@ from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
-from liberatai_coordinator.store.manifests import Manifest, Member, decode_manifest, decode_variant
+from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode_manifest, decode_variant
 from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
 from liberatai_core.compressor.artifact import TensorSize
 from liberatai_core.compressor.codebook import smallest_bytes
@@ -280,7 +280,7 @@ def variant_detail(row: VariantRow, sizes: Sequence[TensorSize]) -> VariantDetai
     )
 
 
-def sizes_view(structure: str, member: Member, sizes: Sequence[TensorSize]) -> SizesView:
+def sizes_view(structure: str, member: MemberRecord, sizes: Sequence[TensorSize]) -> SizesView:
     """Return where the bytes of one structure's files go.
 
     Args:
