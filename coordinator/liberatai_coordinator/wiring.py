@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.routes import make_app, serve_uds
+from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.publisher import Publisher
