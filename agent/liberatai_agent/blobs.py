@@ -2,7 +2,8 @@
 
 A blob is asked for by its exact topics only, each unsubscribed when its content is on disk. One that fits
 a message is its own chunk 0; of a longer one the manifest comes first, then at most WINDOW_CHUNKS chunks at
-once over all blobs. What is there after a crash is not asked for again. A file carries its final name only
+once over all blobs. A short one comes in chunks, too, if the broker takes only smaller messages; its chunk 0
+shows that. What is there after a crash is not asked for again. A file carries its final name only
 when its SHA-256 gives its id.
 """
 
@@ -296,8 +297,7 @@ class Fetcher:
         """
         if self._store.has(ref):
             return
-        if ref.size_bytes <= MAX_SINGLE_BYTES:
-            await self._single(ref)
+        if ref.size_bytes <= MAX_SINGLE_BYTES and await self._single(ref):
             return
         async with self._window:
             manifest = await self._manifest(ref)
@@ -321,12 +321,17 @@ class Fetcher:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _single(self, ref: BlobRef) -> None:
-        def keep(payload: bytes) -> None:
+    async def _single(self, ref: BlobRef) -> bool:
+        """Fetch a blob in one message; False: it was cut, for a broker that takes only smaller ones."""
+
+        def keep(payload: bytes) -> bool:
+            if 0 < len(payload) < ref.size_bytes:
+                return False
             self._store.put(ref, payload)
+            return True
 
         async with self._window:
-            await self._ask(self._topics.blob(ref.blob, 0), keep)
+            return await self._ask(self._topics.blob(ref.blob, 0), keep)
 
     async def _manifest(self, ref: BlobRef) -> BlobManifest:
         def read(payload: bytes) -> BlobManifest:

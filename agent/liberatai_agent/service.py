@@ -370,7 +370,8 @@ class Service:
                 self._saying.pause()
                 self.happened(on.LinkDown())
             case Refused():
-                log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
+                if (event.topic, event.words) not in self._session.refused:  # once per connection
+                    log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
                 size = event.max_packet_bytes if event.what == "size" else 0
                 self.happened(on.BrokerRefused(topic=event.topic, words=event.words, packet_bytes=size))
             case Received():

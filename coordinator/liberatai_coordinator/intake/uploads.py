@@ -30,6 +30,9 @@ class Uploads:
         key = (offer.device, offer.transfer)
         if offer.size_bytes > self.max_bytes:
             raise QuotaError(f"upload of {offer.size_bytes} bytes, at most {self.max_bytes}")
+        known = self.open.get(key)
+        if known is not None and known.chunk_bytes != offer.chunk_bytes:
+            self.drop(key)  # cut anew: its broker takes only smaller pieces
         if key not in self.open:
             mine = [other for other in self.open if other[0] == offer.device]
             if len(mine) >= OFFERS_PER_DEVICE:

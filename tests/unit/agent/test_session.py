@@ -866,3 +866,12 @@ def test_a_step_leaves_the_old_session_alone() -> None:
     s.step(before, on.TaskArrived(task=a_task()))
     assert before == replace(before)
     assert before.task is None
+
+
+def test_an_update_is_sent_in_smaller_pieces_when_the_broker_takes_only_those() -> None:
+    unsent = on.Unsent(update_id=b"u" * 16, job="j", round=1, transfer="t", size_bytes=100 * KIB)
+    play = Play(on.Started(unsent=(unsent,)), on.LinkUp())
+    offers = of(play(on.CoordinatorChanged(state="online", epoch=1)), do.SendUpdate)
+    assert offers == [do.SendUpdate(update_id=b"u" * 16)]
+    found = of(play(on.BrokerRefused(topic="x", words="too long", packet_bytes=16 * KIB)), do.SendOffer)
+    assert found == [do.SendOffer(update_id=b"u" * 16, chunk_bytes=16 * KIB - 512)]
