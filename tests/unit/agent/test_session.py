@@ -843,8 +843,8 @@ def test_an_update_that_is_too_long_for_the_broker_goes_in_smaller_pieces() -> N
     play(on.TaskArrived(task=task), *stored(task), on.Trained(update_id=task.task_id, result=RESULT))
     got = play(on.OutboxStored(update_id=task.task_id, transfer="x", size_bytes=20_000))
     assert of(got, do.SendUpdate)
-    play(on.BrokerRefused(topic="x", words="", packet_bytes=5096))
-    assert of(play(on.Tick(now_s=5.0)), do.SendOffer)[0].chunk_bytes == 1024
+    got = play(on.BrokerRefused(topic="x", words="", packet_bytes=5096))
+    assert of(got, do.SendOffer)[0].chunk_bytes == 5096 - 512
 
 
 def test_every_state_of_the_work_is_in_the_table() -> None:
@@ -866,12 +866,3 @@ def test_a_step_leaves_the_old_session_alone() -> None:
     s.step(before, on.TaskArrived(task=a_task()))
     assert before == replace(before)
     assert before.task is None
-
-
-def test_an_update_is_sent_in_smaller_pieces_when_the_broker_takes_only_those() -> None:
-    unsent = on.Unsent(update_id=b"u" * 16, job="j", round=1, transfer="t", size_bytes=100 * KIB)
-    play = Play(on.Started(unsent=(unsent,)), on.LinkUp())
-    offers = of(play(on.CoordinatorChanged(state="online", epoch=1)), do.SendUpdate)
-    assert offers == [do.SendUpdate(update_id=b"u" * 16)]
-    found = of(play(on.BrokerRefused(topic="x", words="too long", packet_bytes=16 * KIB)), do.SendOffer)
-    assert found == [do.SendOffer(update_id=b"u" * 16, chunk_bytes=16 * KIB - 512)]
