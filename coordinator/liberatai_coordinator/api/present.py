@@ -29,8 +29,8 @@ from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
 from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode_manifest, decode_variant
 from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
-from liberatai_core.compressor.artifact import TensorSize
 from liberatai_core.compressor.codebook import smallest_bytes
+from liberatai_core.compressor.contents import TensorSize
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
