@@ -22,7 +22,7 @@ from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.jobs import judging
 from liberatai_coordinator.jobs.materials import candidates_of, load_public, load_test, spec_of
 from liberatai_coordinator.jobs.publisher import Publisher
-from liberatai_coordinator.jobs.records import Stats, kept
+from liberatai_coordinator.jobs.records import Stats, kept, parts_of, shortened
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
@@ -291,7 +291,7 @@ class Runner:
         await self._publish_chains()
         await self._publish_head("running")
         self.ledger.rounds.set_published(self.job.name, row.round)
-        await self._long(self.ledger.rounds.prune, self.job.name, 2)
+        await self._long(self.ledger.rounds.prune, self.job.name, 2, shortened)
         self._round_over()
         wanted = {step.blob.blob for chain in self.versions.now.chains.values() for step in chain}
         ways = [one.way for one in self._standing(set()) if one.way is not None]
@@ -593,7 +593,7 @@ class Runner:
                 **{name: getattr(judged, name) for name in JUDGED},
                 seconds=0.0 if started is None else time.monotonic() - started,
             )
-        self.ledger.rounds.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(judged))
+        self.ledger.rounds.set_aggregated(self.job.name, number, made, *parts_of(judged))
         self.ledger.jobs.set_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))
 
     async def _judged(self, updates: Sequence[Update]) -> Stats:
