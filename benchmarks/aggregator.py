@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from benchmarks.simulation import Floats, Labels, Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
+from liberatai_coordinator.models.ensembles import answer
 from liberatai_coordinator.models.members import Public, derive_seed
 from liberatai_core.aggregator.ensemble import Evidence, Pool, accuracy, pooled
 from liberatai_core.aggregator.guard import divided, guard
@@ -256,7 +257,7 @@ def federated(
         labelled=labelled,
         class_counts={sid: one.class_counts for sid, one in now.members.items()},
         seconds=0.0,
-        together=now.ensemble.combine(np.stack([asked[sid] for sid in now.ensemble.members])),
+        together=answer(now.ensemble, np.stack([asked[sid] for sid in now.ensemble.members])),
         guard=f"{now.ensemble.method}: {now.ensemble.guard}",
     )
 

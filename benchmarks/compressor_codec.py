@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from liberatai_core.compressor import artifact, codebook
+from liberatai_core.compressor import artifact, codebook, contents
 from liberatai_core.structure import Structure, Tensor
 from liberatai_core.weights import Vector
 
@@ -101,7 +101,7 @@ def measure(prepared: codebook.Prepared, budget: int) -> dict[str, Any]:
     start = time.process_time()
     file = codebook.compress_prepared(prepared, budget)
     seconds = time.process_time() - start
-    entropy = artifact.entropy_bits(file, structure) / 8
+    entropy = contents.entropy_bits(file, structure) / 8
     times = []
     for _ in range(REPEATS):
         start = time.process_time()

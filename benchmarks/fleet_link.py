@@ -130,6 +130,11 @@ class SocketLink:
     async def unsubscribe(self, *filters: str) -> None:
         """Do nothing, as above."""
 
+    @property
+    def max_packet_bytes(self) -> int:
+        """What an agent announces."""
+        return MAX_PACKET_BYTES
+
     def urgent(self, on: bool) -> None:
         """Nothing: this link never tries again."""
 

@@ -26,6 +26,7 @@ import torch
 from benchmarks.simulation import Population, newest
 from benchmarks.sparsifier import population
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
+from liberatai_coordinator.models.ensembles import answer
 from liberatai_coordinator.models.members import Public
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.contract.messages import Training
@@ -119,7 +120,7 @@ def run_arm(
         sid: log_probabilities(one.structure, people.data, one.view, x) for sid, one in now.members.items()
     }
     ids = [structure_of(family, params, people.data).id for family, params in members]
-    together = now.ensemble.combine(np.stack([answers[sid] for sid in now.ensemble.members]))
+    together = answer(now.ensemble, np.stack([answers[sid] for sid in now.ensemble.members]))
     reached = {sid: round(accuracy(answers[sid], y), 4) for sid in ids}
     return {
         "members": reached,

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import aggregator, robustness
 from benchmarks.simulation import Tamper, newest
 from liberatai_coordinator.config import JobSpec
+from liberatai_coordinator.models.ensembles import answer
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.aggregator.rules import ROBUST, RULES, feared
 from liberatai_core.contract.messages import Update
@@ -91,7 +92,7 @@ def run_arm(work: Work) -> Row:
     now = newest(job, people, public=given.public, structures=owners, tamper=tamper)
     x, y = given.people.test
     asked = {sid: log_probabilities(one.structure, data, one.view, x) for sid, one in now.members.items()}
-    together = now.ensemble.combine(np.stack([asked[sid] for sid in now.ensemble.members]))
+    together = answer(now.ensemble, np.stack([asked[sid] for sid in now.ensemble.members]))
     row = Row(
         attack=attack,
         students={sid: accuracy(asked[sid], y) for sid in given.ids},

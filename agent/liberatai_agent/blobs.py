@@ -2,7 +2,8 @@
 
 A blob is asked for by its exact topics only, each unsubscribed when its content is on disk. One that fits
 a message is its own chunk 0; of a longer one the manifest comes first, then at most WINDOW_CHUNKS chunks at
-once over all blobs. What is there after a crash is not asked for again. A file carries its final name only
+once over all blobs. A short one comes in chunks, too, if the broker takes only smaller messages; its chunk 0
+shows that. What is there after a crash is not asked for again. A file carries its final name only
 when its SHA-256 gives its id.
 """
 
@@ -42,6 +43,8 @@ MESSAGE_TIMEOUT_S = 60.0
 """A retained message comes at once; a minute is a broken transfer, or a blob that is not there."""
 SYNC_EVERY_CHUNKS = 8
 """1 MiB: what a power cut may cost, against wear of the card."""
+MIN_CHUNK_BYTES = 1024
+"""No blob is cut smaller (see `BlobManifest`); what is shorter and not the whole is nothing."""
 _UNBELIEVED = (
     FrameError,
     TooLargeError,
@@ -59,6 +62,10 @@ _PATH = "path.msgpack"
 _PATH_BYTES = 128 * MAX_CHAIN
 """A step takes some 60 bytes."""
 _STEPS = msgspec.msgpack.Decoder(tuple[Step, ...])
+
+
+class _CutError(Exception):
+    """A blob that would fit one message comes in pieces, or from a liar: its manifest will tell."""
 
 
 class BlobStore:
@@ -297,10 +304,12 @@ class Fetcher:
         if self._store.has(ref):
             return
         if ref.size_bytes <= MAX_SINGLE_BYTES:
-            await self._single(ref)
-            return
-        async with self._window:
-            manifest = await self._manifest(ref)
+            manifest = await self._single(ref)
+            if manifest is None:
+                return
+        else:
+            async with self._window:
+                manifest = await self._manifest(ref)
         partial = self._store.partial(ref, manifest.chunk_bytes)
         await self._chunks(ref, partial)
         await asyncio.to_thread(partial.finish)
@@ -321,12 +330,33 @@ class Fetcher:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _single(self, ref: BlobRef) -> None:
+    async def _single(self, ref: BlobRef) -> BlobManifest | None:
+        """Fetch a blob in one message; a manifest: it was cut, for a broker that takes only smaller ones."""
+        is_cut = asyncio.Event()
+
         def keep(payload: bytes) -> None:
+            if MIN_CHUNK_BYTES <= len(payload) < ref.size_bytes:
+                is_cut.set()
+                raise _CutError
             self._store.put(ref, payload)
 
+        async def cut() -> BlobManifest | None:
+            await is_cut.wait()
+            return await self._manifest(ref)
+
         async with self._window:
-            await self._ask(self._topics.blob(ref.blob, 0), keep)
+            whole = asyncio.create_task(self._ask(self._topics.blob(ref.blob, 0), keep))
+            pieces = asyncio.create_task(cut())
+            try:
+                await asyncio.wait({whole, pieces}, return_when=asyncio.FIRST_COMPLETED)
+                if whole.done() and not (whole.exception() is not None and is_cut.is_set()):
+                    await whole
+                    return None
+                return await pieces
+            finally:
+                whole.cancel()
+                pieces.cancel()
+                await asyncio.gather(whole, pieces, return_exceptions=True)
 
     async def _manifest(self, ref: BlobRef) -> BlobManifest:
         def read(payload: bytes) -> BlobManifest:
@@ -348,6 +378,8 @@ class Fetcher:
                     message = await queue.get()
                     try:
                         return read(message.payload)
+                    except _CutError:
+                        continue
                     except _UNBELIEVED as error:
                         if message.payload:
                             self._refused(error.code, f"{topic}: {error}")

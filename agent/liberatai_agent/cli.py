@@ -178,35 +178,22 @@ def mqtt_settings(config: "AgentConfig") -> "MqttSettings":
     """Return how to reach the broker.
 
     Raises:
-        ConfigError: a file is missing or empty, or no UTF-8 text.
+        ConfigError: a file is missing, unreadable or empty.
     """
     from dataclasses import replace  # noqa: PLC0415
 
-    from liberatai_core.link.mqtt import MqttSettings, TlsSettings, read_password  # noqa: PLC0415
+    from liberatai_core.link.mqtt import MqttSettings  # noqa: PLC0415
 
-    faults = []
-    for name in ("password_file", "ca_file", "cert_file", "key_file"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).is_file():
-            faults.append(f"{name}: no such file: {path}")
-    if faults:
-        raise ConfigError("settings", faults)
-    tls = None
-    if config.broker.startswith("mqtts:"):
-        tls = TlsSettings(
-            ca_file=Path(config.ca_file) if config.ca_file else None,
-            cert_file=Path(config.cert_file) if config.cert_file else None,
-            key_file=Path(config.key_file) if config.key_file else None,
-        )
-    password_file = Path(config.password_file) if config.password_file else None
-    if password_file is not None:
-        read_password(password_file)
-    return replace(
-        MqttSettings.from_url(config.broker, client_id=config.device, tls=tls),
+    settings = MqttSettings.from_files(
+        config.broker,
+        client_id=config.device,
         username=config.username,
-        password_file=password_file,
-        keepalive_s=config.keepalive_s,
+        password_file=config.password_file,
+        ca_file=config.ca_file,
+        cert_file=config.cert_file,
+        key_file=config.key_file,
     )
+    return replace(settings, keepalive_s=config.keepalive_s)
 
 
 # --- looking -----------------------------------------------------------------------------------
@@ -406,7 +393,8 @@ async def _check_broker(config: "AgentConfig") -> Checks:
         async with asyncio.timeout(REACH_TIMEOUT_S):
             async for event in link.events():
                 if isinstance(event, Connected):
-                    return [(True, f"broker: {config.broker} answers ({event.protocol})", "")]
+                    answers: Checks = [(True, f"broker: {config.broker} answers ({event.protocol})", "")]
+                    return answers + await _check_rights(config, link)
                 reason = getattr(event, "reason", reason)
                 if "authori" in reason.lower() and config.cert_file is not None:
                     # A broker that ties names to certificates refuses the other client id.
@@ -416,6 +404,25 @@ async def _check_broker(config: "AgentConfig") -> Checks:
     finally:
         await link.close()
     return [(False, f"broker: {config.broker}: {reason}", "start it, or correct broker: in the settings")]
+
+
+async def _check_rights(config: "AgentConfig", link: "MqttLink") -> Checks:
+    """Say whether the broker lets this device speak; an empty message says nothing to the coordinator."""
+    from liberatai_agent.status import read_status  # noqa: PLC0415
+    from liberatai_core.contract.topics import Topics  # noqa: PLC0415
+    from liberatai_core.errors import LinkError  # noqa: PLC0415
+
+    topic = Topics(fleet=config.fleet).up(config.device, "tele")
+    told = (read_status(config.state_path) or {}).get("broker_refuses", [])
+    found: Checks = [(False, line, "as the running agent was told") for line in told]
+    try:
+        await link.publish(topic, b"")
+    except LinkError as error:
+        advice = (
+            f"the broker must know this device as {config.device!r} (username, certificate, list of rights)"
+        )
+        found.append((False, f"rights: {error.code}: {error}", advice))
+    return found
 
 
 def _enrol(args: argparse.Namespace) -> int:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from liberatai_core.contract.topics import FLEET_OR_DEVICE
 from liberatai_core.errors import ConfigError, NotFoundError
+from liberatai_core.link.mqtt.settings import broker_address
 from liberatai_core.profile import Profile, parse_profile, shipped_profiles
 from liberatai_core.settings import convert, faults, parse_mapping
 
@@ -183,18 +183,15 @@ def _across(config: AgentConfig) -> list[str]:
     """Return faults that no single key shows."""
     found = []
     try:
-        url = urlsplit(config.broker)
-        port_ok = url.port is None or url.port > 0
-    except ValueError:
+        address = broker_address(config.broker)
+    except ConfigError:
         return [f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")']
-    if url.scheme not in ("mqtt", "mqtts") or not url.hostname or not port_ok:
-        found.append(f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")')
-    if url.username or url.password:
+    if address.username or address.password:
         found.append("broker: no credentials in the URL: use username and password_file")
     if config.password_file is not None and config.username is None:
         found.append("password_file: needs username")
     if (config.cert_file is None) != (config.key_file is None):
         found.append("cert_file and key_file: give both or none")
-    if url.scheme == "mqtt" and (config.ca_file or config.cert_file):
+    if not address.secure and (config.ca_file or config.cert_file):
         found.append("ca_file, cert_file: need broker: mqtts://…")
     return found

@@ -1,7 +1,14 @@
-"""What `liberatai-agent status` shows, from the state of a running agent."""
+"""What `liberatai-agent status` shows of a running agent; the file is written when something changed.
 
+A card wears out by writing: counters that move all the time do not count as a change.
+"""
+
+import asyncio
+import contextlib
+import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +16,24 @@ from typing import Any
 from liberatai_agent import probe
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.faults import Faults
+from liberatai_agent.files import replace_quickly
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.session import Session, report_of
 from liberatai_agent.session.state import final_of, missing_of
+from liberatai_agent.status import FILE
 from liberatai_core import __version__
 from liberatai_core.contract.messages import Capability, Step
 from liberatai_core.link.link import Connected, Traffic
+
+PAUSE_S = 1.0
+"""Between two writes: several things change at once."""
+REFRESH_S = 3600.0
+"""For the counters, and so that an old file is a dead agent's."""
+MOVING = frozenset({"updated_at", "sent_bytes", "received_bytes", "link", "refusals"})
+"""What changes all the time."""
+STEADY_LINK = ("metered", "day_quota_bytes", "quota_spent")
+"""What of the link does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,3 +125,50 @@ def _model(chain: tuple[Step, ...], blobs: Path, *, complete: bool) -> dict[str,
         "complete": complete,
         "files": [str(blobs / step.blob.blob) for step in chain],
     }
+
+
+class StatusFile:
+    """Keeps the file.
+
+    Args:
+        folder: of the state.
+        status: gives what it shows.
+    """
+
+    def __init__(self, folder: Path, status: Callable[..., dict[str, Any]]) -> None:
+        self._path, self._status = folder / FILE, status
+        self._changed = asyncio.Event()
+        self._written: dict[str, Any] | None = None
+
+    def changed(self) -> None:
+        """Write before long, if there is something new."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write, for ever."""
+        while True:
+            self.write()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REFRESH_S):
+                    await self._changed.wait()
+                    self._changed.clear()
+                    await self._until_news()
+            await asyncio.sleep(PAUSE_S)
+
+    async def _until_news(self) -> None:
+        while steady(self._status()) == self._written:
+            await self._changed.wait()
+            self._changed.clear()
+
+    def write(self, *, stopped: bool = False) -> None:
+        """Write the file; a disk that refuses is asked again at the next change."""
+        found = self._status(stopped=stopped)
+        with contextlib.suppress(OSError):
+            replace_quickly(self._path, json.dumps(found, indent=1).encode())
+            self._written = steady(found)
+
+
+def steady(status: dict[str, Any]) -> dict[str, Any]:
+    """Return a status without what changes all the time."""
+    link = {name: status.get("link", {}).get(name) for name in STEADY_LINK}
+    return {name: value for name, value in status.items() if name not in MOVING} | {"link": link}

@@ -33,12 +33,11 @@ from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.machine_watch import MachineWatch, Watched, sample
 from liberatai_agent.outbox import Outbox, open_database
-from liberatai_agent.overview import Seen, overview
+from liberatai_agent.overview import Seen, StatusFile, overview
 from liberatai_agent.probe import promised_bits_s
 from liberatai_agent.saying import Saying, presence
 from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.state_folder import StateLock
-from liberatai_agent.status import StatusFile
 from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, notify
 from liberatai_agent.training import Training
 from liberatai_agent.uploads import Uploads
@@ -370,7 +369,8 @@ class Service:
                 self._saying.pause()
                 self.happened(on.LinkDown())
             case Refused():
-                log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
+                if (event.topic, event.words) not in self._session.refused:  # once per connection
+                    log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
                 size = event.max_packet_bytes if event.what == "size" else 0
                 self.happened(on.BrokerRefused(topic=event.topic, words=event.words, packet_bytes=size))
             case Received():

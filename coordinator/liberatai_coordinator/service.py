@@ -43,12 +43,15 @@ from liberatai_core.contract.messages import (
 )
 from liberatai_core.contract.topics import Place, Topics, parse
 from liberatai_core.errors import FrameError, LiberataiError, SignatureError, TopicError
-from liberatai_core.link.link import Connected, Disconnected, Link, Received
+from liberatai_core.link.link import Connected, Disconnected, Link, Received, Refused
 
 log = logging.getLogger(__name__)
 
 EXPIRE_S = 60.0
 """Between two looks for uploads that nobody goes on with."""
+
+MAX_REFUSALS = 32
+"""Refusals of the broker that are kept and logged: every blob and device has topics of its own."""
 
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
@@ -76,8 +79,10 @@ class Service:
     devices: Presence = field(init=False)
     fencing: Fencing = field(init=False)
     connected: str = ""
+    broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=time.time)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _said_refusals: set[tuple[str, str]] = field(default_factory=set)
     _behind: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -155,15 +160,32 @@ class Service:
                     log.info("connected to %s (%s)", self.config.broker, protocol)
                     self.connected = protocol
                     self.devices.set_connected(True)
+                    self.broker_refuses.clear()
                     self._spawn(self.publisher.republish())
                 case Disconnected(reason=reason, retry_in_s=retry):
                     if self.connected or retry > 1:
                         log.warning("no broker: %s; next try in %.1f s", reason, retry)
                     self.connected = ""
                     self.devices.set_connected(False)
+                    # The longest pause is short while devices wait for receipts of a round.
+                    self.link.urgent(any(job.open_round is not None for job in self.runners.values()))
+                case Refused():
+                    self._broker_refused(event)
             if time.monotonic() - breath_s > BREATH_S:
                 await asyncio.sleep(0)
                 breath_s = time.monotonic()
+
+    def _broker_refused(self, event: Refused) -> None:
+        """Say once in words what the broker does not do; cut blobs smaller if they are too long for it."""
+        kind = event.what, event.topic
+        line = f"{'E_SIZE' if event.what == 'size' else 'E_BROKER'}: {event.words}"
+        if kind not in self._said_refusals and len(self._said_refusals) < MAX_REFUSALS:
+            self._said_refusals.add(kind)
+            log.warning("%s", line)
+        if len(self.broker_refuses) < MAX_REFUSALS:
+            self.broker_refuses[kind] = line
+        if event.what == "size":
+            self._spawn(self.publisher.cut_anew())
 
     async def _stop(self, presence: str) -> None:
         for task in [*self.jobs.cancel(), *self._tasks]:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.routes import make_app, serve_uds
+from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.publisher import Publisher
@@ -21,12 +22,16 @@ from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError
 from liberatai_core.link.link import Link, Will
-from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings, read_password
+from liberatai_core.link.mqtt import MqttLink, MqttSettings
 
 log = logging.getLogger(__name__)
 
 SESSION_EXPIRY_S = 7 * 86_400
 """A week: longer than any repair of a coordinator."""
+FIRST_RETRY_S = 1.0
+"""There is one coordinator: its first try need not make way for thousands, as that of a device does."""
+URGENT_CAP_S = 5.0
+"""Longest pause between two tries while a round is open: a device that has finished waits for the receipt."""
 RECEIVE_MAXIMUM = 64
 """Unacknowledged messages at once; more only fill memory (notes on MQTT, §2)."""
 
@@ -89,21 +94,23 @@ def mqtt_settings(config: CoordinatorConfig) -> MqttSettings:
     """Return how to reach the broker.
 
     Raises:
-        ConfigError: the URL is wrong, or the password file cannot be read.
+        ConfigError: the URL is wrong, or a file cannot be read.
     """
-    certificates = [config.ca_file, config.cert_file, config.key_file]
-    ca_file, cert_file, key_file = (Path(name) if name else None for name in certificates)
-    tls = TlsSettings(ca_file=ca_file, cert_file=cert_file, key_file=key_file) if any(certificates) else None
-    settings = MqttSettings.from_url(config.broker, client_id=config.coordinator, tls=tls)
-    password_file = Path(config.password_file) if config.password_file else None
-    if password_file is not None:
-        read_password(password_file)
+    settings = MqttSettings.from_files(
+        config.broker,
+        client_id=config.coordinator,
+        username=config.username,
+        password_file=config.password_file,
+        ca_file=config.ca_file,
+        cert_file=config.cert_file,
+        key_file=config.key_file,
+    )
     return replace(
         settings,
-        username=config.username or settings.username,
-        password_file=password_file,
         session_expiry_s=SESSION_EXPIRY_S,
         receive_maximum=RECEIVE_MAXIMUM,
+        spread_s=FIRST_RETRY_S,
+        urgent_cap_s=URGENT_CAP_S,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from tests.golden import make
 
 from liberatai_core.aggregator.mean import mean
-from liberatai_core.compressor import artifact, codebook
+from liberatai_core.compressor import artifact, cells, codebook
 from liberatai_core.contract.chunks import Assembly, cut
 from liberatai_core.contract.frame import open_frame, seal
 from liberatai_core.contract.topics import blob_id
@@ -104,7 +104,7 @@ def compressor(folder: Path) -> Iterator[tuple[str, bytes]]:
                 noise(budget) * rows, STRUCTURE, budget, importance=np.reciprocal(rows), retraining=True
             )
             half = artifact.restore(first, STRUCTURE) * np.float32(0.5)
-            file.write_bytes(artifact.recentred(first, STRUCTURE, half))
+            file.write_bytes(cells.recentred(first, STRUCTURE, half))
         content = file.read_bytes()
         yield f"uneven model file/{budget}", content
         yield f"uneven restored/{budget}", to_bytes(artifact.restore(content, STRUCTURE))

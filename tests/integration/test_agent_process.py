@@ -212,3 +212,35 @@ def test_systemd_is_told_that_the_agent_is_ready_and_alive(home: Home) -> None:
                 heard = supervisor.recv(100)
             assert running.wait(timeout=10) == 0
     assert Path(folder / "state" / "status.json").exists()
+
+
+@needs_broker
+def test_a_damaged_state_is_set_aside_and_the_agent_is_online_again_by_itself(home: Home) -> None:
+    folder, port = home
+    with mosquitto(folder, port):
+        with agent(folder) as running:
+            until(lambda: status(folder).get("connected"), "the agent is connected")
+            key = status(folder)["public_key"]
+            running.kill()
+        state = folder / "state"
+        for path in (state / "outbox.db", state / "device.key", state / "traffic.json", state / "bench.json"):
+            path.write_bytes(b"\xff" * 5000)
+        (state / "outbox.db-wal").unlink(missing_ok=True)
+        with agent(folder) as running:
+            until(lambda: status(folder).get("pid") == running.pid, "the agent reports")
+            until(lambda: status(folder).get("connected") and status(folder)["samples"], "it is connected")
+            assert status(folder)["public_key"] == key
+            assert status(folder)["session"] == 2
+            assert retained_state(folder, port).state == "online"
+    assert (state / "outbox.db.damaged").exists()
+    assert "E_DAMAGED" in (folder / "agent.log").read_text()
+
+
+def test_an_agent_that_is_looking_at_its_data_ends_at_once(home: Home) -> None:
+    folder, _ = home
+    with agent(folder) as running:
+        until(lambda: (folder / "state" / "children" / "bench").is_dir(), "the look has begun")
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 0
+    assert status(folder)["phase"] == "stopped"
+    assert not (folder / "state" / "bench.json").exists(), "it was not waited for"

@@ -115,7 +115,7 @@ def _react(s: Session, event: Happened) -> Stepped:
         case LinkDown():
             return replace(s, connected=False, said=None, wished=None, refused=()), ()
         case BrokerRefused():
-            return _refused(s, event), ()
+            return _refused(s, event)
         case TaskArrived(task=task):
             return _stale(s, "stale_task", task.epoch) or _in_epoch(s, task.epoch, assigned, task)
         case CancelArrived(cancel=cancel):
@@ -155,12 +155,12 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _started(s, event)
 
 
-def _refused(s: Session, event: BrokerRefused) -> Session:
+def _refused(s: Session, event: BrokerRefused) -> Stepped:
     """Remember what the broker does not want; what is too long for it goes in smaller pieces from now on."""
     if event.packet_bytes:
-        return replace(s, packet_bytes=min(s.packet_bytes, event.packet_bytes))
+        return send_all(replace(s, packet_bytes=min(s.packet_bytes, event.packet_bytes)))
     others = tuple(one for one in s.refused if one[0] != event.topic)
-    return replace(s, refused=(*others, (event.topic, event.words))[-MAX_REFUSED:])
+    return replace(s, refused=(*others, (event.topic, event.words))[-MAX_REFUSED:]), ()
 
 
 def _ticked(s: Session) -> Stepped:

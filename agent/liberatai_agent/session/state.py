@@ -26,7 +26,7 @@ MAX_REFUSED = 8
 """Topics that a broker refuses and that are remembered: a device has no more."""
 SHOW_S = 10.0
 """Between two words about a coordinator's higher epoch."""
-HEADROOM_BYTES = 4096
+HEADROOM_BYTES = 512
 """Topic and properties of a packet."""
 
 

@@ -52,6 +52,7 @@ class Operations:
             "public_key": service.signer.public_key.hex(),
             "broker": service.config.broker,
             "protocol": service.connected,
+            "broker_refuses": list(service.broker_refuses.values()),
             "devices_online": len(service.fleet.ready()),
             "uptime_s": time.time() - service.started_s,
         }

@@ -27,10 +27,10 @@ from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
-from liberatai_coordinator.store.manifests import Manifest, Member, decode_manifest, decode_variant
-from liberatai_coordinator.store.rows import JobRow, RoundRow, VariantRow, VersionRow
-from liberatai_core.compressor.artifact import TensorSize
+from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode_manifest, decode_variant
+from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
 from liberatai_core.compressor.codebook import smallest_bytes
+from liberatai_core.compressor.contents import TensorSize
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
@@ -93,15 +93,27 @@ def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummar
         waits: why no round opens, in words; "" while one is open.
     """
     number = newest.number if newest else 0
+    spec = _spec(row)
     return JobSummary(
         name=row.name,
-        state=msgspec.convert(row.state, JobState),
+        state="failed" if spec is None else msgspec.convert(row.state, JobState),
         rounds_done=max(0, number - row.first_version),
-        rounds_total=msgspec.json.decode(row.spec, type=JobSpec).rounds.count,
+        rounds_total=0 if spec is None else spec.rounds.count,
         created_s=row.created_s,
-        reason=row.reason or waits,
+        reason=row.reason or waits or ("" if spec else UNREADABLE),
         version=number,
     )
+
+
+UNREADABLE = "another release wrote this job: install that one, or delete the job"
+
+
+def _spec(row: JobRow) -> JobSpec | None:
+    """Return what a job asks for; None if this release cannot read it."""
+    try:
+        return msgspec.json.decode(row.spec, type=JobSpec)
+    except msgspec.MsgspecError:
+        return None
 
 
 def job_view(
@@ -120,22 +132,22 @@ def job_view(
         rounds: all of them.
         waits: why no round opens, in words; "" while one is open.
     """
-    job = msgspec.json.decode(row.spec, type=JobSpec)
-    number = newest.number if newest else 0
+    summary = job_summary(row, newest, waits)
+    spec = _spec(row)
     return JobView(
         name=row.name,
-        state=msgspec.convert(row.state, JobState),
-        rounds_done=max(0, number - row.first_version),
-        rounds_total=job.rounds.count,
+        state=summary.state,
+        rounds_done=summary.rounds_done,
+        rounds_total=summary.rounds_total,
         created_s=row.created_s,
-        reason=row.reason or waits,
-        version=number,
+        reason=summary.reason,
+        version=summary.version,
         structures=structure_views(newest, assigned),
         rounds=rounds,
         updates=sum(view.updates for view in rounds),
         up_bytes=sum(view.up_bytes for view in rounds),
         down_bytes=sum(view.down_bytes for view in rounds),
-        lacks=job.lacks,
+        lacks=() if spec is None else spec.lacks,
     )
 
 
@@ -268,7 +280,7 @@ def variant_detail(row: VariantRow, sizes: Sequence[TensorSize]) -> VariantDetai
     )
 
 
-def sizes_view(structure: str, member: Member, sizes: Sequence[TensorSize]) -> SizesView:
+def sizes_view(structure: str, member: MemberRecord, sizes: Sequence[TensorSize]) -> SizesView:
     """Return where the bytes of one structure's files go.
 
     Args:
@@ -301,19 +313,18 @@ def tensor_views(sizes: Sequence[TensorSize], structure: Structure) -> tuple[Ten
     )
 
 
-def round_view(row: RoundRow, invited: int, updates: int) -> RoundView:
+def round_view(row: RoundSummary, updates: int) -> RoundView:
     """Return one round.
 
     Args:
         row: of the ledger.
-        invited: devices that it asked.
-        updates: of theirs that it has.
+        updates: that it has.
     """
-    stats = stats_of(row)
+    stats = stats_of(row.stats)
     return RoundView(
         round=row.round,
         state=row.state,
-        invited=invited,
+        invited=row.asked,
         updates=updates,
         seconds=stats.seconds,
         train_seconds_max=stats.train_seconds_max,

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Final
 
-import msgspec
-
 from liberatai_coordinator.api import present
 from liberatai_coordinator.client.views import RoundView
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.rows import JobRow, RoundRow
+from liberatai_coordinator.store.rows import JobRow, RoundSummary
 
 ENDED: Final = frozenset({"published", "abandoned"})
 MAX_REMEMBERED: Final = 4
@@ -44,7 +42,7 @@ class EndedRounds:
         with self._lock:
             known = self._jobs.get(job, ())
         after = known[-1].round if known else 0
-        views = known + tuple(_round(ledger, one, stored) for one in ledger.rounds.all(row.name, after=after))
+        views = known + tuple(_round(one, stored) for one in ledger.rounds.summaries(row.name, after=after))
         with self._lock:
             self._jobs[job] = tuple(takewhile(lambda view: view.state in ENDED, views))
             self._jobs.move_to_end(job)
@@ -53,9 +51,5 @@ class EndedRounds:
         return views
 
 
-def _round(ledger: Ledger, row: RoundRow, stored: Mapping[int, int]) -> RoundView:
-    invited = len(msgspec.msgpack.decode(row.invited, type=list[msgspec.Raw]))
-    updates = stored.get(row.round)
-    return present.round_view(
-        row, invited, len(ledger.updates.ids(row.job, row.round)) if updates is None else updates
-    )
+def _round(row: RoundSummary, stored: Mapping[int, int]) -> RoundView:
+    return present.round_view(row, stored.get(row.round, row.updates))

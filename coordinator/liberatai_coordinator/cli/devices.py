@@ -1,5 +1,6 @@
 """`liberatai devices`: who is there, who is let in."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from liberatai_coordinator.cli.tables import (
     Output,
     OutputOption,
     ago_text,
+    clean,
     count_text,
     rate_text,
     show,
@@ -31,7 +33,13 @@ app = group("Devices of the fleet: who is there, who is let in.", "liberatai dev
 def devices_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
     """List all devices."""
     with client_of(context) as client:
-        show(client.devices.list(), _DEVICE_COLUMNS, output)
+        devices, health = client.devices.list(), client.health()
+    show(devices, _DEVICE_COLUMNS, output)
+    for refused in health.get("broker_refuses", []):
+        print(f"liberatai: {clean(refused)}", file=sys.stderr)
+    if not devices and output is Output.TABLE:
+        hint = "no device was ever heard: `liberatai-agent doctor` on it says whether the broker refuses it"
+        print(f"liberatai: {hint}", file=sys.stderr)
 
 
 @app.command("show", epilog="Example: liberatai devices show gateway-01")

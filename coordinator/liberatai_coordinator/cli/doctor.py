@@ -104,19 +104,15 @@ def _check_state(folder: Path) -> Finding:
 
 def _check_broker(url: str) -> Finding:
     import socket
-    from urllib.parse import urlsplit
+
+    from liberatai_core.link.mqtt.settings import broker_address
 
     try:
-        parts = urlsplit(url)
-        port = parts.port or {"mqtt": 1883, "mqtts": 8883}.get(parts.scheme)
-    except ValueError as error:
-        return Finding(check="broker", state="fail", text=f"{url}: {error}")
-    if port is None or not parts.hostname:
-        return Finding(
-            check="broker", state="fail", text=f"{url}: must be mqtt://HOST:PORT or mqtts://HOST:PORT"
-        )
+        address = broker_address(url)
+    except ConfigError as error:
+        return Finding(check="broker", state="fail", text=f"{url}: {'; '.join(error.faults)}")
     try:
-        socket.create_connection((parts.hostname, port), timeout=3).close()
+        socket.create_connection((address.host, address.port), timeout=3).close()
     except OSError as error:
         return Finding(check="broker", state="fail", text=f"{url}: {error}")
     return Finding(check="broker", state="ok", text=f"{url}: takes connections")
@@ -128,6 +124,13 @@ def _check_socket(socket: Path) -> Finding:
             health = client.health()
     except LiberataiError as error:
         return Finding(check="coordinator", state="warn", text=str(error))
+    refused = health.pop("broker_refuses", [])
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        state: Literal["warn", "fail"] = "fail" if any("E_BROKER" in line for line in refused) else "warn"
+        return Finding(check="coordinator", state=state, text=f"{refused[0]}{more}")
+    if health.get("protocol") == "":
+        return Finding(check="coordinator", state="fail", text=f"no connection to {health.get('broker')}")
     text = ", ".join(f"{key} {value}" for key, value in health.items())
     return Finding(check="coordinator", state="ok" if health.get("ok", True) else "fail", text=text)
 

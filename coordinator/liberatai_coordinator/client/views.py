@@ -300,7 +300,7 @@ class EnsembleView(View, frozen=True, kw_only=True):
 
 
 class TensorView(View, frozen=True, kw_only=True):
-    """What one tensor takes in a model file, see `compressor.artifact.TensorSize`.
+    """What one tensor takes in a model file, see `compressor.contents.TensorSize`.
 
     Attributes:
         name: of the tensor; "header" for the file's own header.

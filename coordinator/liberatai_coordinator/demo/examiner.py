@@ -13,7 +13,8 @@ from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import EnsembleView
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.demo import digits
-from liberatai_coordinator.models.ensembles import Ensemble
+from liberatai_coordinator.models.ensembles import answer
+from liberatai_coordinator.store.manifests import Ensemble
 from liberatai_core.aggregator import ensemble as pooling
 from liberatai_core.errors import LinkError
 from liberatai_core.structure import DataContract, Structure
@@ -81,8 +82,8 @@ class Examiner:
 
 def _combined(how: EnsembleView, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     """Return the ensemble's log-probabilities: the pool, or the structure that the guard fell back to."""
-    ensemble = msgspec.convert(msgspec.structs.asdict(how), Ensemble)
-    return ensemble.combine(np.stack([outputs[name] for name in how.members]))
+    ensemble = msgspec.convert(how, Ensemble, from_attributes=True)
+    return answer(ensemble, np.stack([outputs[name] for name in how.members]))
 
 
 def _centralised(structure: Structure, job: JobSpec, pooled: digits.Samples, test: digits.Samples) -> float:

@@ -61,6 +61,9 @@ class Uploads:
         key = (offer.device, offer.transfer)
         if offer.size_bytes > self.max_bytes:
             raise QuotaError(f"upload of {offer.size_bytes} bytes, at most {self.max_bytes}")
+        known = self.open.get(key)
+        if known is not None and known.assembly.chunk_bytes != offer.chunk_bytes:
+            self.drop(key)  # cut anew: its broker takes only smaller pieces
         if key not in self.open:
             self._make_room(offer, now_s)
             assembly = Assembly(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.records import Stats
-from liberatai_coordinator.models import evaluation, members
+from liberatai_coordinator.models import ensembles, evaluation, members
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
 from liberatai_coordinator.models.members import Labelled, Public, derive_seed
 from liberatai_coordinator.models.versions import Current, Versions
@@ -65,7 +65,7 @@ def _scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int
     try:
         views = {sid: member.view for sid, member in version.members.items()}
         log_probs = members.outputs(version.members, views, job.data, x)
-        together = version.ensemble.combine(log_probs)
+        together = ensembles.answer(version.ensemble, log_probs)
         return evaluation.central(version.number, sorted(views), log_probs, together, y)
     except LiberataiError as error:
         # A figure that decides nothing must not cost the round its version.

@@ -11,7 +11,7 @@ import msgspec
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs import judging
-from liberatai_coordinator.jobs.records import Stats, kept
+from liberatai_coordinator.jobs.records import Stats, kept, parts_of
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.work import Work
 from liberatai_coordinator.models import aggregation
@@ -148,7 +148,7 @@ class Merging:
                 **{name: getattr(judged, name) for name in JUDGED},
                 seconds=0.0 if started is None else time.monotonic() - started,
             )
-        self.ledger.rounds.set_aggregated(self.job.name, number, made, msgspec.msgpack.encode(judged))
+        self.ledger.rounds.set_aggregated(self.job.name, number, made, *parts_of(judged))
         # Only now: if the disk refuses, the round is counted from the same counters again.
         self.counters |= counters
         self.ledger.jobs.set_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))

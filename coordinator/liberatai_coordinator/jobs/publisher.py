@@ -17,15 +17,18 @@ from typing import TypeVar
 
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.limits import CHUNK_BYTES, MAX_SINGLE_BYTES
+from liberatai_core.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES, MAX_SINGLE_BYTES
 from liberatai_core.contract.messages import BlobManifest, BlobRef, Message
 from liberatai_core.contract.topics import Topics, blob_id
-from liberatai_core.errors import LinkError, TooLargeError
+from liberatai_core.errors import BrokerRefusedError, LinkError, TooLargeError
 from liberatai_core.link.link import Link
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+
+HEADROOM_BYTES = 512
+"""Topic and headers of a packet."""
 
 BATCH = 64
 """Messages that are sealed and sent together: some 4 ms of signing, then the event loop has its turn."""
@@ -54,6 +57,7 @@ class Publisher:
     retained: dict[str, bytes] = field(default_factory=dict)
     blobs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _turns: dict[str, _Turn] = field(default_factory=dict)
+    _cutting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def retain(self, topic: str, message: Message) -> None:
         """Let `message` stand on a topic from now on."""
@@ -68,7 +72,7 @@ class Publisher:
         """Send once; lost without a connection (the other side repeats its question)."""
         try:
             await self.link.publish(topic, seal(message, self.signer))
-        except LinkError as error:
+        except (LinkError, TooLargeError) as error:
             log.info("not sent to %s: %s", topic, error)
 
     async def clear(self, topic: str) -> None:
@@ -80,19 +84,36 @@ class Publisher:
         """Let a blob stand at the broker: one upload for all devices, named by its content."""
         name = blob_id(content)
         ref = BlobRef(blob=name, size_bytes=len(content))
-        if name in self.blobs:
-            return ref
-        self.blobs[name] = blob_topics(self.topics, ref)
-        if len(content) <= MAX_SINGLE_BYTES:
-            # Its own chunk 0: a signature would be longer than many a delta, and its name vouches for it.
-            await self._stand(self.topics.blob(name, 0), content)
-            return ref
-        parts = self._parts(name, content)
-        # Chunks first: whoever sees the manifest finds all of them.
-        await asyncio.gather(*(self._stand(topic, data) for topic, data in parts.items()))
-        manifest = BlobManifest(blob=name, size_bytes=len(content), chunk_bytes=CHUNK_BYTES)
-        await self.retain(self.topics.blob(name), manifest)
+        if name not in self.blobs:
+            await self._stand_blob(name, content)
         return ref
+
+    async def _stand_blob(self, name: str, content: bytes) -> None:
+        """Let a blob stand in pieces that the broker takes, which may turn out while they are sent."""
+        while True:
+            piece = self._piece_bytes
+            self.blobs[name] = self._places(name, len(content))
+            if len(self.blobs[name]) == 1:
+                # Its own chunk 0: a signature would be longer than many a delta, and its name vouches for it.
+                parts = {self.topics.blob(name, 0): content}
+            else:
+                piece = min(CHUNK_BYTES, piece)
+                number = chunks.count(len(content), piece)
+                parts = {self.topics.blob(name, n): chunks.cut(content, n, piece) for n in range(number)}
+            # Chunks first: whoever sees the manifest finds all of them.
+            await asyncio.gather(*(self._stand(topic, data) for topic, data in parts.items()))
+            if self._piece_bytes >= max(map(len, parts.values())) or name not in self.blobs:
+                break
+        if len(self.blobs.get(name, ())) > 1:
+            manifest = BlobManifest(blob=name, size_bytes=len(content), chunk_bytes=piece)
+            await self.retain(self.topics.blob(name), manifest)
+
+    def _places(self, name: str, size_bytes: int) -> tuple[str, ...]:
+        """Return the topics of a blob of this length, its manifest first if it has one."""
+        if size_bytes <= min(MAX_SINGLE_BYTES, self._piece_bytes):
+            return (self.topics.blob(name, 0),)
+        number = chunks.count(size_bytes, min(CHUNK_BYTES, self._piece_bytes))
+        return (self.topics.blob(name), *(self.topics.blob(name, part) for part in range(number)))
 
     async def drop_blobs(self, names: set[str]) -> None:
         """Take away blobs that nobody needs any more."""
@@ -104,19 +125,29 @@ class Publisher:
         """Take away blobs (name -> bytes) of an earlier start, which this one did not put there."""
         for name, size_bytes in left.items():
             if name not in self.blobs:
-                for topic in blob_topics(self.topics, BlobRef(blob=name, size_bytes=size_bytes)):
+                for topic in self._places(name, size_bytes):
                     await self.clear(topic)
 
     async def republish(self) -> None:
         """Say everything again, after a connect."""
         for batch in _batches(list(self.retained)):
             await asyncio.gather(*(self._try(topic) for topic in batch if topic in self.retained))
+        await self.cut_anew()
 
-    def _parts(self, name: str, content: bytes) -> dict[str, bytes]:
-        number = chunks.count(len(content), CHUNK_BYTES)
-        return {
-            self.topics.blob(name, part): chunks.cut(content, part, CHUNK_BYTES) for part in range(number)
-        }
+    async def cut_anew(self) -> None:
+        """Cut blobs smaller whose pieces are longer than what the broker takes."""
+        async with self._cutting:
+            for name, places in list(self.blobs.items()):
+                parts = [self.retained.get(topic) for topic in places]
+                if None in parts or max(len(part or b"") for part in parts) <= self._piece_bytes:
+                    continue
+                pieces = [part or b"" for part in (parts if len(parts) == 1 else parts[1:])]
+                await self._stand_blob(name, b"".join(pieces))
+
+    @property
+    def _piece_bytes(self) -> int:
+        """The longest piece of a blob that the broker takes, as far as is known."""
+        return max(1024, min(self.link.max_packet_bytes, MAX_PACKET_BYTES) - HEADROOM_BYTES)
 
     async def _stand(self, topic: str, payload: bytes) -> None:
         self.retained[topic] = payload
@@ -128,8 +159,12 @@ class Publisher:
             payload = self.retained.get(topic, b"")
             try:
                 await self.link.publish(topic, payload, retain=True)
-            except TooLargeError:
-                log.exception("the broker takes no message of %d bytes (%s)", len(payload), topic)
+            except TooLargeError as error:
+                # A blob follows in smaller pieces.
+                is_blob = any(topic in places for places in self.blobs.values())
+                log.log(logging.DEBUG if is_blob else logging.WARNING, "%s: %s", error.code, error)
+            except BrokerRefusedError as error:
+                log.debug("%s", error)  # the service says it in words, once
             except LinkError as error:
                 log.info("stands when the broker is back: %s (%s)", topic, error)
 
@@ -144,14 +179,6 @@ class Publisher:
             turn.users -= 1
             if not turn.users:
                 self._turns.pop(topic, None)
-
-
-def blob_topics(topics: Topics, ref: BlobRef) -> tuple[str, ...]:
-    """Return the topics of a blob, its manifest first if it has one."""
-    if ref.size_bytes <= MAX_SINGLE_BYTES:
-        return (topics.blob(ref.blob, 0),)
-    number = chunks.count(ref.size_bytes, CHUNK_BYTES)
-    return (topics.blob(ref.blob), *(topics.blob(ref.blob, part) for part in range(number)))
 
 
 def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:

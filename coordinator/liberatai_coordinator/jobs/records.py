@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
 from liberatai_coordinator.models.updates import decode_update
@@ -36,7 +37,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         ensemble, use: method that found the weights, and what the guard chose.
         frozen: per structure that merged nothing, why.
         untaught: per structure that teaching made worse, by how much.
-        contributions: per device.
+        contributions: per device; in the ledger they lie apart (`parts_of`).
+        verdicts: how many devices got which, where contributions lie apart.
         local, central, test: see `evaluation`; absent in rounds of a release that did not know them.
     """
 
@@ -55,13 +57,14 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     local: LocalScores | None = None
     central: CentralScores | None = None
     test: CentralScores | None = None
+    verdicts: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def merged(self) -> str:
         """How the round was merged, in words."""
         if not self.rule:
             return ""
-        counts = Counter(one.verdict for one in self.contributions.values())
+        counts = self.verdicts or Counter(one.verdict for one in self.contributions.values())
         told = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
         return "; ".join(
             [
@@ -89,15 +92,61 @@ def newest_contributions(ledger: Ledger, device: str) -> list[tuple[str, int, Co
 
 def _contributions(ledger: Ledger, job: str, device: str) -> Iterator[tuple[float, str, int, Contribution]]:
     """Yield (time of its round, job, round, what it gave) of one job, the newest first."""
-    for row in reversed(ledger.rounds.all(job)):
-        given = stats_of(row).contributions.get(device)
+    for row in ledger.rounds.newest_first(job):
+        given = _contribution(row, device)
         if given is not None:
             yield row.opened_s, job, row.round, given
 
 
-def stats_of(row: RoundRow) -> Stats:
-    """Return what is known of a round."""
-    return msgspec.msgpack.decode(row.stats, type=Stats) if row.stats else Stats()
+class _Apart(msgspec.Struct, frozen=True, array_like=True):
+    """Contributions of many devices: names and verdicts, then float32 (little-endian), all in one order."""
+
+    devices: tuple[str, ...]
+    verdicts: tuple[str, ...]
+    norms: bytes
+    cosines: bytes
+
+
+def parts_of(stats: Stats) -> tuple[bytes, bytes]:
+    """Return what the ledger keeps of a round: what lists of rounds show, and contributions apart."""
+    given = stats.contributions
+    if not given:
+        return msgspec.msgpack.encode(stats), b""
+    verdicts = tuple(one.verdict for one in given.values())
+    norms = np.array([one.norm for one in given.values()], "<f4").tobytes()
+    cosines = np.array([one.cosine for one in given.values()], "<f4").tobytes()
+    apart = _Apart(tuple(given), verdicts, norms, cosines)
+    short = msgspec.structs.replace(stats, contributions={}, verdicts=dict(Counter(verdicts)))
+    return msgspec.msgpack.encode(short), msgspec.msgpack.encode(apart)
+
+
+def _contribution(row: RoundRow, device: str) -> Contribution | None:
+    if not row.details:  # a round without any, or of a release that kept them with the rest
+        return stats_of(row.stats).contributions.get(device)
+    apart = msgspec.msgpack.decode(row.details, type=_Apart)
+    if device not in apart.devices:
+        return None
+    place = apart.devices.index(device)
+    norm, cosine = (float(np.frombuffer(one, "<f4")[place]) for one in (apart.norms, apart.cosines))
+    return Contribution(apart.verdicts[place], float(f"{norm:.7g}"), round(cosine, 6))
+
+
+def stats_of(stats: bytes) -> Stats:
+    """Return what the ledger knows of a round."""
+    return msgspec.msgpack.decode(stats, type=Stats) if stats else Stats()
+
+
+def shortened(invited: bytes) -> bytes:
+    """Return what a round that is long over keeps of its invitations: whom it asked itself."""
+    listed = msgspec.msgpack.decode(invited, type=list[deciding.Invitation])
+    newest = max((one.round for one in listed), default=0)
+    return msgspec.msgpack.encode(
+        [
+            deciding.Invitation(device=one.device, structure="", base=b"", update_id=b"", round=one.round)
+            for one in listed
+            if one.round in (0, newest)
+        ]
+    )
 
 
 def invited_in(row: RoundRow) -> list[deciding.Invitation]:

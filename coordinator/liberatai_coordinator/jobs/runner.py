@@ -19,6 +19,7 @@ from liberatai_coordinator.jobs.materials import candidates_of, load_public, loa
 from liberatai_coordinator.jobs.merging import Merging
 from liberatai_coordinator.jobs.opening import Opening
 from liberatai_coordinator.jobs.publisher import Publisher
+from liberatai_coordinator.jobs.records import shortened
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.slots import Slots
 from liberatai_coordinator.jobs.tasks import Tasks
@@ -220,7 +221,7 @@ class Runner:
             return
         await self.tasks.publish_newest("running")
         self.ledger.rounds.set_published(self.job.name, row.round)
-        await self.work.do(self.ledger.rounds.prune, self.job.name, KEEP_FRAMES)
+        await self.work.do(self.ledger.rounds.prune, self.job.name, KEEP_FRAMES, shortened)
         self._round_over(row)
         standing = self.opening.standing(set())
         await self.tasks.drop_unneeded([one.way for one in standing if one.way is not None])

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.models.ensembles import Ensemble, combine
+from liberatai_coordinator.models.ensembles import combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed, trained_part
 from liberatai_coordinator.models.teaching import teach
 from liberatai_coordinator.models.updates import Decoded, packed
+from liberatai_coordinator.store.manifests import Ensemble
 from liberatai_core.aggregator import nested, rules
 from liberatai_core.aggregator import server_optimizer as optimizers
 from liberatai_core.aggregator.packed import Packed, unpack, without_zeros

@@ -8,51 +8,37 @@ from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models.members import Floats, Member, Public, derive_seed, outputs
-from liberatai_core.aggregator.ensemble import Evidence, Kind, Pool, pooled
+from liberatai_coordinator.store.manifests import Ensemble
+from liberatai_core.aggregator.ensemble import Evidence, Pool, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import LABELLED, chosen, method_of, replaced
 from liberatai_core.weights import Vector
 
 
-class Ensemble(msgspec.Struct, frozen=True, kw_only=True):
-    """How a version's structures are combined: `aggregator.ensemble.Pool` in plain numbers, and the guard.
+def answer(ensemble: Ensemble, log_probs: Floats) -> Floats:
+    """Return what a version answers.
 
-    Attributes:
-        method: name of the method in `aggregator.methods.ENSEMBLES` that found the weights.
-        members: structure ids, in the order of the rows below.
-        weights: (members, classes).
-        log_priors: (members, classes), or () for none.
-        bias: (classes,), or () for none.
-        kind: "log", "linear" or "vote".
-        use: "ensemble", or the id of the structure that the guard fell back to.
-        guard: what the guard saw, in words.
+    Args:
+        ensemble: of the version: a pool, or the structure that the guard fell back to.
+        log_probs: of its members, shape (members, n, classes).
+
+    Returns:
+        Log-probabilities, shape (n, classes).
     """
+    if ensemble.use != "ensemble":
+        alone: Floats = log_probs[ensemble.members.index(ensemble.use)]
+        return alone
+    return pooled(_pool(ensemble), log_probs)
 
-    method: str
-    members: tuple[str, ...]
-    weights: tuple[tuple[float, ...], ...]
-    log_priors: tuple[tuple[float, ...], ...] = ()
-    bias: tuple[float, ...] = ()
-    kind: Kind = "log"
-    use: str = "ensemble"
-    guard: str = ""
 
-    def combine(self, log_probs: Floats) -> Floats:
-        """Return log-probabilities (n, classes) from those of the members (members, n, classes)."""
-        if self.use != "ensemble":
-            alone: Floats = log_probs[self.members.index(self.use)]
-            return alone
-        return pooled(self.pool, log_probs)
-
-    @property
-    def pool(self) -> Pool:
-        """The numbers as arrays."""
-        return Pool(
-            weights=np.array(self.weights),
-            log_priors=np.array(self.log_priors) if self.log_priors else None,
-            bias=np.array(self.bias) if self.bias else None,
-            kind=self.kind,
-        )
+def _pool(ensemble: Ensemble) -> Pool:
+    """Return the numbers as arrays."""
+    return Pool(
+        weights=np.array(ensemble.weights),
+        log_priors=np.array(ensemble.log_priors) if ensemble.log_priors else None,
+        bias=np.array(ensemble.bias) if ensemble.bias else None,
+        kind=ensemble.kind,
+    )
 
 
 def combine(job: JobSpec, members: Mapping[str, Member], public: Public) -> Ensemble:
@@ -98,7 +84,7 @@ def ensemble_of(
     if held_out is None:
         return msgspec.structs.replace(made, guard=made.guard + instead)
     judged = held_out[:, judging]
-    decision = guard(made.combine(judged), judged, labels[judging], ids)
+    decision = guard(answer(made, judged), judged, labels[judging], ids)
     use = "ensemble" if decision.use == "ensemble" else ids[decision.use]
     told = f"; {len(fitted)} other labels found its weights" if name in LABELLED else ""
     return msgspec.structs.replace(made, use=use, guard=decision.reason + told + instead)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.models.ensembles import ensemble_of
+from liberatai_coordinator.models.ensembles import answer, ensemble_of
 from liberatai_coordinator.models.members import (
     Floats,
     Labelled,
@@ -69,7 +69,7 @@ def teach(
     teacher = ensemble_of(job, members, masters, public)
     lesson = lesson_of(job, teacher.method, public.unlabeled, public.validation)
     answers = outputs(members, masters, job.data, lesson.x)
-    told = answers if job.teach.method == "task_vectors" else teacher.combine(answers)[None]
+    told = answers if job.teach.method == "task_vectors" else answer(teacher, answers)[None]
     said = np.stack([with_labels(job, lesson, one) for one in told])
     taught, untaught = {}, {}
     for sid, member in members.items():

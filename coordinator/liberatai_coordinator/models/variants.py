@@ -13,7 +13,7 @@ from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import Manifest, VariantManifest, decode_manifest, decode_variant
 from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import VariantRow, VersionRow
-from liberatai_core.compressor import artifact
+from liberatai_core.compressor import artifact, contents
 from liberatai_core.errors import (
     DataError,
     DigestError,
@@ -120,7 +120,7 @@ def file_of(repository: Repository, row: VariantRow) -> bytes:
     return repository.get(decode_variant(row.manifest).file)
 
 
-def tensor_sizes(repository: Repository, file: str, structure: Structure) -> list[artifact.TensorSize]:
+def tensor_sizes(repository: Repository, file: str, structure: Structure) -> list[contents.TensorSize]:
     """Return where the bytes of a model file go.
 
     Args:
@@ -131,4 +131,4 @@ def tensor_sizes(repository: Repository, file: str, structure: Structure) -> lis
     Raises:
         NotFoundError, DigestError: it is missing or damaged.
     """
-    return artifact.sizes(repository.get(file), structure)
+    return contents.sizes(repository.get(file), structure)

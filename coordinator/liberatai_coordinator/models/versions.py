@@ -8,26 +8,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-import msgspec
 import numpy as np
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models import aggregation, ensembles, members
 from liberatai_coordinator.models.aggregation import Advanced
-from liberatai_coordinator.models.ensembles import Ensemble, combine
+from liberatai_coordinator.models.ensembles import combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed
 from liberatai_coordinator.models.retention import collect
 from liberatai_coordinator.rounds.catch_up import Path, Way, choose, size_of
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import (
-    EnsembleRecord,
+    Ensemble,
     Manifest,
+    MemberRecord,
     StepRecord,
     decode_manifest,
     encode_manifest,
     version_id,
 )
-from liberatai_coordinator.store.manifests import Member as MemberRecord
 from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.aggregator.server_optimizer import ServerState
@@ -230,7 +229,7 @@ class Versions:
             data=self.job.data,
             structures=records,
             updates=tuple(sorted(update.hex() for update in updates)),
-            ensemble=msgspec.convert(msgspec.structs.asdict(made.ensemble), EnsembleRecord),
+            ensemble=made.ensemble,
         )
         content = encode_manifest(manifest)
         self.repository.put(content)
@@ -319,7 +318,7 @@ class Versions:
             for sid, record in records.items()
         }
         deltas = {sid: step_from(r.delta) for sid, r in records.items() if r.delta is not None}
-        ensemble = msgspec.convert(msgspec.structs.asdict(manifest.ensemble), Ensemble)
+        ensemble = manifest.ensemble
         self.newest = Current(
             number=row.number - self.first,
             id=row.id,

@@ -50,7 +50,7 @@ class StepRecord(Record, frozen=True, kw_only=True):
     digest: Sha
 
 
-class Member(Record, frozen=True, kw_only=True):
+class MemberRecord(Record, frozen=True, kw_only=True):
     """One structure of a version.
 
     Attributes:
@@ -85,7 +85,7 @@ class Member(Record, frozen=True, kw_only=True):
         return (self.keyframe, *self.deltas, *(() if self.delta is None else (self.delta,)))
 
 
-class EnsembleRecord(Record, frozen=True, kw_only=True):
+class Ensemble(Record, frozen=True, kw_only=True):
     """How the structures answer together.
 
     Attributes:
@@ -128,10 +128,10 @@ class Manifest(Record, frozen=True, kw_only=True):
     number: Number
     parent: Sha | None
     round: Number
-    structures: Annotated[dict[str, Member], Meta(min_length=1, max_length=64)]
+    structures: Annotated[dict[str, MemberRecord], Meta(min_length=1, max_length=64)]
     data: DataContract
     updates: tuple[Annotated[str, Meta(pattern="^[0-9a-f]{32}\\Z")], ...] = ()
-    ensemble: EnsembleRecord = EnsembleRecord(method="single")
+    ensemble: Ensemble = Ensemble(method="single")
 
     def __post_init__(self) -> None:
         """Refuse names that do not belong to their structures, and unsorted updates."""

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 import sqlalchemy as sa
 
+from liberatai_coordinator.store.rows import records_in
 from liberatai_coordinator.store.tables import METADATA, SLOT_BITS
 
 _BEFORE: Final = (
@@ -52,7 +53,7 @@ def _move_round(connection: sa.Connection, job: str, number: int) -> None:
     if before["state"] == "open":
         ids = []
     row = {name: before[name] for name in _COLUMNS} | {
-        "asked": _length(before["invited"]),
+        "asked": records_in(before["invited"]),
         "updates": len(ids),
         "frozen": before["frozen"] if before["state"] == "abandoned" else msgspec.msgpack.encode(()),
         "frozen_sha256": hashlib.sha256(b"".join(ids)).digest(),
@@ -60,11 +61,3 @@ def _move_round(connection: sa.Connection, job: str, number: int) -> None:
         "details": zlib.compress(b""),
     }
     connection.execute(sa.insert(METADATA.tables["rounds"]), [row])
-
-
-def _length(invited: bytes) -> int:
-    """Return the number of records in a list of them; the ledger does not know what they are."""
-    try:
-        return len(msgspec.msgpack.decode(invited, type=list[msgspec.Raw]))
-    except msgspec.DecodeError:
-        return 0

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of
 from liberatai_coordinator.store.manifests import decode_manifest
-from liberatai_coordinator.store.rows import RoundRow, RoundSummary
+from liberatai_coordinator.store.rows import RoundRow, RoundSummary, records_in
 from liberatai_coordinator.store.tables import JOBS, ROUNDS, SLOT_BITS, UPDATE_FRAMES, UPDATE_KEYS, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
 
@@ -36,20 +36,21 @@ class RoundStore:
             NotFoundError: no such job.
             RoundClosedError: the round has been closed or abandoned before.
         """
-        invited = zlib.compress(row.invited, 1)
+        invited, asked = zlib.compress(row.invited, 1), records_in(row.invited)
         with self._database.write() as connection:
             if not connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == row.job)).first():
                 raise NotFoundError(f"job {row.job}: not known (see `liberatai jobs list`)")
             before = _state(connection, row.job, row.round)
             if before is None:
-                values = columns_of(row) | _frozen((), "open") | {"state": "open", "invited": invited}
+                values = columns_of(row) | _frozen((), "open")
+                values |= {"state": "open", "invited": invited, "asked": asked}
                 connection.execute(sa.insert(ROUNDS), [values | {"details": zlib.compress(row.details, 1)}])
                 return
             if before.state != "open":
                 raise RoundClosedError(
                     f"round {row.round} of {row.job} is {before.state}: it cannot open again"
                 )
-            changes = {"epoch": row.epoch, "opened_s": row.opened_s, "asked": row.asked, "invited": invited}
+            changes = {"epoch": row.epoch, "opened_s": row.opened_s, "asked": asked, "invited": invited}
             _change_round(connection, before, changes)
 
     def close(self, job: str, number: int, frozen: Sequence[bytes] | None = None) -> tuple[bytes, ...]:
@@ -169,18 +170,19 @@ class RoundStore:
                 rows = [_round_row(connection, row) for row in connection.execute(older).mappings().all()]
             yield from rows
 
-    def summaries(self, job: str) -> list[RoundSummary]:
-        """Return what a list shows of a job's rounds, in order; what is long of them is not read."""
-        query = sa.select(*_SHORT, ROUNDS.c.no).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round)
+    def summaries(self, job: str, *, after: int = 0) -> list[RoundSummary]:
+        """Return what a list shows of a job's rounds after this one; what is long of them is not read."""
+        where = (ROUNDS.c.job == job, ROUNDS.c.round > after)
+        query = sa.select(*_SHORT, ROUNDS.c.no).where(*where).order_by(ROUNDS.c.round)
         with self._database.read() as connection:
-            found: list[RoundSummary] = []
+            summaries: list[RoundSummary] = []
             for row in connection.execute(query).mappings().all():
                 values = dict(row)
                 no = values.pop("no")
                 if row["state"] == "open":
                     values["updates"] = _count(connection, no)
-                found.append(RoundSummary(**values))
-        return found
+                summaries.append(RoundSummary(**values))
+        return summaries
 
     def get(self, job: str, number: int) -> RoundRow:
         """Return one round.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 RoundState = Literal["open", "closed", "aggregated", "published", "abandoned"]
 
 
@@ -79,7 +81,7 @@ class RoundRow:
     Attributes:
         epoch: generation of the coordinator that opened (or took over) it.
         invited: the service's own record of whom it asked for what; `prune` makes it shorter.
-        asked: number of devices in it.
+        asked: number of records in it; the ledger counts them.
         frozen: sorted ids of the updates that count (closed) or are lost (abandoned).
         frozen_sha256: digest of the joined ids.
         stats: the service's own record of what it measured.
@@ -149,3 +151,11 @@ class VariantRow:
     size_bytes: int
     manifest: bytes
     created_s: float
+
+
+def records_in(invited: bytes) -> int:
+    """Return the number of records in a list of them; what they are is not the ledger's business."""
+    try:
+        return len(msgspec.msgpack.decode(invited, type=list[msgspec.Raw]))
+    except msgspec.MsgspecError:
+        return 0

@@ -94,7 +94,7 @@ def compress(
         importance: float32, shape (parameters,), >= 0: what a squared error of each weight costs, up to a
             common factor; only its ratios within a tensor matter where a sensitivity is given.
         max_bits: spend at most this many bits per weight on average, even if the budget allows more.
-        retraining: values will be trained with frozen indices (`artifact.recentred`): codebooks instead of
+        retraining: values will be trained with frozen indices (`cells.recentred`): codebooks instead of
             grids, so that the file cannot grow.
 
     Raises:

@@ -10,6 +10,7 @@ tables: every entry of its first axis, of its second and of all others together 
 bits, and the table of a weight is numbered by the sum of its three classes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -278,6 +279,14 @@ def frequencies_of(codes: Bytes) -> Integers:
     rest = rans.TOTAL - frequencies.sum(axis=1)
     frequencies[np.arange(codes.shape[0]), weights.argmax(axis=1)] += rest
     return frequencies
+
+
+def book_of(values: NDArray[np.float64]) -> tuple[np.float32, NDArray[np.float16]]:
+    """Return scale, a power of two, and float16 entries of a codebook with these values."""
+    top = float(np.abs(values).max())
+    exponent = min(max(math.ceil(math.log2(top)), -140), 127) if top > 0 else 0
+    scale = np.float32(2.0**exponent)
+    return scale, (values / float(scale)).astype(np.float16)
 
 
 def record(coding: Coding, tables: Tables | None = None) -> bytes:

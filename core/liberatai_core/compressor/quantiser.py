@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_core.compressor.artifact import book_of
 from liberatai_core.compressor.layout import (
     CODEBOOK,
     CONSTANT,
@@ -31,6 +30,7 @@ from liberatai_core.compressor.layout import (
     Bytes,
     Coding,
     Integers,
+    book_of,
     channel_scales,
     class_of,
     class_starts,

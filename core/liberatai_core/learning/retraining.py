@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.compressor import artifact, codebook
+from liberatai_core.compressor.cells import cells_of, recentred
 from liberatai_core.errors import DataError, TrainingError
 from liberatai_core.learning import device, statistics
 from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
@@ -473,7 +474,7 @@ def _centroids(
     steps = course.settings.steps - course.split
     if steps == 0:
         return file
-    cells = artifact.cells(file, structure)
+    cells = cells_of(file, structure)
     model = flat_module(structure, course.data, artifact.restore(file, structure))
     movable = cells.of_weight >= 0
     of_weight = torch.from_numpy(np.where(movable, cells.of_weight, 0).astype(np.int64))
@@ -519,7 +520,7 @@ def _centroids(
     taught = model.weights()
     if not np.isfinite(taught).all():
         return file
-    moved = artifact.recentred(file, structure, taught)
+    moved = recentred(file, structure, taught)
     return moved if len(moved) <= budget else file
 
 

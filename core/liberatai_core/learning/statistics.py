@@ -8,7 +8,7 @@ Leads to Wider Optima and Better Generalization", UAI 2018, arXiv:1803.05407, se
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_core.compressor import artifact
+from liberatai_core.compressor import artifact, cells
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.errors import DataError, StructureError
 from liberatai_core.learning._flat import flat_module, reproducible
@@ -81,7 +81,7 @@ def before_restating(structure: Structure, budget_bytes: int) -> int:
 
     Statistics that would take more than half of the budget are coded with all else, and stay as they were.
     """
-    room = artifact.verbatim_bytes(structure, statistics_of(structure))
+    room = cells.verbatim_bytes(structure, statistics_of(structure))
     return max(budget_bytes - room, smallest_bytes(structure)) if 2 * room <= budget_bytes else budget_bytes
 
 
@@ -104,7 +104,7 @@ def restated(
     if not names:
         return file
     measured = reestimate(structure, data, artifact.restore(file, structure), x)
-    told = artifact.verbatim(file, structure, measured, names)
+    told = cells.verbatim(file, structure, measured, names)
     return told if len(told) <= budget_bytes else file
 
 

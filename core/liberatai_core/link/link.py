@@ -145,5 +145,9 @@ class Link(Protocol):
         """Say whether something is at stake (an open round, a waiting update): pauses are shorter then."""
 
     @property
+    def max_packet_bytes(self) -> int:
+        """The largest packet that is sent now; it may shrink while a connection stands (see `Refused`)."""
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes through the socket since `open`."""

@@ -348,6 +348,11 @@ class MemoryLink:
         """Nothing: this link waits for its broker without pauses of its own."""
 
     @property
+    def max_packet_bytes(self) -> int:
+        """What the broker takes."""
+        return self._broker.max_packet_bytes
+
+    @property
     def traffic(self) -> Traffic:
         """The bytes of the packets that MQTT 5 would have carried."""
         return Traffic(sent_bytes=self._sent, received_bytes=self._received)

@@ -175,3 +175,14 @@ def test_a_terminal_that_lacks_a_character_gets_a_question_mark(module: str) -> 
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
     assert done.stdout.endswith(b"81 ?C ?\n")
+
+
+def test_status_prints_a_file_without_the_client_of_the_broker(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"running": true, "pid": 1, "phase": "idle"}')
+    script = (
+        "import sys; from liberatai_agent.cli import main; "
+        f"main(['status', '--state-dir', {str(tmp_path)!r}]); "
+        "print(sorted({'paho', 'psutil', 'asyncio', 'cryptography'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

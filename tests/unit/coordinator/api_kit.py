@@ -11,8 +11,9 @@ from typing import Any, TypeVar, cast
 import msgspec
 import numpy as np
 
+from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.routes import make_app, serve_uds
+from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.client.views import (
     AssignmentView,
     DeviceView,

@@ -18,10 +18,11 @@ from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGH
 
 from liberatai_coordinator.api.devices import Devices
 from liberatai_coordinator.api.jobs import Jobs
+from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.models import Models
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import Plans
-from liberatai_coordinator.api.routes import MAX_BODY_BYTES, PART, STATUS, make_app, problem, serve_uds
+from liberatai_coordinator.api.routes import MAX_BODY_BYTES, PART, STATUS, make_app, problem
 from liberatai_coordinator.api.variants import Variants
 from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
 from liberatai_core.errors import (

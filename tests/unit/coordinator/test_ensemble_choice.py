@@ -17,9 +17,8 @@ from liberatai_coordinator.config import (
     parse_job,
 )
 from liberatai_coordinator.models import aggregation, ensembles, teaching
-from liberatai_coordinator.models.ensembles import Ensemble
 from liberatai_coordinator.models.members import Public, derive_seed, outputs
-from liberatai_coordinator.store.manifests import EnsembleRecord
+from liberatai_coordinator.store.manifests import Ensemble
 from liberatai_core.aggregator.ensemble import Evidence
 from liberatai_core.aggregator.guard import divided
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, TRIALS, method_of
@@ -137,11 +136,9 @@ def test_a_version_keeps_what_every_method_found(name: str) -> None:
         job(ensemble=name, trials=3, validation="v.npz"), given, Public(validation=(x, y))
     )
     assert made.method == name
-    record = msgspec.convert(msgspec.structs.asdict(made), EnsembleRecord)
-    back = msgspec.convert(msgspec.json.decode(msgspec.json.encode(record)), EnsembleRecord)
-    read = msgspec.convert(msgspec.structs.asdict(back), Ensemble)
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Ensemble)
     answers = outputs(given, {sid: one.view for sid, one in given.items()}, DATA, x)
-    assert read.combine(answers).tolist() == made.combine(answers).tolist()
+    assert ensembles.answer(read, answers).tolist() == ensembles.answer(made, answers).tolist()
 
 
 def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> None:
@@ -154,7 +151,7 @@ def test_the_guard_falls_back_where_labels_show_that_a_member_is_better() -> Non
     made = ensembles.combine(job(ensemble="majority_vote"), given, Public(validation=(x, y)))
     assert made.use == first
     assert "falling back" in made.guard
-    assert made.combine(answers).tolist() == answers[0].tolist()
+    assert ensembles.answer(made, answers).tolist() == answers[0].tolist()
 
 
 TEACHING: tuple[Literal["none"], Literal["inputs"], Literal["labels"]] = ("none", "inputs", "labels")

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from liberatai_coordinator.store import database, migration, refusals, rounds, writer
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.manifests import Manifest, Member, StepRecord, encode_manifest
+from liberatai_coordinator.store.manifests import Manifest, MemberRecord, StepRecord, encode_manifest
 from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
 from liberatai_coordinator.store.updates import Outcome
 from liberatai_core.errors import (
@@ -680,7 +680,7 @@ def test_jobs_their_states_and_their_values_survive(tmp_path: Path) -> None:
 
 def manifest_of(number: int, counted: tuple[bytes, ...]) -> VersionRow:
     structure = Structure(family="mlp", params={"hidden": 2}, tensors=(Tensor(name="w", shape=(2, 2)),))
-    member = Member(
+    member = MemberRecord(
         structure=structure,
         master="a" * 64,
         view="b" * 64,
@@ -1213,7 +1213,8 @@ def test_what_a_list_shows_of_rounds_is_read_without_their_long_records(tmp_path
     assert ledger.rounds.newest_number("nothing") == 0
     for number in (1, 2, 3):
         if number > 1:
-            ledger.rounds.open(replace(a_round(ledger, number), asked=number))
+            invited = msgspec.msgpack.encode([{"device": device} for device in range(number)])
+            ledger.rounds.open(replace(a_round(ledger, number), invited=invited))
         store(ledger, *(an_update(device, round_number=number) for device in range(number)))
         if number < 3:
             ledger.rounds.close("digits", number)

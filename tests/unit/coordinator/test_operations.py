@@ -18,7 +18,7 @@ from liberatai_coordinator.jobs.records import Stats
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rounds import RoundStore
-from liberatai_coordinator.store.rows import RoundRow, VersionRow
+from liberatai_coordinator.store.rows import RoundRow, RoundSummary, VersionRow
 from liberatai_core.errors import NotFoundError, StateError
 
 JOB = """
@@ -48,13 +48,22 @@ def publish(ledger: Ledger, number: int, job: str = "digits") -> None:
     ledger.rounds.set_published(job, number)
 
 
+def test_a_job_of_another_release_is_shown_with_what_can_be_done(ledger: Ledger) -> None:
+    ledger.jobs.create("later", b'{"name": "later", "new_key": 1}', ".", 2.0)
+    _, job = jobs.summaries(ledger, {})
+    assert (job.name, job.state, job.rounds_total) == ("later", "failed", 0)
+    assert "another release wrote this job" in job.reason
+    view = jobs._view(ledger, EndedRounds(), ledger.jobs.get("later"), {}, "")
+    assert (view.state, view.reason, view.rounds, view.lacks) == (job.state, job.reason, (), ())
+
+
 def test_a_list_of_jobs_reads_no_round(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     open_round(ledger, 1)
 
     def refuse(*_args: object, **_more: object) -> None:
         raise AssertionError("a round is read")
 
-    for name in ("all", "get"):
+    for name in ("all", "get", "summaries"):
         monkeypatch.setattr(RoundStore, name, refuse)
     (job,) = jobs.summaries(ledger, {"digits": "waits: 0 of 2 devices"})
     assert (job.name, job.state, job.rounds_total, job.reason) == (
@@ -69,14 +78,14 @@ def test_rounds_that_ended_are_read_once_and_the_open_one_again(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    real = RoundStore.all
+    real = RoundStore.summaries
 
-    def noted(store: RoundStore, job: str, *, after: int = 0) -> list[RoundRow]:
+    def noted(store: RoundStore, job: str, *, after: int = 0) -> list[RoundSummary]:
         rows = real(store, job, after=after)
         read.extend(row.round for row in rows)
         return rows
 
-    monkeypatch.setattr(RoundStore, "all", noted)
+    monkeypatch.setattr(RoundStore, "summaries", noted)
     ended, row = EndedRounds(), ledger.jobs.get("digits")
     open_round(ledger, 1)
     publish(ledger, 1)

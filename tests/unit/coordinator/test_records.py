@@ -1,5 +1,6 @@
 """What a round keeps is shown again, whoever wrote it; a device's contributions come newest first."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -8,10 +9,14 @@ from liberatai_coordinator.jobs.records import (
     MAX_CONTRIBUTIONS,
     Contribution,
     Stats,
+    invited_in,
     newest_contributions,
+    parts_of,
+    shortened,
     stats_of,
 )
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores, Score, WorstTenth
+from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import RoundRow
 
@@ -23,12 +28,14 @@ LOCAL = LocalScores(
 )
 
 
-def add_round(ledger: Ledger, job: str, number: int, opened_s: float, stats: bytes) -> None:
+def add_round(
+    ledger: Ledger, job: str, number: int, opened_s: float, stats: bytes, details: bytes = b""
+) -> None:
     invited = msgspec.msgpack.encode([])
     row = RoundRow(job=job, round=number, epoch=ledger.epoch, opened_s=opened_s, invited=invited)
     ledger.rounds.open(row)
     ledger.rounds.close(job, number, [])
-    ledger.rounds.set_aggregated(job, number, f"{job}-{number}", stats)
+    ledger.rounds.set_aggregated(job, number, f"{job}-{number}", stats, details)
     ledger.rounds.set_published(job, number)
 
 
@@ -70,7 +77,7 @@ def test_figures_are_kept_over_a_restart_and_older_rounds_have_none(tmp_path: Pa
     ledger.close()
     ledger = Ledger.open(tmp_path)
     try:
-        first, second = map(stats_of, ledger.rounds.all("job"))
+        first, second = (stats_of(row.stats) for row in ledger.rounds.all("job"))
     finally:
         ledger.close()
     assert (first.seconds, first.local, first.central, first.use) == (2.0, None, None, "")
@@ -98,4 +105,50 @@ def test_a_round_that_an_older_release_kept_reads_the_same_and_is_written_the_sa
         contributions={"a": Contribution("accepted", 1.5, 0.5)},
     )
     assert msgspec.msgpack.decode(stored, type=Stats) == stats
-    assert msgspec.msgpack.encode(stats) == stored
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(stats)) == msgspec.msgpack.decode(stored)
+
+
+def test_contributions_lie_apart_from_what_a_list_of_rounds_shows(tmp_path: Path) -> None:
+    names = [f"device-{number}" for number in range(1000)]
+    contributions = {
+        name: Contribution("accepted" if number % 10 else "clipped", 0.25 * number, -0.5)
+        for number, name in enumerate(names)
+    }
+    stats = Stats(rule="norm_clip", use="mlp", contributions=contributions, frozen={"cnn": "too few"})
+    short, details = parts_of(stats)
+    assert len(short) < 400
+    assert len(details) < 32_000
+    assert (
+        stats_of(short).merged == stats.merged == "norm_clip: 900 accepted, 100 clipped; cnn frozen: too few"
+    )
+    ledger = Ledger.open(tmp_path)
+    try:
+        ledger.jobs.create("job", b"{}", ".", 0.0)
+        add_round(ledger, "job", 1, 1.0, short, details)
+        assert newest_contributions(ledger, "device-20") == [("job", 1, contributions["device-20"])]
+        assert newest_contributions(ledger, "nobody") == []
+    finally:
+        ledger.close()
+    assert parts_of(Stats(use="mlp")) == (msgspec.msgpack.encode(Stats(use="mlp")), b"")
+
+
+def test_a_round_that_is_long_over_knows_whom_it_asked_itself() -> None:
+    def invitation(device: str, number: int) -> Invitation:
+        base = b"b" * 16
+        return Invitation(device=device, structure="mlp", base=base, update_id=b"u" * 16, round=number)
+
+    for number in (0, 7):  # of a job with deadlines, and of a buffered one
+        row = RoundRow(
+            job="job",
+            round=7,
+            epoch=1,
+            opened_s=1.0,
+            invited=msgspec.msgpack.encode(
+                [invitation("a", number), invitation("b", number), *[invitation("c", 5)] * bool(number)]
+            ),
+        )
+        short = replace(row, invited=shortened(row.invited))
+        assert [one.device for one in invited_in(short)] == ["a", "b"]
+        assert {one.device for one in invited_in(row)} == {"a", "b"}
+        assert len(short.invited) < len(row.invited)
+    assert shortened(msgspec.msgpack.encode([])) == msgspec.msgpack.encode([])

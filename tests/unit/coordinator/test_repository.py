@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from liberatai_coordinator.store.manifests import (
-    EnsembleRecord,
+    Ensemble,
     Manifest,
-    Member,
+    MemberRecord,
     StepRecord,
     decode_manifest,
     encode_manifest,
@@ -46,7 +46,7 @@ def a_version(parent: str | None = None, scale: float = 1.0) -> Content:
         view = (np.arange(2 * width, dtype="<f4") * scale + 1).tobytes()
         keyframe, delta = b"keyframe %d" % width, b"delta %d" % width
         blobs += [master, view, keyframe, delta]
-        members[structure.id] = Member(
+        members[structure.id] = MemberRecord(
             structure=structure,
             master=sha_of(master),
             view=sha_of(view),
@@ -63,7 +63,7 @@ def a_version(parent: str | None = None, scale: float = 1.0) -> Content:
         structures=members,
         data=DataContract(input_shape=(1, 2), classes=2),
         updates=("00" * 16, "ff" * 16),
-        ensemble=EnsembleRecord(
+        ensemble=Ensemble(
             method="uniform", members=("mlp-hidden4", "mlp-hidden8"), weights=((0.5, 0.5), (0.5, 0.5))
         ),
     )

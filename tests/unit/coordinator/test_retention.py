@@ -13,7 +13,7 @@ from liberatai_coordinator.models.retention import collect, superseded, sweep
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import (
     Manifest,
-    Member,
+    MemberRecord,
     StepRecord,
     VariantManifest,
     decode_manifest,
@@ -39,7 +39,7 @@ class House:
         names = [
             self.repository.put(f"{kind} {model} {number}".encode()) for kind in ("master", "view", "file")
         ]
-        member = Member(
+        member = MemberRecord(
             structure=structure,
             master=names[0],
             view=names[1],

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from liberatai_core.compressor import artifact, codebook
+from liberatai_core.compressor import artifact, cells, codebook, contents
 from liberatai_core.compressor.artifact import Coding
 from liberatai_core.errors import (
     BombError,
@@ -93,7 +93,7 @@ def test_entropy_coding_is_within_half_a_percent_of_the_entropy() -> None:
     file = artifact.write([coding], structure)
     share = counts / counts.sum()
     entropy = -(share * np.log2(share)).sum() * counts.sum() / 8
-    assert artifact.entropy_bits(file, structure) / 8 == pytest.approx(entropy)
+    assert contents.entropy_bits(file, structure) / 8 == pytest.approx(entropy)
     assert len(file) - artifact.header_bytes(structure) <= 1.005 * entropy
     np.testing.assert_array_equal(artifact.restore(file, structure), (indices - 3) * np.float32(0.25))
 
@@ -428,7 +428,7 @@ def unequal(seed: int = 0) -> tuple[Vector, Structure]:
 def test_tables_by_row_and_column_beat_the_entropy_of_the_indices(bits: float) -> None:
     weights, structure = unequal()
     file = codebook.compress(weights, structure, int(bits * weights.size / 8))
-    assert 8 * len(file) < 0.95 * artifact.entropy_bits(file, structure)
+    assert 8 * len(file) < 0.95 * contents.entropy_bits(file, structure)
     assert digest(artifact.restore(file, structure)) == file[4:36]
 
 
@@ -527,7 +527,7 @@ def test_quantisers_project_weights_onto_those_of_the_file(bits: float) -> None:
 
 def test_weights_are_the_values_of_their_cells_times_their_factors() -> None:
     _, structure, file = all_kinds()
-    found = artifact.cells(file, structure)
+    found = cells.cells_of(file, structure)
     weights = artifact.restore(file, structure)
     values = np.full(found.count, np.nan, np.float32)
     values[found.of_weight] = weights / found.factor
@@ -539,7 +539,7 @@ def test_weights_are_the_values_of_their_cells_times_their_factors() -> None:
 
 def moved(file: bytes, structure: Structure) -> Vector:
     """Weights whose cells have moved a little."""
-    found = artifact.cells(file, structure)
+    found = cells.cells_of(file, structure)
     weights = artifact.restore(file, structure)
     values = np.zeros(found.count, np.float32)
     values[found.of_weight] = weights / found.factor
@@ -555,7 +555,7 @@ def test_a_file_for_retraining_does_not_grow_when_its_values_move(bits: float) -
         weights, structure, int(bits * weights.size / 8), importance=importance, retraining=True
     )
     wanted = moved(file, structure)
-    again = artifact.recentred(file, structure, wanted)
+    again = cells.recentred(file, structure, wanted)
     assert len(again) <= len(file)
     restored = artifact.restore(again, structure)
     assert relative_error(wanted, restored) < 1e-5
@@ -565,7 +565,7 @@ def test_a_file_for_retraining_does_not_grow_when_its_values_move(bits: float) -
 def test_recentring_every_kind_adds_no_more_than_the_tables_of_entries() -> None:
     _, structure, file = all_kinds()
     wanted = moved(file, structure)
-    again = artifact.recentred(file, structure, wanted)
+    again = cells.recentred(file, structure, wanted)
     assert len(again) <= len(file) + 3 * (60 + 5)
     packed = slice(9, 14)
     np.testing.assert_allclose(
@@ -573,22 +573,22 @@ def test_recentring_every_kind_adds_no_more_than_the_tables_of_entries() -> None
     )
     # Eight levels for what are five weights between -0.87 and -0.39.
     np.testing.assert_allclose(artifact.restore(again, structure)[packed], wanted[packed], atol=0.5 / 6)
-    assert artifact.recentred(file, structure, artifact.restore(file, structure)) == file
+    assert cells.recentred(file, structure, artifact.restore(file, structure)) == file
 
 
 def test_weights_that_leave_their_cells_are_refused() -> None:
     weights, structure = unequal()
     file = codebook.compress(weights, structure, weights.size // 8)
     with pytest.raises(ValueError, match="cell"):
-        artifact.recentred(file, structure, weights)
+        cells.recentred(file, structure, weights)
     alike = artifact.restore(file, structure)
     zero = np.flatnonzero(alike == 0)[0]
     with pytest.raises(ValueError, match="cell"):
-        artifact.recentred(file, structure, np.where(alike == alike[zero], np.float32(0.5), alike))
+        cells.recentred(file, structure, np.where(alike == alike[zero], np.float32(0.5), alike))
     drawn = artifact.write([Coding(artifact.DRAWN, np.float32(0.1), reach=5, seed=1)], structure_of(100))
-    assert (artifact.cells(drawn, structure_of(100)).of_weight == -1).all()
+    assert (cells.cells_of(drawn, structure_of(100)).of_weight == -1).all()
     with pytest.raises(ValueError, match="no cells"):
-        artifact.recentred(drawn, structure_of(100), np.ones(100, np.float32))
+        cells.recentred(drawn, structure_of(100), np.ones(100, np.float32))
 
 
 # --- where the bytes go --------------------------------------------------------------------------
@@ -600,7 +600,7 @@ def test_the_sizes_of_tensors_add_up_to_the_file() -> None:
         (STRUCTURE, codebook.compress(model(), STRUCTURE, N // 3)),
         (STRUCTURE, codebook.smallest(model(), STRUCTURE)),
     ):
-        rows = artifact.sizes(file, structure)
+        rows = contents.sizes(file, structure)
         assert sum(row.bytes for row in rows) == len(file)
         assert [row.name for row in rows] == ["header", *(tensor.name for tensor in structure.tensors)]
         assert rows[0].bytes == artifact.header_bytes(structure)
@@ -610,7 +610,7 @@ def test_the_sizes_of_tensors_add_up_to_the_file() -> None:
 def test_the_size_of_a_tensor_is_what_it_saves_when_it_becomes_a_constant() -> None:
     file = codebook.compress(model(), STRUCTURE, N // 3)
     codings = artifact.read(file, STRUCTURE)
-    row = next(row for row in artifact.sizes(file, STRUCTURE) if row.name == "fc.weight")
+    row = next(row for row in contents.sizes(file, STRUCTURE) if row.name == "fc.weight")
     codings[4] = Coding(artifact.CONSTANT, np.float32(0))
     saved = len(file) - len(artifact.write(codings, STRUCTURE)) + 5
     assert row.bytes == pytest.approx(saved, rel=0.01)

@@ -95,9 +95,7 @@ class MqttLink:
         check_topic(topic)
         connection = self._current
         mqtt5 = connection.mqtt5 if connection is not None else not self._old_protocol
-        limit = min(
-            connection.limit if connection is not None else self._evidence.limit, self._evidence.limit
-        )
+        limit = self.max_packet_bytes
         size = publish_bytes(topic, len(payload), qos=qos, mqtt5=mqtt5)
         if size > limit:
             raise TooLargeError(f"{topic}: {size} bytes, the packet limit is {limit}")
@@ -164,6 +162,12 @@ class MqttLink:
         changed, self._reconnect.urgent = on and not self._reconnect.urgent, on
         if changed:
             self._hurry.set()
+
+    @property
+    def max_packet_bytes(self) -> int:
+        """The smallest of our own limit, the broker's word, and what was found out about it."""
+        announced = self._current.limit if self._current is not None else self._settings.max_packet_bytes
+        return min(announced, self._evidence.limit)
 
     @property
     def traffic(self) -> Traffic:
@@ -275,14 +279,14 @@ class MqttLink:
             restored.update(missing)
 
     def _announce(self, connection: Connection, welcome: Welcome) -> None:
+        self._current = connection
         self._mailbox.put(
             Connected(
                 protocol="MQTT 5" if connection.mqtt5 else "MQTT 3.1.1",
                 session_present=welcome.session_present,
-                max_packet_bytes=min(connection.limit, self._evidence.limit),
+                max_packet_bytes=self.max_packet_bytes,
             )
         )
-        self._current = connection
         held, self._held = self._held, []
         for event in held:
             self._mailbox.put(event)

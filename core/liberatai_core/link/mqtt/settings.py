@@ -4,13 +4,15 @@ Files are read anew for every connection, so that a password or a certificate ma
 program runs.
 """
 
-import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
 from liberatai_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 MAX_INCOMING_BYTES = 1 << 20  # four of the largest chunks; a hostile broker may announce 256 MB
 MAX_PACKET_BYTES = 266_240  # the largest chunk (256 KiB) and 4 KiB of headers
@@ -27,27 +29,34 @@ class TlsSettings:
     cert_file: Path | None = None
     key_file: Path | None = None
 
-    def context(self) -> ssl.SSLContext:
+    def context(self) -> "SSLContext":
         """Read the files.
 
         Raises:
             ConfigError: one of them is missing, unreadable or wrong.
         """
+        import ssl  # noqa: PLC0415 - 4 MiB for who speaks TLS only
+
+        files = {name: getattr(self, name) for name in ("ca_file", "cert_file", "key_file")}
+        absent = [
+            f"{name}: no such file: {path}" for name, path in files.items() if path and not path.is_file()
+        ]
+        if absent:
+            raise ConfigError("broker", absent)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        name = "ca_file"
+        what = f"ca_file: {self.ca_file}"
         try:
             if self.ca_file is None:
                 context.load_default_certs()
             else:
                 context.load_verify_locations(self.ca_file)
             if self.cert_file is not None:
-                name = f"cert_file, key_file: {self.cert_file}, {self.key_file}"
+                what = f"cert_file, key_file: {self.cert_file}, {self.key_file}"
                 context.load_cert_chain(self.cert_file, self.key_file)
         except OSError as error:  # ssl.SSLError is one
-            where = f"ca_file: {self.ca_file}" if name == "ca_file" else name
             text = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-            raise ConfigError("broker", [f"{where}: cannot be used: {text or error}"]) from None
+            raise ConfigError("broker", [f"{what}: cannot be used: {text or error}"]) from None
         return context
 
 
@@ -100,7 +109,8 @@ def read_password(path: Path) -> str:
             data = file.read(MAX_PASSWORD_BYTES + 2)
         password = data.splitlines()[0].decode("utf-8") if data.splitlines() else ""
     except OSError as error:
-        raise ConfigError("broker", [f"password_file: {path}: {error.strerror}"]) from None
+        text = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError("broker", [f"password_file: {text}: {path}"]) from None
     except UnicodeDecodeError:
         fault = f"password_file: {path}: not UTF-8 text: save it in that encoding"
         raise ConfigError("broker", [fault]) from None
@@ -217,3 +227,32 @@ class MqttSettings:
             password=address.password,
             tls=(tls or TlsSettings()) if address.secure else None,
         )
+
+    @classmethod
+    def from_files(
+        cls,
+        url: str,
+        *,
+        client_id: str,
+        username: str | None,
+        password_file: str | None,
+        ca_file: str | None,
+        cert_file: str | None,
+        key_file: str | None,
+    ) -> "MqttSettings":
+        """Put together what the settings of both programs say, and read every file once.
+
+        Raises:
+            ConfigError: with every fault, one line each.
+        """
+        ca, cert, key, password = (
+            Path(name) if name is not None else None for name in (ca_file, cert_file, key_file, password_file)
+        )
+        tls = TlsSettings(ca_file=ca, cert_file=cert, key_file=key) if ca or cert or key else None
+        settings = cls.from_url(url, client_id=client_id, tls=tls)
+        if username is not None or password is not None:
+            name = username or settings.username
+            old = settings.password if password is None else None
+            settings = replace(settings, username=name, password=old, password_file=password)
+        settings.check_files()
+        return settings

@@ -1,0 +1,98 @@
+"""The API on a Unix socket that only its owner can open: so no password travels."""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+
+from liberatai_core.errors import ConfigError, LockedError
+
+MAX_SOCKET_PATH: Final = 107
+"""Linux: sizeof(sun_path) - 1."""
+SHUTDOWN_S: Final = 2
+"""Longest wait for answers that are under way when the coordinator stops."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: stopping is the service's decision."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+async def serve_uds(app: FastAPI, path: Path) -> None:
+    """Answer on a Unix socket of mode 0600 until cancelled; then finish what is under way.
+
+    Raises:
+        LockedError: somebody answers on this socket already.
+        ConfigError: the path is too long, or is no socket.
+    """
+    listener = _bind(path)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await task
+        raise
+    finally:
+        listener.close()
+        _remove(path)
+
+
+def _bind(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise ConfigError("socket", [f"{path}: longer than {MAX_SOCKET_PATH} bytes; choose a shorter path"])
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # On Linux the mode of the open descriptor becomes the mode of the file that bind makes: there is
+        # no moment in which anybody else could connect, and the process's umask stays alone.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(str(path))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError("socket", [f"{path}: {error.strerror}"]) from None
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError("socket", [f"{path}: is there already and is no socket; remove it"])
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            _remove(path)  # left behind by a coordinator that was killed
+            return
+        except OSError as error:
+            raise ConfigError("socket", [f"{path}: {error.strerror or error}"]) from None
+    raise LockedError(f"{path}: another coordinator answers on this socket; stop it first")
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
