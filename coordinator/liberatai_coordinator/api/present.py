@@ -1,6 +1,7 @@
 """Every value as a client sees it. Nothing else makes views."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import msgspec
 
@@ -31,13 +32,22 @@ from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode
 from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.compressor.contents import TensorSize
-from liberatai_core.contract.messages import Capability
+from liberatai_core.contract.messages import Capability, Report
 from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
 
+INVITED: Final = "invited"
+"""Phase of a device that was asked for an update and has said nothing of it: it fetches, trains or sends."""
+ORDINARY: Final = frozenset({"idle", "fetching", "training", "sending"})
+"""Phases of an ordinary round; what keeps a device from any round, gated or failed, holds on."""
+
 
 def device_view(
-    device: Device, shown: tuple[str, str], structure: str, refusals: Mapping[str, int]
+    device: Device,
+    shown: tuple[str, str],
+    structure: str,
+    refusals: Mapping[str, int],
+    invited: tuple[str, int] | None,
 ) -> DeviceView:
     """Return a device.
 
@@ -46,14 +56,16 @@ def device_view(
         shown: its state, and what is odd about it (`Fleet.shown`).
         structure: that it trains in the newest job it takes part in; "" for none.
         refusals: number of refused messages by error code.
+        invited: (job, round) that waits for its update; None: none does.
     """
-    capability, report = device.capability, device.report
+    capability = device.capability
+    phase, job, number = _work_of(device.report, invited)
     return DeviceView(
         id=device.id,
         status=device.status,
         state=shown[0],
-        phase=report.phase if report else "",
-        reason=device.reason or shown[1] or (report.reason if report else ""),
+        phase=phase,
+        reason=device.reason or shown[1] or (device.report.reason if device.report else ""),
         profile=capability.profile if capability else "",
         tier=capability.tier if capability else "",
         form=form_of(capability.tier, capability.runtimes) if capability else "",
@@ -70,9 +82,9 @@ def device_view(
         day_quota_bytes=capability.day_quota_bytes if capability else 0,
         quota_spent=capability.quota_spent if capability else False,
         samples=capability.samples if capability else 0,
-        job=report.job if report else "",
+        job=job,
         structure=structure,
-        round=report.round if report else 0,
+        round=number,
         last_seen_s=device.last_seen_s,
         agent_version=capability.agent_version if capability else "",
         sent_bytes=device.traffic.sent_bytes,
@@ -82,6 +94,20 @@ def device_view(
         round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
         refusals=dict(refusals),
     )
+
+
+def _work_of(report: Report | None, invited: tuple[str, int] | None) -> tuple[str, str, int]:
+    """Return (phase, job, round) of a device.
+
+    It does not report every phase of an ordinary round: what it said before it was invited is out of date.
+    """
+    if invited is None:
+        return (report.phase, report.job, report.round) if report else ("", "", 0)
+    if report is None:
+        return INVITED, *invited
+    of_this_round = (report.job, report.round) == invited
+    holds_on = report.phase not in ORDINARY and not report.round
+    return report.phase if of_this_round or holds_on else INVITED, *invited
 
 
 def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummary:

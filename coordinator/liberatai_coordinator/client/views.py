@@ -36,6 +36,8 @@ class DeviceView(View, frozen=True, kw_only=True):
     """One device as the coordinator knows it. Times are Unix seconds of the coordinator.
 
     Attributes:
+        phase: what it said last that it does; "invited": an open round waits for its update, and it has said
+            nothing of that round (it reports a phase of an ordinary round only when it lasts).
         form: file that suits its tier and runtimes, to pull or export for it; "" while they are unknown.
         up_bits_s, down_bits_s: link; `link_measured`: from real transfers, not from the profile.
         day_quota_bytes: that the link may move in a day; 0: no quota.

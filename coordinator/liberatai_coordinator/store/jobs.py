@@ -48,7 +48,9 @@ class JobStore:
         newest = sa.select(sa.func.max(VERSIONS.c.number)).where(VERSIONS.c.model == name)
         with self._database.write() as connection:
             if connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
-                raise ConfigError("job", [f"name: a job {name} exists already; choose another name"])
+                raise ConfigError(
+                    "job", [f"name: a job {name} exists already; choose another name, or delete that one"]
+                )
             last = connection.execute(newest).scalar()
             row = JobRow(
                 name=name,

@@ -10,15 +10,17 @@ from typing import cast
 import msgspec
 import pytest
 
-from liberatai_coordinator.api import jobs
+from liberatai_coordinator.api import jobs, present
 from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import MAX_REMEMBERED, EndedRounds
 from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.jobs.records import Stats
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rounds import RoundStore
 from liberatai_coordinator.store.rows import RoundRow, RoundSummary, VersionRow
+from liberatai_core.contract.messages import Report
 from liberatai_core.errors import NotFoundError, StateError
 
 JOB = """
@@ -157,6 +159,33 @@ def test_a_job_that_is_not_there_is_answered_with_the_one_that_was_meant(ledger:
         asyncio.run(asked.show("digts"))
     with pytest.raises(StateError, match="job digits is waiting: it cannot be deleted"):
         asyncio.run(asked.delete("digits"))
+
+
+def a_report(phase: str, number: int) -> Report:
+    return Report(device="a", session=1, phase=phase, job="digits" if number else "", round=number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("report", "invited", "shown"),
+    [
+        (None, None, ("", "", 0)),
+        (None, ("digits", 3), ("invited", "digits", 3)),
+        (a_report("idle", 0), None, ("idle", "", 0)),
+        (a_report("idle", 0), ("digits", 3), ("invited", "digits", 3)),
+        (a_report("training", 2), ("digits", 3), ("invited", "digits", 3)),
+        (a_report("training", 3), ("digits", 3), ("training", "digits", 3)),
+        (a_report("gated", 0), ("digits", 3), ("gated", "digits", 3)),
+        (a_report("failed", 3), ("digits", 3), ("failed", "digits", 3)),
+        (a_report("failed", 2), ("digits", 3), ("invited", "digits", 3)),
+        (a_report("failed", 0), ("digits", 3), ("failed", "digits", 3)),
+    ],
+)
+def test_a_device_that_was_invited_and_says_nothing_is_not_shown_as_idle(
+    report: Report | None, invited: tuple[str, int] | None, shown: tuple[str, str, int]
+) -> None:
+    device = Device(id="a", public_key=b"k" * 32, status="approved", report=report)
+    view = present.device_view(device, ("online", ""), "", {}, invited)
+    assert (view.phase, view.job, view.round) == shown
 
 
 def test_only_the_jobs_asked_for_last_are_remembered(ledger: Ledger) -> None:
