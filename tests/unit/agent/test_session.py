@@ -573,6 +573,16 @@ def test_a_spec_of_another_method_or_job_fails_the_task(spec: TaskSpec, code: st
     assert not of(got, do.StartTraining)
 
 
+def test_a_task_that_is_too_large_for_the_device_fails_before_anything_is_started() -> None:
+    wide = Structure("mlp", {"hidden": 1}, (Tensor("w", (16_000_000,)),))
+    task, play = a_task(), online(a_spec(structure=wide))
+    play(looked(memory_bytes=512 << 20))
+    got = play(on.TaskArrived(task=task), *stored(task))
+    assert [e.code for e in of(got, do.Emit)] == ["E_MEMORY"]
+    assert not of(got, do.StartTraining)
+    assert play.phase == "failed"
+
+
 def test_the_agent_knows_exactly_the_methods_that_there_are() -> None:
     from liberatai_core.sparsifier.methods import METHODS
 
