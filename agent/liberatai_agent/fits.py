@@ -62,7 +62,7 @@ def limits_of(config: AgentConfig, caps: Capability, deadline_s: float) -> Limit
         deadline_s: of the task: a thread that trains cannot use more processor time than time.
     """
     return Limits(
-        memory_bytes=caps.memory_bytes,
+        memory_bytes=caps.memory_bytes or 1 << 62,
         residual_bytes=int(config.outbox_max_mb * MIB),
         samples=caps.samples,
         cpu_seconds=deadline_s + SPARE_CPU_S,

@@ -258,7 +258,8 @@ async def _run_bench(state_dir: Path, data: str | None) -> dict[str, Any]:
     source, sink = os.pipe()
     folder = start.fresh_folder(state_dir if known(state_dir.is_dir) else None, "bench")
     given = () if data is None else ("--data", str(Path.cwd() / data))
-    command = processes.command("liberatai_agent.children.bench", "--answer", str(sink), *given)
+    ours = ("--answer", str(sink), "--parent", str(os.getpid()))
+    command = processes.command("liberatai_agent.children.bench", *ours, *given)
     try:
         await _run_to_its_end(command, sink, folder)
         os.set_blocking(source, False)

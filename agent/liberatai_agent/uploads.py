@@ -15,7 +15,7 @@ from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Offer
 from liberatai_core.contract.topics import Topics, blob_id
-from liberatai_core.errors import DigestError, LiberataiError, LinkError
+from liberatai_core.errors import DigestError, LiberataiError, LinkError, NotFoundError
 from liberatai_core.link.link import Link
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class Uploads:
         try:
             async with self._one_at_a_time:
                 await self._publish(action)
-        except LinkError as error:
-            # The next connection, or the timer, sends it again.
+        except (LinkError, NotFoundError) as error:
+            # The next connection, or the timer, sends it again; or its receipt came while it waited here.
             log.debug("%s", error)
         except DigestError as error:
             self._failed(error.code, str(error))

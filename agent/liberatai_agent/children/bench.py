@@ -1,8 +1,8 @@
 """Looks at data and arithmetic in a process of its own, so that the agent never loads numpy.
 
-`python -m liberatai_agent.children.bench [--data FILE] [--answer FD]` writes one JSON object to the file
-descriptor (or prints it): float32 matrix product in Gflop/s of one thread, the families that can be built
-here, and what the data file holds. Nothing of a single record is in it.
+`python -m liberatai_agent.children.bench [--data FILE] [--answer FD] [--parent PID]` writes one JSON object
+to the file descriptor (or prints it): float32 matrix product in Gflop/s of one thread, the families that can
+be built here, and what the data file holds. Nothing of a single record is in it.
 """
 
 import argparse
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from liberatai_agent.children.confine import confine
 
 SIDE = 256
 """768 KiB for the three matrices: inside every second-level cache, as the layers of small models are."""
@@ -74,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--no-arithmetic", action="store_true")
     parser.add_argument("--answer", type=int, default=1, metavar="FD")
+    parser.add_argument("--parent", type=int, metavar="PID")
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        confine(args.parent)
     found: dict[str, Any] = {"families": families()}
     if not args.no_arithmetic:
         found["gflops"] = round(gflops(), 3)

@@ -67,10 +67,11 @@ HOLDOUT_SHARE = 0.15
 
 @dataclass(slots=True)
 class Memory:
-    """What is kept between two rounds: the last base (for the next delta) and the data."""
+    """What is kept between two rounds: the last base (for the next delta), the data, bytes per activation."""
 
     base: "tuple[bytes, Vector] | None" = None
     samples: "tuple[object, Samples] | None" = None
+    cost: tuple[object, int] | None = None
 
 
 def work(task: Work, memory: Memory) -> Answer:
@@ -105,6 +106,7 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     seed = work_seed(task.seed, task.device, task.job, task.round)
     base = base_weights(task, memory)
     samples = _samples(task, memory)
+    _require_room(task, memory, len(samples))
     if samples.y is None:
         raise DataError(f"{task.data_path}: no labels: training needs a key y beside x")
     held = holdout(task, len(samples), samples.test)
@@ -127,6 +129,24 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
         train_seconds=trained.seconds,
         loss=trained.loss,
     )
+
+
+def _require_room(task: Work, memory: Memory, samples: int) -> None:
+    """Refuse a batch whose activations alone are more than the device gives, before they are computed.
+
+    Raises:
+        MemoryLimitError: they are.
+    """
+    from liberatai_core.learning.families import cost  # noqa: PLC0415
+
+    if memory.cost is None or memory.cost[0] != (task.structure, task.data):
+        memory.cost = (task.structure, task.data), cost(task.structure, task.data).activation_bytes_per_sample
+    batch = min(task.training.batch_size, samples)
+    if batch * memory.cost[1] > task.memory_bytes:
+        raise MemoryLimitError(
+            f"a batch of {batch} through {task.structure.id} takes {batch * memory.cost[1] >> 20} MiB,"
+            f" this device gives {task.memory_bytes >> 20}"
+        )
 
 
 def trained_part(task: Work) -> "Subspace":

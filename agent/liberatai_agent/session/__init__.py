@@ -222,10 +222,10 @@ def _in_epoch(s: Session, epoch: int, handle: Callable[[Session, Any], Stepped],
 
 def _fenced(s: Session, epoch: int, word: bytes = b"") -> Stepped:
     """Believe nothing below this epoch any more."""
-    s, fence = replace(s, stale=0), min(epoch, MAX_EPOCH)
-    if fence == s.epoch:
+    s = replace(s, stale=0)
+    if epoch == s.epoch or epoch > MAX_EPOCH:
         return s, ()
-    return replace(s, epoch=fence), (RememberEpoch(epoch=fence, word=word if fence == epoch else b""),)
+    return replace(s, epoch=epoch), (RememberEpoch(epoch=epoch, word=word),)
 
 
 def _coordinator(s: Session, event: CoordinatorChanged) -> Stepped:

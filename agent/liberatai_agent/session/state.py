@@ -20,8 +20,8 @@ MAX_ATTEMPTS = 3
 MAX_FINISHED = 256
 """Finished tasks that are remembered: far more than a broker ever repeats."""
 MAX_EPOCH = 2**52
-"""Half of what the protocol carries: nothing that is signed can raise the fence beyond it, so whoever has the
-coordinator's key can still speak with a higher epoch."""
+"""Half of what the protocol carries. A higher one is believed and leaves the fence where it is: whatever was
+signed once, its coordinator can still speak above the fence."""
 MAX_REFUSED = 8
 """Topics that a broker refuses and that are remembered: a device has no more."""
 SHOW_S = 10.0

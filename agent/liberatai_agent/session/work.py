@@ -28,6 +28,7 @@ from liberatai_agent.events import (
     Trained,
     TrainingFailed,
 )
+from liberatai_agent.fits import Limits, require_fits
 from liberatai_agent.session.paths import joined, kept, refs, size_bytes, with_room
 from liberatai_agent.session.sending import pending_of, send, with_pending
 from liberatai_agent.session.state import (
@@ -55,6 +56,7 @@ from liberatai_agent.session.state import (
 )
 from liberatai_agent.session.telling import waits_for
 from liberatai_core.contract.messages import SPARSE_METHODS, BlobRef, Cancel, Step, Task, TaskSpec, update_id
+from liberatai_core.errors import LiberataiError
 
 RETRYABLE = frozenset({"E_BUSY", "E_DISK", "E_INTERNAL", "E_LINK"})
 """Causes outside the task, which may go away."""
@@ -236,6 +238,12 @@ def _spec_known(s: Session, work: ReadingSpec, spec: TaskSpec) -> Stepped:
         return _fail(s, work.assignment, "E_CODEC", f"unknown sparse method {spec.codec}")
     if spec.job != work.assignment.task.job:
         return _fail(s, work.assignment, "E_SCHEMA", f"a spec of job {spec.job}")
+    if s.found is not None:
+        given = Limits(memory_bytes=s.found.memory_bytes or 1 << 62, samples=s.found.samples)
+        try:
+            require_fits(spec, work.assignment.task.density, given)
+        except LiberataiError as error:
+            return _fail(s, work.assignment, error.code, str(error))
     return _try_start(s, Ready(assignment=work.assignment, chain=work.chain, spec=spec))
 
 

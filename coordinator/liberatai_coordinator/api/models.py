@@ -8,6 +8,7 @@ from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.client.views import EnsembleView, SizesView, VersionView
 from liberatai_coordinator.models import variants
 from liberatai_coordinator.service import Service
+from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_coordinator.store.versions import require_files
@@ -23,8 +24,7 @@ class Models:
 
     async def list(self) -> tuple[VersionView, ...]:
         """Return the newest version of every model."""
-        ledger = self.service.ledger
-        return tuple(present.version_view(ledger.versions.get(model)) for model in ledger.versions.models())
+        return await asyncio.to_thread(_newest_versions, self.service.ledger)
 
     async def log(self, model: str) -> tuple[VersionView, ...]:
         """Return all versions of a model, newest first."""
@@ -69,6 +69,10 @@ class Models:
 
     async def _row(self, model: str, ref: str) -> VersionRow:
         return await version_row(self.service, model, ref)
+
+
+def _newest_versions(ledger: Ledger) -> tuple[VersionView, ...]:
+    return tuple(present.version_view(ledger.versions.get(model)) for model in ledger.versions.models())
 
 
 async def version_row(service: Service, model: str, ref: str) -> VersionRow:

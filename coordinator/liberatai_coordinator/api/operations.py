@@ -53,6 +53,6 @@ class Operations:
             "broker": service.config.broker,
             "protocol": service.connected,
             "broker_refuses": list(service.broker_refuses.values()),
-            "devices_online": len(service.fleet.ready()),
+            "devices_online": service.fleet.ready_count,
             "uptime_s": time.time() - service.started_s,
         }

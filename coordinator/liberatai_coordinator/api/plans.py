@@ -1,20 +1,24 @@
 """What a client may ask about plans: which device gets which structure, and why."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from liberatai_coordinator.api import present
+from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.client.views import AssignmentView, PlanView
 from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.fleet import plan
-from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.manifests import decode_manifest
-from liberatai_coordinator.store.rows import VersionRow
+from liberatai_coordinator.store.rows import JobRow, VersionRow
 from liberatai_core.contract.messages import Capability
+from liberatai_core.errors import NotFoundError, StateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,49 +32,61 @@ class Plans:
         if yaml_text is not None:
             return await self._dry_run(parse_job(yaml_text, "job"))
         ledger = self.service.ledger
-        rows = {row.name: row for row in ledger.jobs.all()}
+        rows = {row.name: row for row in await asyncio.to_thread(ledger.jobs.all)}
         name = job_name or next(reversed(rows), "")
-        row = rows.get(name) or ledger.jobs.get(name)
-        job = msgspec.json.decode(row.spec, type=JobSpec)
+        if name not in rows:
+            error = NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
+            raise await not_found(error, name, list(rows))
+        job = present.spec_of(rows[name])
+        if job is None:
+            raise StateError(f"job {name}: {present.UNREADABLE}")
         stored = ledger.jobs.value(name, "plan")
         if stored is None:
             return await self._dry_run(job)
-        assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
-        newest = ledger.versions.newest(name, first=row.first_version)
-        sizes = self._stored_bytes(name, newest)
-        current = await self._by_link(job, assigned)
-        return PlanView(
-            job=name,
-            assignments=tuple(self._assignment(a, sizes) for a in current),
-            structures=present.structure_views(newest, assigned),
-        )
-
-    async def _by_link(self, job: JobSpec, assigned: list[Assignment]) -> list[Assignment]:
-        """Return a plan with the densities that the devices' links allow now."""
-        running = self.service.runners.get(job.name)
+        running = self.service.runners.get(name)
         candidates = list(running.roster.candidates.values()) if running else []
         if not candidates:
             candidates, _ = await asyncio.to_thread(materials.candidates_of, job)
         spacing = running.roster.spacing_s if running else _unknown
-        return await asyncio.to_thread(
-            lambda: [
-                plan.by_link(job, candidates, one, self._capability(one.device), round_s=spacing(one.device))
-                for one in assigned
-            ]
+        assigned = msgspec.msgpack.decode(stored, type=list[Assignment])
+        return await asyncio.to_thread(self._view, rows[name], job, assigned, candidates, spacing)
+
+    def _view(
+        self,
+        row: JobRow,
+        job: JobSpec,
+        assigned: list[Assignment],
+        candidates: list[Candidate],
+        spacing_s: Callable[[str], float | None],
+    ) -> PlanView:
+        """Return a plan with the densities that the devices' links allow now."""
+        newest = self.service.ledger.versions.newest(row.name, first=row.first_version)
+        sizes = self._stored_bytes(row.name, newest)
+        current = (
+            plan.by_link(job, candidates, one, self._capability(one.device), round_s=spacing_s(one.device))
+            for one in assigned
+        )
+        return PlanView(
+            job=row.name,
+            assignments=tuple(self._assignment(one, sizes) for one in current),
+            structures=present.structure_views(newest, assigned),
         )
 
     async def _dry_run(self, job: JobSpec) -> PlanView:
         candidates, _ = await asyncio.to_thread(materials.candidates_of, job)
         devices = self.service.fleet.devices.values()
         known = [d.capability for d in devices if d.capability and d.status == "approved"]
-        made = await asyncio.to_thread(plan.make_plan, job, candidates, known)
+        return await asyncio.to_thread(self._dry_view, job, candidates, known)
+
+    def _dry_view(self, job: JobSpec, candidates: list[Candidate], known: list[Capability]) -> PlanView:
+        made = plan.make_plan(job, candidates, known)
         assigned, sizes = list(made.assignments.values()), dict(made.keyframe_bytes)
+        devices = Counter(one.structure for one in assigned)
         return PlanView(
             job=job.name,
-            assignments=tuple(self._assignment(a, sizes) for a in assigned),
+            assignments=tuple(self._assignment(one, sizes) for one in assigned),
             structures=tuple(
-                present.candidate_view(c, sizes.get(c.id, 0), sum(a.structure == c.id for a in assigned))
-                for c in candidates
+                present.candidate_view(c, sizes.get(c.id, 0), devices[c.id]) for c in candidates
             ),
             dry_run=True,
         )

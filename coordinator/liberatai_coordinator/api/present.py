@@ -119,7 +119,7 @@ def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummar
         waits: why no round opens, in words; "" while one is open.
     """
     number = newest.number if newest else 0
-    spec = _spec(row)
+    spec = spec_of(row)
     return JobSummary(
         name=row.name,
         state="failed" if spec is None else msgspec.convert(row.state, JobState),
@@ -131,10 +131,10 @@ def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummar
     )
 
 
-UNREADABLE = "another release wrote this job: install that one, or delete the job"
+UNREADABLE: Final = "another release wrote this job: install that one, or delete the job"
 
 
-def _spec(row: JobRow) -> JobSpec | None:
+def spec_of(row: JobRow) -> JobSpec | None:
     """Return what a job asks for; None if this release cannot read it."""
     try:
         return msgspec.json.decode(row.spec, type=JobSpec)
@@ -159,7 +159,7 @@ def job_view(
         waits: why no round opens, in words; "" while one is open.
     """
     summary = job_summary(row, newest, waits)
-    spec = _spec(row)
+    spec = spec_of(row)
     return JobView(
         name=row.name,
         state=summary.state,

@@ -35,7 +35,7 @@ def devices_list(context: typer.Context, output: OutputOption = Output.TABLE) ->
     with client_of(context) as client:
         devices, health = client.devices.list(), client.health()
     show(devices, _DEVICE_COLUMNS, output)
-    for refused in health.get("broker_refuses", []):
+    for refused in (*health.get("faults", []), *health.get("broker_refuses", [])):
         print(f"liberatai: {clean(refused)}", file=sys.stderr)
     if not devices and output is Output.TABLE:
         hint = "no device was ever heard: `liberatai-agent doctor` on it says whether the broker refuses it"

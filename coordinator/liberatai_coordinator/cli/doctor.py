@@ -131,6 +131,8 @@ def _check_socket(socket: Path) -> Finding:
         return Finding(check="coordinator", state=state, text=f"{refused[0]}{more}")
     if health.get("protocol") == "":
         return Finding(check="coordinator", state="fail", text=f"no connection to {health.get('broker')}")
+    if faults := health.pop("faults", []):
+        return Finding(check="coordinator", state="fail", text="; ".join(faults))
     text = ", ".join(f"{key} {value}" for key, value in health.items())
     return Finding(check="coordinator", state="ok" if health.get("ok", True) else "fail", text=text)
 

@@ -31,8 +31,9 @@ from liberatai_core.errors import BaseMissingError, LiberataiError, ReplayError
 
 log = logging.getLogger(__name__)
 
-TOLD_S = 0.05
-"""Jobs hear of changes together, so long after the first: ten thousand devices that come at once are one."""
+TOLD_S, TOLD_AGAIN_S = 0.05, 0.25
+"""Jobs hear of changes together: so long after the first, and not sooner after the last time. Looking at all
+devices takes them milliseconds; while ten thousand appear, that must not be all that is done."""
 
 TICK_S = 0.5
 """How exactly silence is noticed; it begins after half a minute at the earliest."""
@@ -81,6 +82,7 @@ class Presence:
     answer: Callable[[SessionSeen], Awaitable[None]]
     _changed: dict[str, Device] = field(default_factory=dict)
     _telling: asyncio.TimerHandle | None = None
+    _told_s: float = -TOLD_AGAIN_S
     _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
 
     def restore(self) -> None:
@@ -182,12 +184,14 @@ class Presence:
     def _note_changed(self, *devices: Device) -> None:
         self._changed |= {device.id: device for device in devices}
         if self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(TOLD_S, self._tell)
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_at(max(loop.time() + TOLD_S, self._told_s + TOLD_AGAIN_S), self._tell)
 
     def _tell(self) -> None:
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
+        self._told_s = asyncio.get_running_loop().time()
         changed, self._changed = self._changed, {}
         # As they are now: what was changed twice is told once.
         known = [self.fleet.devices[name] for name in changed if name in self.fleet.devices]

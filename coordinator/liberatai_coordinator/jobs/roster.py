@@ -320,15 +320,12 @@ class Roster:
         """Return why no round opens where so many devices could take part, and what speaks against others."""
         told, now_s = [], time.monotonic()
         for device in self.fleet.ready():
-            offered = self._offered.get(device.id)
-            given = self.assigned.get(device.id) or (offered[1] if offered else None)
-            against = self._against(device, given, now_s) if given is not None else ""
-            if against:
+            if against := self._against(device, now_s):
                 told.append(f"{device.id}: {against}")
             if len(told) == MAX_TOLD:
                 break
         least = self.job.rounds.min_devices
-        there = len(self.fleet.ready())
+        there = self.fleet.ready_count
         words = f"waits: {able} of {least} devices can take part (rounds.min_devices)"
         if there < least:
             words = f"waits: {there} of {least} devices are online (rounds.min_devices)"
@@ -336,13 +333,18 @@ class Roster:
             words = "waits: no device can take part"
         return words + (f" ({'; '.join(told)})" if told else "")
 
-    def _against(self, device: Device, given: plan.Assignment, now_s: float) -> str:
+    def _against(self, device: Device, now_s: float) -> str:
+        """Return why a device cannot take part now; "" if it can, or if nobody has looked yet."""
+        offered, given = self._offered.get(device.id), self.assigned.get(device.id)
+        if given is None:
+            return "" if offered is None or offered[1].structure else offered[1].why
         if not given.structure:
             return given.why
         if unable := self._unable(device):
             return unable
         if not self.failures.may_try(device.id, device.capability, now_s):
             return self.failures.words(device.id, now_s)
+        if self._share(device, given) > 0:
+            return ""
         candidates, round_s = list(self.candidates.values()), self.spacing_s(device.id)
-        now = plan.by_link(self.job, candidates, given, device.capability, round_s=round_s)
-        return "" if now.density > 0 else now.link
+        return plan.by_link(self.job, candidates, given, device.capability, round_s=round_s).link

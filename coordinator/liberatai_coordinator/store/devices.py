@@ -41,10 +41,11 @@ class DeviceStore:
     def forget(self, names: Iterable[str]) -> None:
         """Forget devices that never were let in."""
         self._heard.flush()  # what was heard before must not come after this and bring them back
-        with self._database.write() as connection:
-            for name in names:
-                gone = sa.delete(DEVICES).where(DEVICES.c.id == name, DEVICES.c.status == "pending")
-                connection.execute(gone)
+        gone = sa.delete(DEVICES).where(DEVICES.c.id == sa.bindparam("name"), DEVICES.c.status == "pending")
+        rows = [{"name": name} for name in names]
+        if rows:
+            with self._database.write() as connection:
+                connection.execute(gone, rows)
 
     def all(self) -> list[DeviceRow]:
         """Return all devices that are on the disk, sorted by name."""

@@ -111,7 +111,7 @@ class State(Message, frozen=True, kw_only=True):
     """Retained birth, goodbye and last will of an agent.
 
     Attributes:
-        session: grows with every connection and survives reboots; an older one is ignored.
+        session: grows with every start of the agent and survives reboots; an older one is ignored.
     """
 
     device: DeviceId

@@ -10,6 +10,7 @@ Keys (`classes` and the owner or test marks are optional):
 shape where that changes no value (`structure.fitting`).
 """
 
+import math
 import time
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liberatai_core.errors import BusyError, DataError
+from liberatai_core.errors import BusyError, DataError, MemoryLimitError
 from liberatai_core.structure import DataContract, fitting
 
 MAX_BYTES = 8 << 30
@@ -195,7 +196,7 @@ def _just_written(path: Path) -> bool:
         return False
 
 
-UNREADABLE = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for damaged files."""
 
 
@@ -205,10 +206,12 @@ def _unpacked(path: Path, *, labels: bool) -> Arrays:
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
-        wanted = _wanted(sizes.keys(), labels=labels)
-        size = sum(sizes[key] for key in wanted)
-        if size > MAX_BYTES:
-            raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES}")
+            wanted = _wanted(sizes.keys(), labels=labels)
+            size = sum(sizes[key] for key in wanted)
+            if size > MAX_BYTES:
+                raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES}")
+            for key in wanted:
+                _require_honest(archive, key, sizes[key])
         with np.load(path, allow_pickle=False) as loaded:
             if not wanted:
                 raise DataError(_no_inputs(str(path), loaded.files))
@@ -217,7 +220,23 @@ def _unpacked(path: Path, *, labels: bool) -> Arrays:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: no readable npz file ({error})") from error
+    except MemoryError as error:
+        raise MemoryLimitError(f"{path}: not enough memory for its {size} bytes") from error
     return arrays
+
+
+def _require_honest(archive: zipfile.ZipFile, key: str, size: int) -> None:
+    """Raise ValueError if an array claims more than the archive holds: memory would be taken for it."""
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read:
+            raise ValueError(f"{key}: unknown version {version} of an array")
+        shape, _, kind = read[version](file)
+    if kind.hasobject:
+        return  # refused, or passed over, where it is read
+    if math.prod(shape) * kind.itemsize > size:
+        raise ValueError(f"{key}: {shape} of {kind} does not fit into {size} bytes")
 
 
 def _array(loaded: Mapping[str, Any], key: str, path: Path) -> NDArray[Any] | None:

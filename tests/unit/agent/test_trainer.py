@@ -427,7 +427,7 @@ def test_what_takes_more_memory_than_the_device_gives_says_so(chain: Chain, data
             pid = trainer.pid
             assert pid is not None
             peak = asyncio.create_task(peak_rss(pid))
-            with pytest.raises(MemoryLimitError, match="not enough memory"):
+            with pytest.raises(MemoryLimitError, match="a batch of 65536"):
                 await trainer.train(heavy)
             assert trainer.pid is None, "what it holds is given back"
             return await peak, (await trainer.train(a_work(chain, data))).samples
@@ -447,6 +447,42 @@ async def peak_rss(pid: int) -> int:
         except psutil.Error:
             return most
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_every_way_to_run_out_of_memory_has_one_code(
+    chain: Chain, data: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("liberatai_core.learning.training.train", fails)
+    assert failed(work(a_work(chain, data), Memory())).code == "E_MEMORY"
+
+
+def test_the_limit_of_the_process_refuses_what_no_estimate_foresaw(chain: Chain, data: Path) -> None:
+    """The device gives less than what importing the libraries takes: the first large array is refused."""
+    np.savez(data, x=np.zeros((2_000_000, 6), np.float32), y=np.arange(2_000_000) % 3)
+
+    async def scenario() -> None:
+        trainer = Trainer(60.0)
+        try:
+            await trainer.train(a_work(chain, data, memory_bytes=1 << 20, training=Training(batch_size=1)))
+        finally:
+            await trainer.close()
+
+    with pytest.raises(MemoryLimitError, match="not enough memory"):
+        asyncio.run(scenario())
 
 
 def test_a_training_that_takes_more_processor_time_than_its_deadline_says_so(

@@ -89,6 +89,7 @@ def test_ready_devices_are_approved_online_and_introduced() -> None:
     for name in ("b", "a"):
         fleet.hear(State(device=name, state="online", session=1), name.encode() * 32, 1.0)
     assert [device.id for device in fleet.ready()] == ["a", "b"]
+    assert fleet.ready_count == 2
 
 
 def test_what_changes_nothing_lasting_is_not_written_down() -> None:
@@ -277,7 +278,7 @@ def test_a_device_whose_quota_is_spent_may_be_silent() -> None:
 def test_without_a_broker_nobody_is_known_to_be_there() -> None:
     fleet = fleet_of("d0")
     fleet.set_connected(False, 100.0)
-    assert fleet.ready() == []
+    assert (fleet.ready(), fleet.ready_count) == ([], 0)
     assert fleet.shown(fleet.require("d0")) == ("unknown", "the coordinator has no broker")
     assert fleet.expire(5000.0) == []
     fleet.set_connected(True, 5000.0)

@@ -10,7 +10,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from liberatai_coordinator.api import jobs, present
+from liberatai_coordinator.api import jobs, plans, present
 from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import MAX_REMEMBERED, EndedRounds
 from liberatai_coordinator.config import parse_job
@@ -159,6 +159,15 @@ def test_a_job_that_is_not_there_is_answered_with_the_one_that_was_meant(ledger:
         asyncio.run(asked.show("digts"))
     with pytest.raises(StateError, match="job digits is waiting: it cannot be deleted"):
         asyncio.run(asked.delete("digits"))
+
+
+def test_the_plan_of_a_job_of_another_release_says_so(ledger: Ledger) -> None:
+    ledger.jobs.create("new", b'{"name": "new", "later": 1}', ".", 2.0)
+    asked = plans.Plans(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
+    with pytest.raises(StateError, match="job new: another release wrote this job"):
+        asyncio.run(asked.show(None, None))
+    with pytest.raises(NotFoundError, match=r"did you mean digits\?"):
+        asyncio.run(asked.show("digit", None))
 
 
 def a_report(phase: str, number: int) -> Report:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from liberatai_core.errors import BusyError, DataError
+from liberatai_core.errors import BusyError, DataError, MemoryLimitError
 from liberatai_core.learning import dataset
 from liberatai_core.learning.dataset import contract_of, load_labelled, load_npz, load_unlabeled
 from liberatai_core.structure import DataContract
@@ -169,6 +169,30 @@ def test_a_key_that_is_needed_must_be_an_array(tmp_path: Path, key: str) -> None
     path = saved(tmp_path, **({"x": IMAGES, "y": LABELS, "test": [0, 0, 0, 1]} | {key: OBJECTS}))
     with pytest.raises(DataError, match=f"{key} is no array of numbers"):
         load_npz(path, DIGITS)
+
+
+def test_an_array_that_claims_more_than_the_archive_holds_is_refused_before_it_is_reserved(
+    tmp_path: Path,
+) -> None:
+    path = saved(tmp_path, x=IMAGES, y=LABELS)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    old, new = b"(4, 8, 8)", b"(9999999999999, 8, 8)"
+    head = parts["x.npy"].replace(old, new).replace(b" " * (len(new) - len(old)) + b"\n", b"\n", 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in (parts | {"x.npy": head}).items():
+            archive.writestr(entry, content)
+    with pytest.raises(DataError, match="does not fit into"):
+        load_npz(path, DIGITS)
+
+
+def test_a_file_for_which_memory_is_lacking_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dataset, "_array", lacking)
+    with pytest.raises(MemoryLimitError, match="not enough memory"):
+        load_npz(saved(tmp_path, x=IMAGES, y=LABELS), DIGITS)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
