@@ -106,9 +106,6 @@ class Service:
             jobs=Attendance(runners=self.jobs.runners, answer_baseless=self._answer_baseless),
             answer=self._answer_session,
         )
-        self.frames = Frames(
-            fleet=self.topics.fleet, key=self.fleet.key, look=self._look, handle=self._handle_all
-        )
         self.updates = Updates(
             ledger=self.ledger,
             fleet=self.fleet,
@@ -116,8 +113,17 @@ class Service:
             publisher=self.publisher,
             ack=self.link.ack,
             refused=self._count,
-            again=self.frames.add,
+            again=self._open_again,
         )
+        self.frames = Frames(
+            fleet=self.topics.fleet,
+            key=self.fleet.key,
+            look=self.updates.look,
+            handle=self._handle_all,
+        )
+
+    def _open_again(self, frame: Frame) -> None:
+        self.frames.add(frame)
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -253,12 +259,6 @@ class Service:
     def _count(self, device: str, error: LiberataiError) -> None:
         self.fleet.count_refusal(device, error)
         self.ledger.refusals.count(device, error.code)
-
-    def _look(self, frame: Frame, message: Message) -> object:
-        """Look closer at an update, in the thread that opens frames."""
-        if isinstance(message, Update) and frame.place.leaf == "x":
-            return self.updates.look(message)
-        return None
 
     def _require_own(self, message: Message, key: bytes, place: Place) -> None:
         """Refuse what one device signs in another's name, or sends on another's topic.

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from liberatai_core.contract.frame import key_id, open_frame
 from liberatai_core.contract.messages import Capability, Message
@@ -63,13 +63,13 @@ class Frames:
     Attributes:
         fleet: whose signatures count.
         key: returns the public key with a key id, None for a stranger; called from a thread.
-        look: looks closer at a message, in the thread; what it returns or raises is in `Opened`.
+        look: looks closer at what was opened, in the thread: sets `found` or `error`.
         handle: takes what was opened, on the event loop.
     """
 
     fleet: str
     key: Callable[[bytes], bytes | None]
-    look: Callable[[Frame, Message], object]
+    look: Callable[[list[Opened]], list[Opened]]
     handle: Callable[[list[Opened]], Awaitable[None]]
     _waiting: deque[Frame] = field(default_factory=deque)
     _there: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,28 +95,29 @@ class Frames:
         def key(wanted: bytes) -> bytes | None:
             return self.key(wanted) or introduced.get(wanted)
 
-        found = []
+        opened = []
         for frame in batch:
-            opened = self._open(frame, key)
-            if isinstance(opened.message, Capability):
+            opened.append(_open(frame, self.fleet, key))
+            if isinstance(opened[-1].message, Capability):
                 # What it says next may be in this batch, too; whether it is let in, `handle` decides.
-                introduced[key_id(opened.public_key)] = opened.public_key
-            found.append(opened)
-        return found
-
-    def _open(self, frame: Frame, key: Callable[[bytes], bytes | None]) -> Opened:
-        message, public_key = None, b""
-        if frame.place.part is not None:
-            return Opened(frame=frame)  # a chunk is signed as a part of the whole; it only keeps its place
+                introduced[key_id(opened[-1].public_key)] = opened[-1].public_key
         try:
-            opened = open_frame(frame.payload, self.fleet, key)
-            message, public_key = opened.message, opened.public_key
-            found = self.look(frame, message)
-        except LiberataiError as error:
-            return Opened(frame=frame, message=message, public_key=public_key, error=error)
+            return self.look(opened)
         except Exception as error:
-            # A bug: this one frame is refused, the coordinator lives on.
-            log.exception("fault while opening a message on %s", frame.topic)
+            # A bug: these frames are refused, the coordinator lives on.
+            log.exception("fault while looking at %d messages", len(opened))
             fault = FrameError(f"{type(error).__name__}: {error}")
-            return Opened(frame=frame, message=message, public_key=public_key, error=fault)
-        return Opened(frame=frame, message=message, public_key=public_key, found=found)
+            return [replace(one, error=one.error or fault) for one in opened]
+
+
+def _open(frame: Frame, fleet: str, key: Callable[[bytes], bytes | None]) -> Opened:
+    if frame.place.part is not None:
+        return Opened(frame=frame)  # a chunk is signed as a part of the whole; it only keeps its place
+    try:
+        opened = open_frame(frame.payload, fleet, key)
+    except LiberataiError as error:
+        return Opened(frame=frame, error=error)
+    except Exception as error:
+        log.exception("fault while opening a message on %s", frame.topic)
+        return Opened(frame=frame, error=FrameError(f"{type(error).__name__}: {error}"))
+    return Opened(frame=frame, message=opened.message, public_key=opened.public_key)

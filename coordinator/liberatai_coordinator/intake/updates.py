@@ -17,19 +17,21 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.intake.frames import Frame, Opened
 from liberatai_coordinator.intake.uploads import Uploads
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.queue import Jobs
 from liberatai_coordinator.jobs.runner import Runner
-from liberatai_coordinator.models.updates import Decoded, check_update
+from liberatai_coordinator.models.updates import Decoded, check_updates
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import StoredUpdate
 from liberatai_core.contract import limits
 from liberatai_core.contract.messages import Credit, Offer, Receipt, Update
 from liberatai_core.errors import BusyError, DiskError, DuplicateError, LiberataiError, RoundUnknownError
+from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ RETRY = (BusyError.code, DiskError.code)
 
 RESUME_S = 10.0
 """How long an update waits for a restarted job to find its round, before the device is told to try again."""
+
+
+def _with(opened: Opened, read: Decoded | LiberataiError) -> Opened:
+    if isinstance(read, LiberataiError):
+        return replace(opened, error=read)
+    return replace(opened, found=read)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,17 +70,28 @@ class Updates:
 
     # --- checking, in a thread -----------------------------------------------------------------
 
-    def look(self, update: Update) -> Decoded | None:
-        """Read what an update's bytes mean, if its round asks for it; None: that is for `take` to say.
+    def look(self, batch: list[Opened]) -> list[Opened]:
+        """Read what the bytes of updates mean that their rounds ask for; the others are for `take` to refuse.
 
-        Raises:
-            LiberataiError: they mean nothing in its structure.
+        Returns:
+            The batch, with a `Decoded` in `found` or the reason in `error` of what was read.
         """
+        asked = [self._asked(opened) for opened in batch]
+        read = iter(check_updates([one for one in asked if one is not None]))
+        return [
+            opened if one is None else _with(opened, next(read))
+            for opened, one in zip(batch, asked, strict=True)
+        ]
+
+    def _asked(self, opened: Opened) -> tuple[Update, Structure, JobSpec] | None:
+        update = opened.message
+        if not isinstance(update, Update) or opened.frame.place.leaf != "x":
+            return None
         runner = self.jobs.runners.get(update.job)
         now, newest = (None, None) if runner is None else (runner.open_round, runner.versions.newest)
         if runner is None or now is None or newest is None or now.fault(update) is not None:
             return None
-        return check_update(update, newest.members[update.structure].structure, runner.job)
+        return update, newest.members[update.structure].structure, runner.job
 
     # --- deciding ------------------------------------------------------------------------------
 
