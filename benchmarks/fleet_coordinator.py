@@ -125,6 +125,7 @@ def main() -> int:
     given = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     config = parse(given.settings.read_text(encoding="utf-8"), CoordinatorConfig, str(given.settings))
+    wiring.prepare()
     return asyncio.run(serve(config, given.control, given.exchange))
 
 

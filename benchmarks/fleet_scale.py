@@ -153,7 +153,7 @@ class Coordinator:
             settings["password_file"] = str(folder / "password")
         self._settings = folder / "coordinator.yaml"
         self._settings.write_text(json.dumps(settings))
-        self.client = Client(self.state / "api.sock")
+        self.client = Client(self.state / "api.sock", timeout_s=LIMIT_S)
         self.silences: dict[str, Silence] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._server: asyncio.Server | None = None

@@ -18,10 +18,8 @@ from typing import Final
 from benchmarks.fleet_link import SocketLink
 from liberatai_coordinator import wiring
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_core.learning.families import cost, structure_of
 from liberatai_core.link.link import Link, Will
 from liberatai_core.settings import parse
-from liberatai_core.structure import DataContract
 
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
@@ -48,8 +46,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, required=True)
     given = parser.parse_args()
     config = parse(given.settings.read_text(encoding="utf-8"), CoordinatorConfig, str(given.settings))
-    data = DataContract(input_shape=(1, 4, 4), classes=3)
-    cost(structure_of("mlp", {"hidden": 6}, data), data)  # imports torch
+    wiring.prepare()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for _ in sys.stdin:
         child = os.fork()

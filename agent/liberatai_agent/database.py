@@ -6,6 +6,7 @@ not kept: a kept one holds the last blob that was bound to it. One lock: a store
 
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ class Database:
         self.damaged = ""
         try:
             self._db = self._open()
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}") from error
         except (sqlite3.Error, DamagedError) as error:
             if isinstance(error, sqlite3.Error) and not is_damage(error):
                 raise DiskError(f"{path}: {error}: free some space; the agent tries again") from error
@@ -70,6 +73,8 @@ class Database:
 
     def _open(self) -> sqlite3.Connection:
         # No access from two threads at once: the lock. SQLite's own check forbids a second thread at all.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._path.chmod(0o600)
         db = sqlite3.connect(self._path, isolation_level=None, cached_statements=0, check_same_thread=False)
         try:
             db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 
-from liberatai_agent.outbox import Outbox
+from liberatai_agent.counters import Counters
 from liberatai_core.errors import LiberataiError
 
 log = logging.getLogger(__name__)
@@ -13,17 +13,17 @@ class Faults:
     """Counts for one device.
 
     Args:
-        outbox: keeps the counters.
+        counters: keep them.
 
     Attributes:
         last: the newest error, "E_DISK: full".
         refused: refused frames by code, ever.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
         self._unsaved: dict[str, int] = {}
-        self.refused = outbox.refusals()
+        self.refused = counters.refusals()
         self.last = ""
 
     def refuse(self, code: str, text: str) -> None:
@@ -45,5 +45,5 @@ class Faults:
         """Store the counters; what the disk refuses is stored later."""
         if self._unsaved:
             with contextlib.suppress(LiberataiError):
-                self._outbox.add_refusals(self._unsaved)
+                self._counters.add_refusals(self._unsaved)
                 self._unsaved = {}

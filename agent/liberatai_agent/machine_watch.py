@@ -30,13 +30,13 @@ class Watched:
     """What the watch asks about the rest of the agent.
 
     Attributes:
-        pids: own processes.
+        trainer: process id of the training process while it runs.
         is_busy: whether a task is in hand.
         is_training: whether a training runs.
         held_bytes: what files of models take.
     """
 
-    pids: Callable[[], tuple[int, ...]]
+    trainer: Callable[[], int | None]
     is_busy: Callable[[], bool]
     is_training: Callable[[], bool]
     held_bytes: Callable[[], int]
@@ -105,8 +105,8 @@ class MachineWatch:
     def look_at_gate(self) -> None:
         """Notice whether training is allowed, and what is left of the day's quota."""
         rules = self._config.gate
-        load = self._load.others(self._watched.pids()) if rules.max_load_others is not None else None
-        own = sum(probe.rss(pid) or 0 for pid in self._watched.pids() if pid != os.getpid())
+        load = self._load.others(self._pids()) if rules.max_load_others is not None else None
+        own = sum(probe.rss(pid) or 0 for pid in self._pids() if pid != os.getpid())
         seen = snapshot(self._config, load, own_memory_bytes=own, training=self._watched.is_training())
         before, self._gate = self._gate, gate.decide(seen, rules, self._gate, now_s())
         if (before.open, before.reason) != (self._gate.open, self._gate.reason):
@@ -118,6 +118,9 @@ class MachineWatch:
             self._quota = words
             self._happened(QuotaChanged(words=words))
             self._tell()
+
+    def _pids(self) -> tuple[int, ...]:
+        return tuple(pid for pid in (os.getpid(), self._watched.trainer()) if pid is not None)
 
     async def look_at_machine(self) -> None:
         """Notice new limits and new data."""

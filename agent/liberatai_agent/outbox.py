@@ -1,4 +1,4 @@
-"""What one device must not lose: updates without a receipt, what was left over, counters.
+"""What one device must not lose: updates without a receipt, and what was left over.
 
 One training is one transaction: the update, the new residual, the refused updates that went into it, and the
 finished task appear together or not at all. An update is sealed before it is stored: what stands here can be
@@ -42,7 +42,7 @@ APPLICATION_ID = 0x4C_41_49_41  # "LAIA"
 SCHEMA_VERSION = 3
 MAX_RESIDUALS = 4
 """Residuals of the last jobs that are kept: one is as large as the model itself."""
-CUT_BYTES = 1 << 20
+CUT_BYTES = 1 << 17
 """After a transaction of this size the database's log is cut."""
 FILE = "outbox.db"
 FOLDER = "residuals"
@@ -160,33 +160,6 @@ class Outbox:
         self._folder = folder / FOLDER
         with _files(FOLDER):
             self._remove_unnamed()
-
-    # --- counters ------------------------------------------------------------------------------
-
-    def add_refusals(self, counts: dict[str, int]) -> None:
-        """Add to the counters of refused frames and updates, by code."""
-        with self._database.transaction() as db:
-            db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (device, name) "
-                "DO UPDATE SET value = value + excluded.value",
-                [(self._device, f"refused:{code}", number) for code, number in counts.items()],
-            )
-
-    def refusals(self) -> dict[str, int]:
-        """Return the counters of `add_refusals`."""
-        rows = self._rows(
-            "SELECT name, value FROM counters WHERE device = ? AND name LIKE 'refused:%' ORDER BY name"
-        )
-        return {name.partition(":")[2]: value for name, value in rows}
-
-    def take_counter(self, name: str) -> int:
-        """Return and delete a number that an earlier release kept here, 0 if there is none."""
-        which = (self._device, name)
-        rows = self._database.rows("SELECT value FROM counters WHERE device = ? AND name = ?", which)
-        if rows:
-            with self._database.transaction() as db:
-                db.execute("DELETE FROM counters WHERE device = ? AND name = ?", which)
-        return int(rows[0][0]) if rows else 0
 
     # --- updates -------------------------------------------------------------------------------
 
@@ -322,7 +295,8 @@ class Outbox:
 
     def forget(self, update_id: bytes) -> None:
         """Delete an update that the coordinator has (its receipt says so), or that cannot be read."""
-        self._delete(update_id)
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM updates WHERE device = ? AND update_id = ?", (self._device, update_id))
 
     def give_back(self, update_id: bytes) -> None:
         """Delete a refused update and keep its body for the next training of its structure."""
@@ -349,10 +323,6 @@ class Outbox:
         except (LiberataiError, msgspec.MsgspecError) as error:
             log.warning("E_DAMAGED: refused update %s is lost: %s", update_id.hex(), error)
             return None
-
-    def _delete(self, update_id: bytes) -> None:
-        with self._database.transaction() as db:
-            db.execute("DELETE FROM updates WHERE device = ? AND update_id = ?", (self._device, update_id))
 
     def _finish(self, db: sqlite3.Connection, task_id: bytes) -> None:
         db.execute("INSERT OR IGNORE INTO finished (device, task_id) VALUES (?, ?)", (self._device, task_id))

@@ -64,14 +64,13 @@ class Saying:
         self._there, self._online = asyncio.Event(), asyncio.Event()
         self.publishing_since: float | None = None
 
-    def start_over(self) -> None:
-        """Publish from now on. Of what stands at the broker a new connection says everything again."""
-        self._retained.clear()
-        self._online.set()
-
-    def pause(self) -> None:
-        """Let everything wait: the connection is lost."""
-        self._online.clear()
+    def connected(self, is_up: bool) -> None:
+        """Publish, or let everything wait. Of what stands at the broker a new connection says all again."""
+        if is_up:
+            self._retained.clear()
+            self._online.set()
+        else:
+            self._online.clear()
 
     def state(self, state: Presence) -> None:
         """Say what the device is."""

@@ -1,18 +1,15 @@
 """One running agent: wires the parts together, and makes happen what `session` decides.
 
 A message is acknowledged after it was handled. What could not be sent is not queued: the next connection says
-everything again from the session's state. A device that was put back from a copy takes a higher session
-number, and makes a new link with it, because its last will carries the number too.
+everything again from the session's state.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -24,6 +21,8 @@ from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.clock import now_s
 from liberatai_agent.config import AgentConfig, load_profile
+from liberatai_agent.connection import Connection, LinkFactory
+from liberatai_agent.counters import Counters
 from liberatai_agent.database import Database
 from liberatai_agent.downloads import Downloads
 from liberatai_agent.faults import Faults
@@ -35,37 +34,24 @@ from liberatai_agent.machine_watch import MachineWatch, Watched, sample
 from liberatai_agent.outbox import Outbox, open_database
 from liberatai_agent.overview import Seen, StatusFile, overview
 from liberatai_agent.probe import promised_bits_s
-from liberatai_agent.saying import Saying, presence
+from liberatai_agent.saying import Saying
 from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.state_folder import StateLock
 from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, notify
 from liberatai_agent.training import Training
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
-from liberatai_core.contract.messages import Update
+from liberatai_core.contract.messages import Telemetry, Update
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import BusyError, DamagedError, LiberataiError
-from liberatai_core.link.link import (
-    Connected,
-    Disconnected,
-    Link,
-    LinkEvent,
-    Received,
-    Refused,
-    Traffic,
-    Will,
-)
+from liberatai_core.link.link import Link, Received
 
 log = logging.getLogger(__name__)
 
 GOODBYE_S = 1.0
 """For the last messages, and again for closing the link: whoever stops a machine does not wait long."""
-NEXT_NUMBER_S = 30.0
-"""Between two session numbers that a coordinator asks for: two devices with one identity must not race."""
 SOON_S = 0.02
 """The clock of the session is asked for the time no more often than this."""
-
-LinkFactory = Callable[[Will], Link]
 
 
 class Service:
@@ -98,10 +84,6 @@ class Service:
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
         self._supervisor = Supervisor(self._signs)
-        self._connected: Connected | None = None
-        self._traffic_before = Traffic()
-        self._moved = Traffic(), time.monotonic()
-        self._renumbered_s = -NEXT_NUMBER_S
         self._started_at = time.time()
 
     # --- life ----------------------------------------------------------------------------------
@@ -128,24 +110,38 @@ class Service:
         self._identity = Identity(folder, config.device, config.fleet)
         profile = load_profile(config)
         self._outbox = Outbox(database, folder, config.device, int(config.outbox_max_mb * (1 << 20)))
-        self._faults = Faults(self._outbox)
+        self._counters = Counters(database, config.device)
+        self._faults = Faults(self._counters)
         self._store = BlobStore(folder / "blobs")
-        self._identity.raise_session(self._outbox.take_counter("session"))
-        if (epoch := self._outbox.take_counter("epoch")) > self._identity.fence(config.key_bytes).epoch:
+        self._identity.raise_session(self._counters.take("session"))
+        if (epoch := self._counters.take("epoch")) > self._identity.fence(config.key_bytes).epoch:
             self._identity.set_fence(config.key_bytes, epoch)
         # On disk before CONNECT: no two starts of this device have the same number.
         self._identity.next_session()
-        self._link = self._new_link()
+        own = config.device, self._identity, self._topics
+        self._connection = Connection(
+            config.device,
+            config.broker,
+            self._identity,
+            self._topics,
+            self._make_link,
+            self._faults,
+            self.happened,
+            self._received,
+        )
         up_bits_s, down_bits_s = promised_bits_s(config, profile)
         self._meter = LinkMeter(
             folder,
             config.link.quota_bytes,
-            self._traffic,
+            lambda: self._connection.traffic,
             now_s,
             up_bits_s=up_bits_s,
             down_bits_s=down_bits_s,
         )
-        link, own = (lambda: self._link), (config.device, self._identity, self._topics)
+
+        def link() -> Link:
+            return self._connection.link
+
         self._saying = Saying(*own, link, self._meter, self._failed)
         self._uploads = Uploads(*own, link, self._outbox, self._meter, self.happened, self._failed)
         fetcher = Fetcher(
@@ -168,7 +164,7 @@ class Service:
         )
         self._status = StatusFile(folder, self.status)
         watched = Watched(
-            self._pids,
+            lambda: self._training.pid,
             lambda: self._session.task is not None,
             lambda: isinstance(self._session.work, TrainingNow),
             self._store.size_bytes,
@@ -191,8 +187,14 @@ class Service:
         config = self._config
         log.info("agent %s of fleet %s: session %d", config.device, config.fleet, self._identity.session)
         try:
-            await self._link.open()
-            parts = (self._listen, self._saying.run, self._watch_machine, self._sample, self._status.run)
+            await self._connection.link.open()
+            parts = (
+                self._connection.listen,
+                self._saying.run,
+                self._watch_machine,
+                self._sample,
+                self._status.run,
+            )
             for part in (*parts, self._supervisor.watch):
                 self._supervisor.run_part(part())
             notify("READY=1")
@@ -207,7 +209,7 @@ class Service:
             self._timer.cancel()
         parts = (self._supervisor, self._downloads, self._uploads, self._training)
         await asyncio.gather(*(part.close() for part in parts), self._leave(), return_exceptions=True)
-        self._connected = None
+        self._connection.connected = None
         self._faults.save()
         self._meter.count()
         self._meter.save()
@@ -216,12 +218,12 @@ class Service:
     async def _leave(self) -> None:
         with contextlib.suppress(LiberataiError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
-                if self._connected is not None:
+                if self._connection.connected is not None:
                     await self._saying.telemetry(self._telemetry())
                     await self._saying.goodbye()
         with contextlib.suppress(LiberataiError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
-                await self._link.close()
+                await self._connection.link.close()
 
     # --- events and actions --------------------------------------------------------------------
 
@@ -236,12 +238,14 @@ class Service:
                 one = self._events.popleft()
                 if isinstance(one, on.BlobFailed | on.TrainingFailed | on.StoreFailed):
                     self._failed(one.code, one.text)
+                if isinstance(one, on.LinkUp | on.LinkDown):
+                    self._saying.connected(isinstance(one, on.LinkUp))
                 self._step(on.Tick(now_s=now_s()))
                 self._step(one)
         finally:
             self._handling = False
         self._wait_for_due()
-        self._link.urgent(bool(self._session.pending) or self._session.task is not None)
+        self._connection.link.urgent(bool(self._session.pending) or self._session.task is not None)
         self._status.changed()
 
     def _step(self, event: on.Happened) -> None:
@@ -318,63 +322,7 @@ class Service:
         if code == DamagedError.code:
             self._supervisor.crashed(DamagedError(text))
 
-    # --- the link ------------------------------------------------------------------------------
-
-    def _new_link(self) -> Link:
-        payload = presence(self._config.device, self._identity, "lost")
-        return self._make_link(Will(topic=self._topics.up(self._config.device, "state"), payload=payload))
-
-    async def _renumber(self, known: int) -> None:
-        """Go on with a session number above one that was used before this device was put back from a copy."""
-        if time.monotonic() < self._renumbered_s + NEXT_NUMBER_S:
-            return
-        self._renumbered_s = time.monotonic()
-        self._identity.raise_session(known)
-        number = self._identity.next_session()
-        log.warning("E_REPLAY: session %d was used before: going on with %d", known, number)
-        self._traffic_before = self._traffic()
-        before, self._link = self._link, self._new_link()
-        await before.close()
-        self._connected = None
-        self.happened(on.LinkDown())
-        self.happened(on.Renumbered(number=number))
-        await self._subscribe()
-        await self._machine.look_at_machine()
-        await self._link.open()
-
-    async def _listen(self) -> None:
-        link: Link | None = None
-        while link is not self._link:
-            link = self._link
-            async for event in link.events():
-                if link is self._link:
-                    self._heard(event)
-
-    def _heard(self, event: LinkEvent) -> None:
-        self._moved = self._traffic(), time.monotonic()
-        match event:
-            case Connected():
-                log.info("connected to %s (%s)", self._config.broker, event.protocol)
-                self._connected = event
-                self._saying.start_over()
-                size = event.max_packet_bytes
-                self.happened(on.LinkUp(session_present=event.session_present, packet_bytes=size))
-            case Disconnected(reason=reason, retry_in_s=retry):
-                if self._connected is not None or f"E_LINK: {reason}" != self._faults.last:
-                    log.warning(
-                        "no connection to %s: %s (next try in %.1f s)", self._config.broker, reason, retry
-                    )
-                self._faults.note("E_LINK", reason, quiet=True)
-                self._connected = None
-                self._saying.pause()
-                self.happened(on.LinkDown())
-            case Refused():
-                if (event.topic, event.words) not in self._session.refused:  # once per connection
-                    log.warning("E_%s: %s", "SIZE" if event.what == "size" else "BROKER", event.words)
-                size = event.max_packet_bytes if event.what == "size" else 0
-                self.happened(on.BrokerRefused(topic=event.topic, words=event.words, packet_bytes=size))
-            case Received():
-                self._received(event)
+    # --- hearing and looking -------------------------------------------------------------------
 
     def _received(self, message: Received) -> None:
         try:
@@ -386,22 +334,19 @@ class Service:
                 self.happened(event)
         except LiberataiError as error:
             self._faults.refuse(error.code, f"{message.topic}: {error}")
-        self._link.ack(message.token)
-
-    # --- looking -------------------------------------------------------------------------------
+        self._connection.link.ack(message.token)
 
     async def _watch_machine(self) -> None:
         """Look at the machine; when it is known what this device can do, tasks may come."""
         await self._machine.first_look()
-        await self._subscribe()
+        await self._connection.subscribe()
         give_memory_back()
         await self._machine.run()
 
-    async def _subscribe(self) -> None:
-        try:
-            await self._link.subscribe(*self._topics.to_device(self._config.device))
-        except LiberataiError as error:
-            self._failed(error.code, f"nothing can be heard: {error}")
+    async def _renumber(self, known: int) -> None:
+        if await self._connection.renumber(known):
+            await self._machine.look_at_machine()
+            await self._connection.link.open()
 
     async def _sample(self) -> None:
         """Send load and traffic now and then; lost samples are lost."""
@@ -409,36 +354,24 @@ class Service:
         while True:
             await asyncio.sleep(self._config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             self._faults.save()
-            if self._connected is not None and not self._meter.spent:
+            if self._connection.connected is not None and not self._meter.spent:
                 with contextlib.suppress(LiberataiError):
                     await self._saying.telemetry(self._telemetry())
 
-    def _telemetry(self) -> Any:
-        traffic = self._traffic()
+    def _telemetry(self) -> Telemetry:
+        traffic = self._connection.traffic
         number = self._identity.session
         return sample(self._config.device, number, traffic.sent_bytes, traffic.received_bytes)
 
     def _signs(self) -> Signs:
-        traffic = self._traffic()
-        if traffic != self._moved[0]:
-            self._moved = traffic, time.monotonic()
+        self._connection.look()
         return Signs(
-            connected=self._connected is not None,
-            moved_s=self._moved[1],
+            connected=self._connection.connected is not None,
+            moved_s=self._connection.moved_s,
             keepalive_s=self._config.keepalive_s,
             publishing_s=self._saying.publishing_since,
             stopping_s=self._training.stopping_since,
         )
-
-    def _traffic(self) -> Traffic:
-        before, now = self._traffic_before, self._link.traffic
-        return Traffic(
-            sent_bytes=before.sent_bytes + now.sent_bytes,
-            received_bytes=before.received_bytes + now.received_bytes,
-        )
-
-    def _pids(self) -> tuple[int, ...]:
-        return tuple(pid for pid in (os.getpid(), self._training.pid) if pid is not None)
 
     def _limits(self, deadline_s: float) -> Limits:
         found = self._machine.capability
@@ -447,7 +380,7 @@ class Service:
         return limits_of(self._config, found, deadline_s)
 
     def _seal(self, update: Update) -> bytes:
-        moved = self._traffic()
+        moved = self._connection.traffic
         counted = replace(update, sent_bytes=moved.sent_bytes, received_bytes=moved.received_bytes)
         return seal(counted, self._identity.signer)
 
@@ -459,8 +392,8 @@ class Service:
             identity=self._identity,
             meter=self._meter,
             faults=self._faults,
-            traffic=self._traffic(),
-            connected=self._connected,
+            traffic=self._connection.traffic,
+            connected=self._connection.connected,
             capability=self._machine.capability,
             found=self._machine.found,
             last_training=self._training.last,

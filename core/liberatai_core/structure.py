@@ -42,7 +42,7 @@ Parameter = int | float | str | bool
 _PARAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
-class DataContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DataContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What every device's data must look like: inputs of one shape, labels 0 … classes-1.
 
     Attributes:
@@ -84,7 +84,7 @@ def fitting(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Fit | None:
     return None
 
 
-class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One named tensor: `shape` in the framework's order, e.g. (out, in, height, width)."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]

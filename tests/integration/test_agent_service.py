@@ -198,6 +198,7 @@ class QuickTrainer(Trainer):
         before = work.residual_from
         self.residuals.append(None if before is None else Path(before.path).read_bytes())
         after = f"after {work.round}".encode()
+        Path(work.residual_to).touch(mode=0o600)
         Path(work.residual_to).write_bytes(after)
         result = TrainingResult(
             body=self.body + bytes([work.round]),
@@ -313,6 +314,10 @@ async def test_an_agent_introduces_itself_works_and_says_goodbye(tmp_path: Path)
         await co.first(State, state="offline")
     found = status_file(tmp_path)
     assert (found["running"], found["phase"], found["connected"]) == (False, "stopped", False)
+    modes = {
+        str(path): path.stat().st_mode & 0o077 for path in (tmp_path / "state").rglob("*") if path.is_file()
+    }
+    assert set(modes.values()) == {0}, modes
     assert found["sent_bytes"] > 0
     assert found["round"] == 1
 

@@ -61,6 +61,7 @@ class Roster:
     history: selection.History = field(default_factory=selection.History)
     trying: set[str] = field(default_factory=set)
     failures: Failures = field(default_factory=Failures)
+    _unsaved: bool = False
     _offered: dict[str, tuple[Capability, plan.Assignment]] = field(default_factory=dict)
     _shares: dict[str, tuple[Capability, plan.Assignment, float]] = field(default_factory=dict)
     _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
@@ -119,13 +120,21 @@ class Roster:
             offers[device.id] = known[1]
         return offers
 
+    def _save(self) -> None:
+        if self._unsaved:
+            self._store()
+
     def _store(self) -> None:
         plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
         self.ledger.jobs.set_value(self.job.name, "plan", plan_bytes)
         self.ledger.jobs.set_value(self.job.name, "keyframes", msgspec.msgpack.encode(self.keyframe_bytes))
+        self._unsaved = False
 
     def assign_newcomers(self) -> None:
-        """Give devices that came later, or could not take part, one of the structures that the job has."""
+        """Give devices that came later, or could not take part, one of the structures that the job has.
+
+        It is on disk before one of them is invited, or told of: what is lost with a crash is found out again.
+        """
         present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
         changed = False
         for device in self.fleet.ready():
@@ -139,8 +148,7 @@ class Roster:
                 made = replace(made, structure="", why=why)
             self.assigned[device.id] = made
             changed = changed or made != before
-        if changed:
-            self._store()
+        self._unsaved = self._unsaved or changed
 
     def taking(self) -> list[tuple[str, str]]:
         """Return every (device, structure) of the plan."""
@@ -276,6 +284,7 @@ class Roster:
 
     def choose(self, number: int, ready: Iterable[Device], wanted: int) -> list[Device]:
         """Return so many of those that are ready, and note which links are only tried again."""
+        self._save()
         names = selection.choose(
             self.job.rounds.select,
             [device.id for device in ready],
@@ -318,6 +327,7 @@ class Roster:
 
     def waiting(self, able: int = 0) -> str:
         """Return why no round opens where so many devices could take part, and what speaks against others."""
+        self._save()
         told, now_s = [], time.monotonic()
         for device in self.fleet.ready():
             if against := self._against(device, now_s):

@@ -154,7 +154,9 @@ def check_updates(
 ) -> list[Decoded | LiberataiError]:
     """Return for each (update, structure, job) what `check_update` returns or raises.
 
-    No update depends on another; fifty together take a third of the time that they take one by one.
+    No update depends on another. Sixty together take a quarter of the time that they take one by one, and a
+    tenth where signs are modelled (`benchmarks/update_path.py`). Memory: 8 bytes per parameter of its trained
+    part for each of them at most, so a caller with large parts asks for fewer at a time.
     """
     found: list[Decoded | LiberataiError | Structure] = [_part_of(*one) for one in asked]
     read = [(place, part) for place, part in enumerate(found) if isinstance(part, Structure)]

@@ -35,7 +35,7 @@ BUFFER_SHARE = 0.15
 """Of the devices that have a task: 10-20 % is what FedBuff was found to do best with."""
 
 
-class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one device was asked to do; the ledger keeps it.
 
     Attributes:

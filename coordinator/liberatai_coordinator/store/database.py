@@ -46,6 +46,10 @@ FREED_PAGES: Final = 500
 """Given back at a time: some milliseconds in which nobody else writes."""
 MAX_PAUSE_S: Final = 0.05
 
+READERS: Final = 64
+"""Threads that read at once; more wait for each other."""
+
+_REFUSED = (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error)
 _FATAL_SYNC = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -140,7 +144,7 @@ class Database:
         try:
             with self.engine.connect() as connection, connection.begin():
                 yield connection
-        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        except _REFUSED as error:
             raise self._translate(error) from error
 
     @contextmanager
@@ -153,7 +157,7 @@ class Database:
                 with connection.begin():
                     yield connection
                 self.unsettled_bytes += TRANSACTION_BYTES
-        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        except _REFUSED as error:
             raise self._translate(error) from error
         if self.unsettled_bytes >= SETTLE_BYTES:
             self.wake()
@@ -190,7 +194,7 @@ class Database:
             with closing(self.engine.raw_connection()) as connection:
                 driver: Any = connection.driver_connection
                 driver.executescript(pragma)
-        except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        except _REFUSED as error:
             raise self._translate(error) from error
 
     def _begin_epoch(self) -> None:
@@ -238,6 +242,8 @@ class Database:
     def _translate(self, error: Exception) -> LiberataiError:
         origin = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         code = getattr(origin, "sqlite_errorcode", 0) or 0
+        if isinstance(error, sa.exc.TimeoutError):
+            return BusyError(f"{self._path}: more than {READERS} threads read at once: try again later")
         if code in _FATAL_SYNC:
             # After a failed fsync the kernel may have dropped the pages: nothing later can be trusted.
             self._fault = DiskError(f"{self._path}: fsync failed; restart the coordinator and check the disk")
@@ -306,7 +312,11 @@ def _lock(path: Path) -> int:
 
 
 def _engine(path: Path) -> sa.Engine:
-    engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    engine = sa.create_engine(
+        f"sqlite+pysqlite:///{path}",
+        connect_args={"timeout": BUSY_TIMEOUT_MS / 1000},
+        max_overflow=READERS - 5,  # beside the five that stay open
+    )
 
     @sa.event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:

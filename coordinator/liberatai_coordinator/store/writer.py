@@ -5,6 +5,7 @@ reached the disk. Beside it, rows of which only the newest counts are collected 
 """
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import SETTLE_BYTES, Database, again
 from liberatai_core.errors import BusyError, DiskError, LiberataiError
+
+log = logging.getLogger(__name__)
 
 BATCH_ITEMS: Final = 1000
 """Measured: 404 updates/s with one per transaction, 5969 with 100; beyond a thousand nothing is gained."""
@@ -101,10 +104,29 @@ class Latest(Generic[Key, Row]):
                     rows, self._rows = self._rows, {}
                 if rows:
                     self._apply(connection, rows)
-        except BaseException:
-            with self._lock:
-                self._rows = rows | self._rows
+        except LiberataiError:
+            self._give_back(rows)
             raise
+        except Exception:
+            log.exception("rows of the ledger cannot be written together")
+            self._flush_one_by_one(rows)
+
+    def _flush_one_by_one(self, rows: dict[Key, Row]) -> None:
+        """Write what can be written: one row that no column takes must not hold up all others."""
+        while rows:
+            key, row = rows.popitem()
+            try:
+                with self._database.write() as connection:
+                    self._apply(connection, {key: row})
+            except LiberataiError:
+                self._give_back(rows | {key: row})
+                raise
+            except Exception:
+                log.exception("dropped, for it cannot be written: %r", key)
+
+    def _give_back(self, rows: dict[Key, Row]) -> None:
+        with self._lock:
+            self._rows = rows | self._rows
 
 
 class Writer:
@@ -179,8 +201,10 @@ class Writer:
                 self._settle(batch)
             self._write_latest(now=stopping)
             if self._database.unsettled_bytes >= SETTLE_BYTES:
-                with suppress(LiberataiError):  # it is tried again, and in the end whoever commits does it
+                try:
                     self._database.settle()
+                except Exception as error:  # noqa: BLE001 - it is tried again; in the end whoever commits does it
+                    log.warning("the write-ahead log stays as it is: %s", error)
 
     def _next_batch(self) -> tuple[list[_Waiting], bool]:
         """Wait for something, then take whatever else is there already."""
@@ -230,11 +254,13 @@ class Writer:
         except LiberataiError as error:
             if len(batch) == 1 or not isinstance(error, DiskError):
                 return [again(error) for _ in batch]
-            # What does not fit together may fit in parts.
-            half = len(batch) // 2
-            return self._store(batch[:half]) + self._store(batch[half:])
-        except Exception as error:  # noqa: BLE001 - the thread must answer, whatever went wrong
-            return [DiskError(f"ledger: {type(error).__name__}: {error}") for _ in batch]
+        except Exception as error:  # the thread must answer, whatever went wrong
+            if len(batch) == 1:
+                log.exception("an update cannot be written")
+                return [DiskError(f"ledger: {type(error).__name__}: {error}")]
+        # What does not fit together may fit in parts, and what is wrong with one is not with all.
+        half = len(batch) // 2
+        return self._store(batch[:half]) + self._store(batch[half:])
 
     def _transact(self, batch: list[_Waiting]) -> list[Any]:
         places: dict[Apply, list[int]] = {}
@@ -257,7 +283,8 @@ class Writer:
             try:
                 if latest:
                     latest.flush()
-            except LiberataiError:
+            except LiberataiError as error:
+                log.debug("tried again in %.1f s: %s %s", RETRY_S, error.code, error)
                 self._latest_s = time.monotonic() + RETRY_S
 
 

@@ -48,8 +48,13 @@ SPARSE_METHODS: tuple[str, ...] = get_args(SparseMethod)
 HeadState = Literal["running", "paused", "finished", "aborted"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
     """Base of all messages: closed (unknown keys are refused), frozen, and without NaN or infinity.
+
+    Nothing frozen can be part of a cycle, so the garbage collector need not look at messages: a coordinator
+    holds some for every device.
 
     A field that has its default value is never written (of an array: at its end): a field that a later
     release adds disturbs an older reader only where somebody uses it.

@@ -1242,3 +1242,45 @@ def test_pruning_shortens_what_is_known_of_invitations(tmp_path: Path) -> None:
     ledger.rounds.prune("digits", 0, lambda _invited: b"never twice")
     assert [row.invited for row in ledger.rounds.all("digits")] == [b"w", b"who"]
     ledger.close()
+
+
+# --- one bad row -------------------------------------------------------------------------------------
+
+
+def test_a_row_that_no_column_takes_holds_up_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = with_round(tmp_path)
+    row = TrafficRow(
+        device="a", sent_bytes=1, received_bytes=1, session=1, session_sent=1, session_received=1
+    )
+    ledger.devices.set_traffic(
+        [row, replace(row, device="hostile", sent_bytes=2**70), replace(row, device="z")]
+    )
+    results = store(ledger, an_update(1), replace(an_update(2), samples=2**70), an_update(3))
+    assert [str(result).split(":")[0] for result in results] == ["stored", "ledger", "stored"]
+    assert isinstance(results[1], DiskError)
+    ledger.devices.flush()
+    assert sorted(ledger.devices.traffic()) == ["a", "z"]
+    assert "dropped, for it cannot be written: 'hostile'" in caplog.text
+    assert store(ledger, an_update(4)) == ["stored"]  # the thread lives
+    ledger.close()
+
+
+def test_more_readers_than_connections_wait_for_each_other(tmp_path: Path) -> None:
+    ledger = with_round(tmp_path)
+    inside, leave = threading.Semaphore(0), threading.Event()
+
+    def read() -> None:
+        with ledger.database.read() as connection:
+            connection.exec_driver_sql("SELECT 1").scalar()
+            inside.release()
+            leave.wait(60)
+
+    threads = [threading.Thread(target=read) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    assert all(inside.acquire(timeout=60) for _ in threads)
+    assert store(ledger, an_update(1)) == ["stored"]
+    leave.set()
+    for thread in threads:
+        thread.join()
+    ledger.close()
