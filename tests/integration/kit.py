@@ -106,6 +106,7 @@ class ScriptedDevice:
     cancels: list[Cancel] = field(default_factory=list)
     views: dict[bytes, np.ndarray] = field(default_factory=dict)
     sent: dict[int, bytes] = field(default_factory=dict)
+    runs: dict[int, bytes] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -193,8 +194,9 @@ class ScriptedDevice:
         ready = path is not None and task.spec.blob in self.blobs
         if not self.answers or path is None or not ready or any(s.blob.blob not in self.blobs for s in path):
             return
-        if task.round not in self.sent:
+        if task.round not in self.sent or self.runs.get(task.round) != task.run:
             self.sent[task.round] = seal(self.train(task), self.signer)
+            self.runs[task.round] = task.run
             self.path = path
         await self.link.publish(self.topics.upload(self.name, "a" * 26), self.sent[task.round])
 
