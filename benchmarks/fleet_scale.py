@@ -295,7 +295,7 @@ class Scale:
 
     async def list_devices(self) -> None:
         """Run the command that lists all devices."""
-        command = [sys.executable, "-m", "liberatai_coordinator", "devices", "list"]
+        command = [sys.executable, "-P", "-m", "liberatai_coordinator", "devices", "list"]
         environment = os.environ | {"LIBERATAI_SOCKET": str(self.coordinator.state / "api.sock")}
         seconds = []
         for _ in range(3):

@@ -284,7 +284,8 @@ def measure(folder: Path, broker: Place, relay: Relay, data: Path, minutes: floa
         began = time.monotonic()
         agent = stack.enter_context(
             running(
-                folder / "agent.log", ["-m", "liberatai_agent", "run", "--config", str(folder / "agent.yaml")]
+                folder / "agent.log",
+                ["-P", "-m", "liberatai_agent", "run", "--config", str(folder / "agent.yaml")],
             )
         )
         wait(lambda: is_idle(state), "the agent to be idle", folder / "agent.log")

@@ -161,15 +161,17 @@ async def _serve(config: "AgentConfig") -> int:
         return MqttLink(mqtt_settings(config), will)
 
     loop = asyncio.get_running_loop()
+    damaged = ""
     while True:
-        service = Service(config, make_link)
+        service = Service(config, make_link, damaged=damaged)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stop)
         try:
             await service.run()
         except DamagedError as error:
-            # The next start sets the damaged file aside.
-            _complain(f"{error.code}: {error}")
+            # It was set aside: a fresh one is made.
+            damaged = str(error)
+            _complain(f"{error.code}: {damaged}")
         else:
             return OK
 

@@ -3,6 +3,8 @@
 psutil reports the host even inside a container.
 """
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +152,61 @@ def out_of_memory_kills(root: Path = ROOT, own: str | None = None) -> int:
     for folder in _folders(root, own):
         counts += [_field(folder / name, "oom_kill") or 0 for name in ("memory.events", "memory.oom_control")]
     return sum(counts)
+
+
+# --- a group for a child ---------------------------------------------------------------------------
+
+AGENT = "agent"
+"""The group that the agent moves to: one with limits for groups below it may not have processes itself."""
+DELEGATED = ("user.delegate", "trusted.delegate")
+"""Marks of systemd on a group that a service may divide (`Delegate=yes`)."""
+MAX_PROCESSES = 64
+
+
+def group_for_child(name: str, root: Path = ROOT, own: str | None = None) -> Path | None:
+    """Return an empty group below this process's own, None unless that one was delegated to it.
+
+    Version 2 only. The agent itself moves to a group beside it.
+    """
+    text = _text(OWN) if own is None else own
+    path = next((line[3:] for line in text.splitlines() if line.startswith("0::")), None)
+    if path is None:
+        return None
+    folder = root.joinpath(*_parts(path))
+    if folder.name == AGENT:
+        folder = folder.parent
+    if not _delegated(folder):
+        return None
+    try:
+        (folder / AGENT).mkdir(exist_ok=True)
+        (folder / AGENT / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+        (folder / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "pids.max").write_text(str(MAX_PROCESSES), encoding="ascii")
+        (folder / name / "memory.oom.group").write_text("1", encoding="ascii")
+    except OSError:
+        return None
+    return folder / name
+
+
+def _delegated(folder: Path) -> bool:
+    for mark in DELEGATED:
+        with contextlib.suppress(OSError):
+            if os.getxattr(folder, mark) == b"1":
+                return True
+    return False
+
+
+def put_into(group: Path, pid: int) -> None:
+    """Move a process into a group; without effect if it has ended."""
+    with contextlib.suppress(OSError):
+        (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+
+
+def limit_memory(group: Path, size_bytes: int) -> None:
+    """Bound the memory of a group, files that it reads included: those are given back when it is short."""
+    with contextlib.suppress(OSError):
+        (group / "memory.max").write_text(str(size_bytes), encoding="ascii")
 
 
 def _field(path: Path, name: str) -> int | None:

@@ -166,5 +166,5 @@ def _disk(what: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         if is_damage(error):
-            raise DamagedError(f"{what}: damaged ({error}): it is set aside at the next start") from error
+            raise DamagedError(f"{what}: damaged ({error})") from error
         raise DiskError(f"{what}: {error}: free some space; the agent tries again") from error

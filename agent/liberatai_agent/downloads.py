@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.events import BlobFailed, BlobStored, SpecRead
@@ -16,6 +17,7 @@ from liberatai_core.link.link import Received
 log = logging.getLogger(__name__)
 
 Answer = BlobStored | BlobFailed | SpecRead
+Run = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class Downloads:
@@ -26,18 +28,25 @@ class Downloads:
         fetcher: asks for them.
         meter: measures the link.
         happened: told what became of each.
+        run: runs a coroutine, and sees to its end.
     """
 
     def __init__(
-        self, store: BlobStore, fetcher: Fetcher, meter: LinkMeter, happened: Callable[[Answer], None]
+        self,
+        store: BlobStore,
+        fetcher: Fetcher,
+        meter: LinkMeter,
+        happened: Callable[[Answer], None],
+        run: Run,
     ) -> None:
+        self._run = run
         self._store, self._fetcher, self._meter, self._happened = store, fetcher, meter, happened
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def fetch(self, ref: BlobRef) -> None:
         """Bring a file to the disk, unless that is under way."""
         if ref.blob not in self._tasks:
-            self._tasks[ref.blob] = asyncio.create_task(self._fetch(ref))
+            self._tasks[ref.blob] = self._run(self._fetch(ref))
 
     def keep_only(self, blobs: frozenset[str]) -> None:
         """Stop and delete everything else."""

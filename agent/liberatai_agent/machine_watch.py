@@ -14,9 +14,11 @@ from liberatai_agent import gate, probe
 from liberatai_agent.clock import now_s
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.events import GateChanged, MachineChanged, QuotaChanged
+from liberatai_agent.fits import Limits, limits_of
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_core.contract.messages import Capability, Telemetry
+from liberatai_core.errors import BusyError
 from liberatai_core.profile import Profile
 
 BUSY_S = 5.0
@@ -126,6 +128,16 @@ class MachineWatch:
         """Notice new limits and new data."""
         await self._bench()
         self._tell()
+
+    def limits(self, deadline_s: float) -> Limits:
+        """Return what a training with this deadline may take.
+
+        Raises:
+            BusyError: the machine was not looked at yet.
+        """
+        if self.capability is None:
+            raise BusyError("the machine was not looked at yet")
+        return limits_of(self._config, self.capability, deadline_s)
 
     async def _bench(self) -> None:
         folder, data, mark = self._config.state_path, self._config.data, probe.data_mark(self._config.data)

@@ -293,6 +293,20 @@ class Outbox:
             raise DigestError(f"update {update_id.hex()}: not what was stored")
         return bytes(frame)
 
+    def part(self, update_id: bytes, begin: int, length: int) -> tuple[str, bytes]:
+        """Return the blob id of an update's frame, and a part of it: nobody holds the whole for that.
+
+        Raises:
+            NotFoundError: no such update.
+        """
+        rows = self._database.rows(
+            "SELECT transfer, substr(frame, ?, ?) FROM updates WHERE device = ? AND update_id = ?",
+            (begin + 1, length, self._device, update_id),
+        )
+        if not rows:
+            raise NotFoundError(f"update {update_id.hex()}: not in the outbox")
+        return rows[0][0], bytes(rows[0][1])
+
     def forget(self, update_id: bytes) -> None:
         """Delete an update that the coordinator has (its receipt says so), or that cannot be read."""
         with self._database.transaction() as db:

@@ -26,7 +26,6 @@ from liberatai_agent.counters import Counters
 from liberatai_agent.database import Database
 from liberatai_agent.downloads import Downloads
 from liberatai_agent.faults import Faults
-from liberatai_agent.fits import Limits, limits_of
 from liberatai_agent.hearing import Ear, is_blob
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
@@ -43,7 +42,7 @@ from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Telemetry, Update
 from liberatai_core.contract.topics import Topics
-from liberatai_core.errors import BusyError, DamagedError, LiberataiError
+from liberatai_core.errors import DamagedError, LiberataiError
 from liberatai_core.link.link import Link, Received
 
 log = logging.getLogger(__name__)
@@ -62,9 +61,10 @@ class Service:
         make_link: gives the link to the broker, with this last will.
         trainer: the training process's owner; made from the settings if None.
         blob_timeout_s: how long one blob message is waited for.
+        damaged: what ended the agent before this one, and was set aside.
 
     `run` raises ConfigError, LockedError or DiskError when the agent cannot start, and DamagedError when a
-    file of its own turns out to be damaged: the next start sets it aside.
+    file of its own turned out to be damaged, and was set aside.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class Service:
         *,
         trainer: Trainer | None = None,
         blob_timeout_s: float = 60.0,
+        damaged: str = "",
     ) -> None:
+        self._damaged = damaged
         self._config, self._make_link, self._blob_timeout_s = config, make_link, blob_timeout_s
         self._trainer = trainer or Trainer(config.trainer_idle_s, state_dir=config.state_path)
         self._topics = Topics(fleet=config.fleet)
@@ -99,7 +101,11 @@ class Service:
             database = open_database(self._config.state_path, self._config.device)
             try:
                 self._build(database)
-                await self._run(database.damaged)
+                await self._run(self._damaged or database.damaged)
+            except DamagedError as error:
+                database.damaged = str(error)
+                database.set_aside()
+                raise
             finally:
                 database.close()
         finally:
@@ -142,8 +148,9 @@ class Service:
         def link() -> Link:
             return self._connection.link
 
+        run = self._supervisor.run_part
         self._saying = Saying(*own, link, self._meter, self._failed)
-        self._uploads = Uploads(*own, link, self._outbox, self._meter, self.happened, self._failed)
+        self._uploads = Uploads(*own, link, self._outbox, self._meter, self.happened, self._failed, run)
         fetcher = Fetcher(
             link,
             self._topics,
@@ -152,17 +159,7 @@ class Service:
             self._faults.refuse,
             timeout_s=self._blob_timeout_s,
         )
-        self._downloads = Downloads(self._store, fetcher, self._meter, self.happened)
-        self._training = Training(
-            self._trainer,
-            self._store,
-            self._outbox,
-            config.data or "",
-            self._limits,
-            self._seal,
-            self.happened,
-        )
-        self._status = StatusFile(folder, self.status)
+        self._downloads = Downloads(self._store, fetcher, self._meter, self.happened, run)
         watched = Watched(
             lambda: self._training.pid,
             lambda: self._session.task is not None,
@@ -170,6 +167,17 @@ class Service:
             self._store.size_bytes,
         )
         self._machine = MachineWatch(config, profile, self._identity, self._meter, watched, self.happened)
+        self._training = Training(
+            self._trainer,
+            self._store,
+            self._outbox,
+            config.data or "",
+            self._machine.limits,
+            self._seal,
+            self.happened,
+            run,
+        )
+        self._status = StatusFile(folder, self.status)
 
     async def _run(self, damaged: str) -> None:
         self.happened(
@@ -242,6 +250,10 @@ class Service:
                     self._saying.connected(isinstance(one, on.LinkUp))
                 self._step(on.Tick(now_s=now_s()))
                 self._step(one)
+        except Exception as error:
+            # A bug, in whatever callback this is: a clean agent is started.
+            self._supervisor.crashed(error)
+            raise
         finally:
             self._handling = False
         self._wait_for_due()
@@ -308,6 +320,8 @@ class Service:
                 self._uploads.send(action)
             case do.Forget(update_id=uid):
                 self._outbox.forget(uid)
+                # A round is over: what it took goes back to the machine.
+                give_memory_back()
             case do.RestoreResidual(update_id=uid):
                 self._outbox.give_back(uid)
             case do.RememberEpoch(epoch=epoch, word=word):
@@ -344,9 +358,13 @@ class Service:
         await self._machine.run()
 
     async def _renumber(self, known: int) -> None:
-        if await self._connection.renumber(known):
-            await self._machine.look_at_machine()
-            await self._connection.link.open()
+        try:
+            if await self._connection.renumber(known):
+                await self._machine.look_at_machine()
+                await self._connection.link.open()
+        except LiberataiError as error:
+            # The disk, for now: the coordinator says it again.
+            self._failed(error.code, str(error))
 
     async def _sample(self) -> None:
         """Send load and traffic now and then; lost samples are lost."""
@@ -372,12 +390,6 @@ class Service:
             publishing_s=self._saying.publishing_since,
             stopping_s=self._training.stopping_since,
         )
-
-    def _limits(self, deadline_s: float) -> Limits:
-        found = self._machine.capability
-        if found is None:
-            raise BusyError("the machine was not looked at yet")
-        return limits_of(self._config, found, deadline_s)
 
     def _seal(self, update: Update) -> bytes:
         moved = self._connection.traffic

@@ -88,11 +88,12 @@ class Supervisor:
         """Whether everything shall end."""
         return self._stop.is_set()
 
-    def run_part(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run one part; if it raises, the agent ends, so that a clean one is started."""
+    def run_part(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run something; if it raises, the agent ends, so that a clean one is started."""
         task = asyncio.create_task(work)
         self._parts.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def crashed(self, error: BaseException) -> None:
         """End the agent with this error."""

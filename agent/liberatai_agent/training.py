@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from liberatai_core.errors import CodecError, LiberataiError
 
 log = logging.getLogger(__name__)
 
+Run = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 Answer = LeftoverDropped | OutboxStored | StoreFailed | Trained | TrainingFailed | UpdateDropped
 
 
@@ -42,6 +43,7 @@ class Training:
         limits: gives what a training with this deadline, in seconds, may take.
         seal: makes the frame of an update.
         happened: told what became of it.
+        run: runs a coroutine, and sees to its end.
 
     Attributes:
         last: what `status` shows of the last training.
@@ -57,7 +59,9 @@ class Training:
         limits: Callable[[float], Limits],
         seal: Callable[[Update], bytes],
         happened: Callable[[Answer], None],
+        run: Run,
     ) -> None:
+        self._run = run
         self._trainer, self._store, self._outbox = trainer, store, outbox
         self._data_path, self._limits, self._seal, self._happened = data_path, limits, seal, happened
         self._running: asyncio.Task[None] | None = None
@@ -98,7 +102,7 @@ class Training:
         await self._trainer.close()
 
     def _spawn(self, work: Any) -> "asyncio.Task[None]":
-        task = asyncio.create_task(work)
+        task = self._run(work)
         self._others.add(task)
         task.add_done_callback(self._ended)
         return task

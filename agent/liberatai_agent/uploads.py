@@ -4,14 +4,14 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from liberatai_agent.actions import SendChunks, SendOffer, SendUpdate
 from liberatai_agent.events import ChunksSent, UpdateDropped
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.outbox import Outbox
-from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Offer
 from liberatai_core.contract.topics import Topics, blob_id
@@ -21,6 +21,7 @@ from liberatai_core.link.link import Link
 log = logging.getLogger(__name__)
 
 Send = SendUpdate | SendOffer | SendChunks
+Run = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class Uploads:
@@ -35,6 +36,7 @@ class Uploads:
         meter: measures what is sent.
         happened: told when chunks have gone, and of updates that cannot be read any more.
         failed: told (code, text) of what could not be sent for another reason than the link.
+        run: runs a coroutine, and sees to its end.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Uploads:
         meter: LinkMeter,
         happened: Callable[[ChunksSent | UpdateDropped], None],
         failed: Callable[[str, str], None],
+        run: Run,
     ) -> None:
+        self._start = run
         self._device, self._identity, self._topics, self._link = device, identity, topics, link
         self._outbox, self._meter, self._happened, self._failed = outbox, meter, happened, failed
         self._waiting: dict[bytes, deque[Send]] = {}
@@ -60,7 +64,7 @@ class Uploads:
         if action not in waiting:
             waiting.append(action)
         if action.update_id not in self._senders:
-            self._senders[action.update_id] = asyncio.create_task(self._run(action.update_id))
+            self._senders[action.update_id] = self._start(self._run(action.update_id))
 
     async def close(self) -> None:
         """Stop all."""
@@ -95,28 +99,32 @@ class Uploads:
             self._happened(ChunksSent(update_id=action.update_id))
 
     async def _publish(self, action: Send) -> None:
-        frame = self._outbox.frame(action.update_id)
-        transfer = blob_id(frame)
+        uid = action.update_id
         match action:
             case SendUpdate():
-                await self._put(self._topics.upload(self._device, transfer), frame)
+                frame = self._outbox.frame(uid)
+                await self._put(self._topics.upload(self._device, blob_id(frame)), frame)
             case SendOffer(chunk_bytes=size):
-                offer = self._offer(action.update_id, frame, transfer, size)
-                await self._put(self._topics.upload(self._device, transfer), offer)
+                # The whole frame is read and checked here, in a thread; of its chunks one after the other.
+                offer = await asyncio.to_thread(self._offer, uid, size)
+                await self._put(self._topics.upload(self._device, offer.transfer), self._sealed(offer))
             case SendChunks(chunk_bytes=size, numbers=numbers):
                 for number in numbers:
-                    chunk = chunks.cut(frame, number, size)
+                    transfer, chunk = self._outbox.part(uid, number * size, size)
                     await self._put(self._topics.upload(self._device, transfer, number), chunk)
 
     async def _put(self, topic: str, payload: bytes) -> None:
         with self._meter.sending(len(payload)):
             await self._link().publish(topic, payload)
 
-    def _offer(self, uid: bytes, frame: bytes, transfer: str, chunk_bytes: int) -> bytes:
-        update = next(one for one in self._outbox.unsent() if one.update_id == uid)
-        offer = Offer(
+    def _offer(self, uid: bytes, chunk_bytes: int) -> Offer:
+        update = next((one for one in self._outbox.unsent() if one.update_id == uid), None)
+        if update is None:
+            raise NotFoundError(f"update {uid.hex()}: not in the outbox")
+        frame = self._outbox.frame(uid)
+        return Offer(
             device=self._device,
-            transfer=transfer,
+            transfer=update.transfer,
             size_bytes=len(frame),
             chunk_bytes=chunk_bytes,
             sha256=hashlib.sha256(frame).digest(),
@@ -124,6 +132,8 @@ class Uploads:
             job=update.job,
             round=update.round,
         )
+
+    def _sealed(self, offer: Offer) -> bytes:
         return seal(offer, self._identity.signer)
 
     def _drop(self, uid: bytes, error: DigestError) -> None:

@@ -88,7 +88,7 @@ class Rounds(Settings, frozen=True, kw_only=True):
         overselect: invited devices per wanted update (Bonawitz 2019: 1.3, because 6-10 % drop out).
         quorum: share of `target` without which a round is abandoned at its deadline.
         deadline_s: seconds from the opening to the close.
-        min_devices: devices that must be online before the job starts.
+        min_devices: devices that must be able to take part before the job starts, and before each round.
     """
 
     count: Annotated[int, Meta(ge=1, le=MAX_ROUND)] = 10

@@ -41,6 +41,8 @@ from liberatai_core.errors import (
 
 log = logging.getLogger(__name__)
 
+GROUP_SLACK = 1.2
+"""A control group counts what the process's own limit does not: files that are mapped and read."""
 ENDING_S = 1.0
 """For a process that closed its channel to end by itself."""
 
@@ -66,6 +68,7 @@ class Trainer:
         self._idle_s, self._state_dir = idle_s, state_dir
         self._command = list(command or processes.command("liberatai_agent.children.trainer_child"))
         self._process: asyncio.subprocess.Process | None = None
+        self._group: Path | None = None
         self._channel: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
@@ -109,6 +112,8 @@ class Trainer:
         kills = control_groups.out_of_memory_kills()
         try:
             await self.warm()
+            if self._group is not None:
+                control_groups.limit_memory(self._group, int(GROUP_SLACK * work.memory_bytes))
             answer = decode_answer(await self._ask(encode(work)))
         except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError, TooLargeError) as error:
             raise _ended(await self._wait_or_kill(), kills) from error
@@ -148,6 +153,9 @@ class Trainer:
                 cwd=folder,
                 env=start.environment(folder),
             )
+            self._group = control_groups.group_for_child("trainer")
+            if self._group is not None:
+                control_groups.put_into(self._group, self._process.pid)
             self._channel = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()

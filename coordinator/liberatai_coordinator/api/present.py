@@ -128,6 +128,7 @@ def job_summary(row: JobRow, newest: VersionRow | None, waits: str) -> JobSummar
         created_s=row.created_s,
         reason=row.reason or waits or ("" if spec else UNREADABLE),
         version=number,
+        share=1.0 if spec is None else spec.share,
     )
 
 
@@ -168,6 +169,7 @@ def job_view(
         created_s=row.created_s,
         reason=summary.reason,
         version=summary.version,
+        share=summary.share,
         structures=structure_views(newest, assigned),
         rounds=rounds,
         updates=sum(view.updates for view in rounds),

@@ -121,4 +121,5 @@ _JOB_COLUMNS: list[Column[JobSummary]] = [
     Column("VERSION", lambda row: str(row.version), right=True),
     Column("CREATED", lambda row: when_text(row.created_s)),
     Column("REASON", lambda row: row.reason),
+    Column("SHARE", lambda row: f"{row.share:g}", wide=True, right=True),
 ]

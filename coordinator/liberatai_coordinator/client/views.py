@@ -239,6 +239,7 @@ class JobSummary(View, frozen=True, kw_only=True):
     Attributes:
         reason: why it ended, or what it waits for; "" if neither.
         version: newest of its model.
+        share: of the devices that other jobs want, too, relative to the shares of those jobs.
     """
 
     name: str
@@ -248,6 +249,7 @@ class JobSummary(View, frozen=True, kw_only=True):
     created_s: float
     reason: str = ""
     version: int = 0
+    share: float = 1.0
 
 
 class JobView(JobSummary, frozen=True, kw_only=True):

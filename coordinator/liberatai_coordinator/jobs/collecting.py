@@ -14,6 +14,8 @@ from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.rows import RoundRow
 from liberatai_core.errors import DataError
 
+ENDS = (deciding.Close, deciding.Abandon)
+
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
 
@@ -95,11 +97,11 @@ class Collecting:
         self._note(actions)
         if isinstance(event, deciding.UpdateStored | deciding.Gone):
             self.tasks.slots.free(self.tasks.job.name, [event.device])
-        return [action for action in actions if not isinstance(action, deciding.Close | deciding.Abandon)]
+        return [action for action in actions if not isinstance(action, ENDS)]
 
     def _note(self, actions: Sequence[deciding.Action]) -> None:
         for action in actions:
-            if isinstance(action, deciding.Close | deciding.Abandon):
+            if isinstance(action, ENDS):
                 if self.buffered:
                     self.resumed.clear()  # what comes now waits for the next round
                 self._end = action

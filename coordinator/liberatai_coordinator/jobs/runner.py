@@ -124,17 +124,19 @@ class Runner:
         """
         self.tasks.recall()
         self.roster.recall()
+        row = await self._recall_round()
         self.merging.public = await self.work.do(load_public, self.job, Folder(self.row.base_dir))
         self.merging.test = await self.work.do(load_test, self.job, Folder(self.row.base_dir))
         candidates, self._structures = await self.work.do(candidates_of, self.job)
         self.roster.candidates = {candidate.id: candidate for candidate in candidates}
-        await self._restore_or_start()
-        rows = self.ledger.rounds.all(self.job.name)
-        self.roster.recall_rounds(rows)
-        if not self.opening.buffered and (not rows or rows[-1].state != "open"):
+        if self.versions.newest is None:
+            await self._start()
+        await self.tasks.publish_newest("running")
+        self.roster.recall_rounds(self.ledger.rounds.all(self.job.name))
+        if not self.opening.buffered and (row is None or row.state != "open"):
             self.collecting.resumed.set()
-        if rows and rows[-1].state in {"open", "closed", "aggregated"}:
-            await self._round(rows[-1])
+        if row is not None and row.state in {"open", "closed", "aggregated"}:
+            await self._round(row)
         while self._published() < self.job.rounds.count:
             if not self.running.is_set():
                 self.slots.sharing.leave(self.job.name)
@@ -172,16 +174,26 @@ class Runner:
         if self.versions.newest is not None:
             await self.tasks.publish_head("aborted")
 
-    async def _restore_or_start(self) -> None:
+    async def _recall_round(self) -> RoundRow | None:
+        """Read the newest version and round back; one that is open takes updates from here on.
+
+        Receipts must not wait for what only tasks and aggregations need: data, and the import of torch.
+        """
         newest = self.versions.stored()
-        if newest is not None:
-            await self.work.do(self.versions.restore, newest)
-        else:
-            await self.opening.wait_for_devices()
-            self.roster.make()
-            chosen = {sid: self._structures[sid] for sid in self.roster.keyframe_bytes}
-            await self.work.do(self.versions.start, chosen, self.roster.keyframe_bytes, self.merging.public)
-        await self.tasks.publish_newest("running")
+        if newest is None:
+            return None
+        await self.work.do(self.versions.restore, newest)
+        row = self.ledger.rounds.newest(self.job.name)
+        if row is not None and row.state == "open":
+            await self._begin(row)
+        return row
+
+    async def _start(self) -> None:
+        """Make the plan and the first version."""
+        await self.opening.wait_for_devices()
+        self.roster.make()
+        chosen = {sid: self._structures[sid] for sid in self.roster.keyframe_bytes}
+        await self.work.do(self.versions.start, chosen, self.roster.keyframe_bytes, self.merging.public)
 
     async def _finish(self) -> None:
         await self.tasks.publish_head("finished")
@@ -229,6 +241,14 @@ class Runner:
 
     async def _collect(self, row: RoundRow) -> deciding.Close | deciding.Abandon:
         """Hold a round open until it decides to end."""
+        if self.open_round is None or self.open_round.number != row.round:
+            await self._begin(row)
+        invitations = msgspec.msgpack.decode(row.invited, type=list[Invitation])
+        await self.tasks.publish_steps(await self.work.do(self.tasks.steps, invitations))
+        return await self.collecting.ended(row.round, invitations)
+
+    async def _begin(self, row: RoundRow) -> None:
+        """Let a round of the ledger take updates."""
         invitations = msgspec.msgpack.decode(row.invited, type=list[Invitation])
         # A restart gives the whole deadline again: the coordinator was away, not the devices.
         closes_s = time.monotonic() + self.job.rounds.deadline_s
@@ -251,8 +271,6 @@ class Runner:
             wanted = [(one.device, one.structure) for one in invitations]
             self.tasks.ways = await self.work.do(self.tasks.find_ways, wanted)
         self.collecting.begin(opened, stored)
-        await self.tasks.publish_steps(await self.work.do(self.tasks.steps, invitations))
-        return await self.collecting.ended(row.round, invitations)
 
     def _round_over(self, row: RoundRow) -> None:
         """Forget a round, and give back the devices that it does not wait for any more."""

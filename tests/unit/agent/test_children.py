@@ -190,6 +190,26 @@ def test_kills_for_memory_are_counted(tmp_path: Path) -> None:
     assert control_groups.out_of_memory_kills(tmp_path, "0::/b\n") == 0
 
 
+def test_a_delegated_group_is_divided_into_one_for_the_agent_and_one_for_its_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = tmp_path / "system.slice/agent.service"
+    service.mkdir(parents=True)
+    own = "0::/system.slice/agent.service\n"
+    assert control_groups.group_for_child("trainer", tmp_path, own) is None, "not delegated"
+    monkeypatch.setattr("os.getxattr", lambda path, name: b"1" if path == service else b"0")
+    group = control_groups.group_for_child("trainer", tmp_path, own)
+    assert group == service / "trainer"
+    assert (service / "agent/cgroup.procs").read_text() == str(os.getpid())
+    assert (service / "cgroup.subtree_control").read_text() == "+memory +pids"
+    moved = control_groups.group_for_child("trainer", tmp_path, "0::/system.slice/agent.service/agent\n")
+    assert moved == group
+    control_groups.put_into(group, 7)
+    control_groups.limit_memory(group, 99)
+    assert ((group / "cgroup.procs").read_text(), (group / "memory.max").read_text()) == ("7", "99")
+    assert control_groups.group_for_child("trainer", tmp_path, "4:memory:/x\n") is None
+
+
 def test_the_bench_says_what_it_found_beside_what_is_printed(tmp_path: Path) -> None:
     source, sink = os.pipe()
     command = processes.command("liberatai_agent.children.bench", "--no-arithmetic", "--answer", str(sink))

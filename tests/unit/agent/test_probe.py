@@ -1,5 +1,6 @@
 """The probe: control groups of both versions, and the smaller of measured and allowed."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -262,3 +263,18 @@ def test_the_load_of_others_leaves_out_our_own_processes() -> None:
     load = meter.others((os.getpid(),))
     assert load is not None
     assert 0 <= load <= (os.cpu_count() or 1)
+
+
+def test_files_that_are_held_already_make_room_for_the_next_ones_and_a_reserve_stays() -> None:
+    """Free space that a device's own model takes was counted against the model."""
+    free, held, reserve = 100 << 20, 60 << 20, 32 << 20
+    machine = dataclasses.replace(MACHINE, disk_free_bytes=free)
+
+    def storage(config: AgentConfig, held_bytes: int) -> int:
+        bench = probe.Bench(gflops=10.0)
+        given: dict[str, Any] = {"session": 1, "public_key": bytes(32), "held_bytes": held_bytes}
+        return probe.capability(config, None, machine, bench, **given).storage_bytes
+
+    assert storage(a_config(), 0) == free - reserve
+    assert storage(a_config(), held) == free + held - reserve
+    assert storage(a_config(storage_kb=1024), held) == 1 << 20
