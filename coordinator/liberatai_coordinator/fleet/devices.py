@@ -310,7 +310,11 @@ class Fleet:
         if before is None:
             self._index[key_id(device.public_key)] = name
         lasting = device.capability != known.capability or device.session != known.session
-        changed = before is None or device.online != before.online or device.capability != before.capability
+        changed = (
+            before is None
+            or (device.online, device.said) != (before.online, before.said)
+            or device.capability != before.capability
+        )
         return Heard(device, before is None, lasting or before is None, changed)
 
     def note_alive(self, device: str, now_s: float, wall_s: float) -> bool:
