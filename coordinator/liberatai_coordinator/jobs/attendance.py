@@ -34,6 +34,8 @@ class Attendance:
         for device in devices:
             if device.online:
                 self._away.pop(device.id, None)
+            elif device.silent:
+                self._away[device.id] = now_s - GRACE_S  # its silence was long enough
             elif device.said != "draining":
                 self._away.setdefault(device.id, now_s)
         for job in self.runners.values():
