@@ -389,6 +389,7 @@ class Service:
             connected=self._connection.connected is not None,
             moved_s=self._connection.moved_s,
             keepalive_s=self._config.keepalive_s,
+            retry_s=self._connection.retry_s,
             publishing_s=self._saying.publishing_since,
             stopping_s=self._training.stopping_since,
         )

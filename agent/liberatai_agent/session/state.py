@@ -1,4 +1,4 @@
-"""What the agent has to know between two events. The work under way is one of ten states, and no mixture."""
+"""What the agent has to know between two events. The work under way is one of nine states, and no mixture."""
 
 import math
 from typing import TypeVar
