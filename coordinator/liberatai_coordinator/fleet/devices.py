@@ -48,7 +48,7 @@ SILENT_INTERVALS, SILENT_LEAST_S = 3.0, 30.0
 """Who says nothing for so many of its telemetry intervals, and at least so long, may be anywhere."""
 
 EXPIRED_AT_ONCE = 1000
-"""Devices that are looked at together for silence: some milliseconds; the others' turn comes a moment later."""
+"""Devices that are looked at together: some milliseconds; the turn of the others comes a moment later."""
 
 ANSWER_S = 10.0
 """Between two answers to a device whose session number went back: a replayed frame must not cause a flood."""
