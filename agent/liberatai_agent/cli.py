@@ -155,6 +155,7 @@ async def _serve(config: "AgentConfig") -> int:
     import signal  # noqa: PLC0415
 
     from liberatai_agent.service import Service  # noqa: PLC0415
+    from liberatai_agent.supervisor import StandstillError  # noqa: PLC0415
     from liberatai_core.link.mqtt import MqttLink  # noqa: PLC0415
 
     def make_link(will: "Will") -> "MqttLink":
@@ -168,6 +169,9 @@ async def _serve(config: "AgentConfig") -> int:
             loop.add_signal_handler(number, service.stop)
         try:
             await service.run()
+        except StandstillError as error:
+            _complain(f"E_INTERNAL: {error}")
+            return FAILED
         except DamagedError as error:
             # It was set aside: a fresh one is made.
             damaged = str(error)

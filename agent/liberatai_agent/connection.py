@@ -50,6 +50,7 @@ class Connection:
     Attributes:
         link: the one of now.
         connected: what the broker said; None: there is no connection.
+        retry_s: what the link waits before it tries again, when there is none.
         moved_s: when bytes moved, or the link said something, last (`time.monotonic`).
     """
 
@@ -70,6 +71,7 @@ class Connection:
         self._before, self._seen = Traffic(), Traffic()
         self._renumbered_s = -NEXT_NUMBER_S
         self.connected: Connected | None = None
+        self.retry_s = 0.0
         self.moved_s = time.monotonic()
         self.link = self._new_link()
 
@@ -119,7 +121,7 @@ class Connection:
                 if self.connected is not None or f"E_LINK: {reason}" != self._faults.last:
                     log.warning("no connection to %s: %s (next try in %.1f s)", self._broker, reason, retry)
                 self._faults.note("E_LINK", reason, quiet=True)
-                self.connected = None
+                self.connected, self.retry_s = None, retry
                 self._happened(LinkDown())
             case Refused():
                 size = event.max_packet_bytes if event.what == "size" else 0

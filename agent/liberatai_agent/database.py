@@ -82,6 +82,8 @@ class Database:
             db.execute("PRAGMA synchronous=FULL")
             db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
             db.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
+            # Some builds overwrite what is deleted: an update would be written to the card three times.
+            db.execute("PRAGMA secure_delete=OFF")
             _require_whole(db)
             db.execute("BEGIN IMMEDIATE")
             self._prepare(db)

@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 GOODBYE_S = 1.0
 """For the last messages, and again for closing the link: whoever stops a machine does not wait long."""
+TRIM_S = 1.0
+"""From a receipt to the moment when nobody holds the frame that it is about."""
 SOON_S = 0.02
 """The clock of the session is asked for the time no more often than this."""
 
@@ -320,8 +322,8 @@ class Service:
                 self._uploads.send(action)
             case do.Forget(update_id=uid):
                 self._outbox.forget(uid)
-                # A round is over: what it took goes back to the machine.
-                give_memory_back()
+                # A round is over: when it has let go of it, what it took goes back to the machine.
+                asyncio.get_running_loop().call_later(TRIM_S, give_memory_back)
             case do.RestoreResidual(update_id=uid):
                 self._outbox.give_back(uid)
             case do.RememberEpoch(epoch=epoch, word=word):
@@ -387,6 +389,7 @@ class Service:
             connected=self._connection.connected is not None,
             moved_s=self._connection.moved_s,
             keepalive_s=self._config.keepalive_s,
+            retry_s=self._connection.retry_s,
             publishing_s=self._saying.publishing_since,
             stopping_s=self._training.stopping_since,
         )

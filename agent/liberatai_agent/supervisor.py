@@ -27,8 +27,8 @@ STOP_S = 60.0
 """A process is killed at once; what is still there then waits for a disk that does not answer."""
 SILENCE_PINGS = 4.0
 """In so many times the keepalive a link moves something, or says that it has lost the connection."""
-RETRY_S = 240.0
-"""Without a connection a link says something for every try: they are at most 2 min apart, and take 30 s."""
+RETRY_S = 120.0
+"""Without a connection a link says something for every try, and how long it waits then; a try takes 30 s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,7 @@ class Signs:
         connected: whether the link says so.
         moved_s: when bytes moved, or the link said something, last.
         keepalive_s: how often a connection that is idle moves something.
+        retry_s: what the link waits before it tries again.
         publishing_s: since when one message is being published; None: none is.
         stopping_s: since when a training that was stopped has not ended; None: all have.
     """
@@ -46,6 +47,7 @@ class Signs:
     connected: bool
     moved_s: float
     keepalive_s: float
+    retry_s: float = 0.0
     publishing_s: float | None = None
     stopping_s: float | None = None
 
@@ -53,7 +55,8 @@ class Signs:
 def stands_still(signs: Signs, now: float) -> str:
     """Return which part does nothing any more, "" if all do."""
     silent_s = now - signs.moved_s
-    if silent_s > (max(30.0, SILENCE_PINGS * signs.keepalive_s) if signs.connected else RETRY_S):
+    patience_s = max(30.0, SILENCE_PINGS * signs.keepalive_s) if signs.connected else signs.retry_s + RETRY_S
+    if silent_s > patience_s:
         return f"the link has shown no sign of life for {silent_s:.0f} s"
     if signs.publishing_s is not None and now - signs.publishing_s > PUBLISH_S:
         return f"a message has been on its way for {now - signs.publishing_s:.0f} s"

@@ -84,6 +84,7 @@ class Service:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _said_refusals: set[tuple[str, str]] = field(default_factory=set)
     _behind: asyncio.Event = field(default_factory=asyncio.Event)
+    _restored: bool = False
 
     def __post_init__(self) -> None:
         self.fencing = Fencing(
@@ -132,9 +133,15 @@ class Service:
 
     # --- life ----------------------------------------------------------------------------------
 
+    async def restore(self) -> None:
+        """Take over what the ledger remembers of devices: before `run` and all questions, not on the loop."""
+        await asyncio.to_thread(self.devices.restore)
+        self._restored = True
+
     async def run(self) -> None:
         """Serve until cancelled, or until `fencing.behind`: then the same must be started once more."""
-        self.devices.restore()
+        if not self._restored:
+            self.devices.restore()
         self.devices.set_connected(False)
         self._spawn(self.devices.run())
         self._spawn(self.frames.run())

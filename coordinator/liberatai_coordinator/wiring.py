@@ -160,10 +160,11 @@ def prepare() -> None:
     Importing torch keeps every other thread waiting for a quarter of a second at a time, and a full garbage
     collection has to look at the 200 000 objects that the imports leave behind. They stay for good.
     """
+    gc.disable()  # an import leaves no garbage
     with contextlib.suppress(MissingExtraError):
         require_torch()
-    gc.collect()
     gc.freeze()
+    gc.enable()
     # Most objects of a message are gone before the next one comes. Python would look after 700 new ones.
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
@@ -192,6 +193,7 @@ async def _run(service: Service) -> int:
         service.ledger.epoch,
         service.signer.public_key.hex(),
     )
+    await service.restore()
     running = asyncio.create_task(service.run())
     socket = Path(config.state_dir) / config.socket
     api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))

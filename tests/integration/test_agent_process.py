@@ -17,6 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
+from liberatai_agent.cli import main
+from liberatai_coordinator.brokers.start import start_broker
 from liberatai_core.contract.frame import Signer, open_frame
 from liberatai_core.contract.messages import State
 
@@ -168,9 +170,9 @@ def test_a_killed_agent_is_lost_and_comes_back_with_a_higher_session(home: Home)
         until(lambda: retained_state(folder, port).state == "lost", "the broker publishes the will")
         with agent(folder) as running:
             until(lambda: status(folder).get("pid") == running.pid, "the new agent reports")
-            until(lambda: status(folder).get("connected"), "the agent is connected")
-            found = retained_state(folder, port)
-            assert (found.state, found.session) == ("online", 2)
+            # It is connected before it says so: first it looks at its machine.
+            until(lambda: retained_state(folder, port).state == "online", "the agent says that it is there")
+            assert retained_state(folder, port).session == 2
 
 
 def test_a_second_agent_on_the_same_folder_says_so_and_fails(home: Home) -> None:
@@ -244,3 +246,31 @@ def test_an_agent_that_is_looking_at_its_data_ends_at_once(home: Home) -> None:
         assert running.wait(timeout=60) == 0
     assert status(folder)["phase"] == "stopped"
     assert not (folder / "state" / "bench.json").exists(), "it was not waited for"
+
+
+@needs_broker
+@pytest.mark.parametrize("known_as", ["dev-a", "gateway-01"])
+def test_doctor_says_what_the_broker_refuses(
+    tmp_path: Path, known_as: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list of rights knows the device under the name of its user."""
+    users = {"coordinator": "coordinator-password", "dev-a": "device-password"}
+    broker = start_broker("mosquitto", tmp_path / "broker", users, "test")
+    (tmp_path / "password").write_text("device-password\n")
+    path = tmp_path / "agent.yaml"
+    path.write_text(
+        f"fleet: test\ndevice: {known_as}\ncoordinator_key: {KEY}\nbroker: {broker.url}\n"
+        "state_dir: state\nusername: dev-a\npassword_file: password\n"
+    )
+    (tmp_path / "state").mkdir()
+    told = ["E_BROKER: the broker refuses messages to x: Not authorized"] if known_as != "dev-a" else []
+    (tmp_path / "state" / "status.json").write_text(json.dumps({"broker_refuses": told}))
+    try:
+        main(["doctor", "--config", str(path)])
+    finally:
+        broker.stop()
+    lines = capsys.readouterr().out.splitlines()
+    refused = [line for line in lines if "E_BROKER" in line]
+    assert any(line.startswith("ok") and "answers (MQTT 5)" in line for line in lines)
+    assert len(refused) == (0 if known_as == "dev-a" else 2)
+    assert all(line.startswith("FAIL") and "Not authorized" in line for line in refused)

@@ -5,8 +5,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from tests.integration.kit import coordinator, until
 
 from liberatai_agent.blobs import BlobStore, Fetcher
+from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.intake.uploads import Uploads
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_core.contract import chunks
@@ -109,3 +111,46 @@ def test_an_upload_that_is_offered_in_smaller_pieces_starts_anew() -> None:
     for number in range(chunks.count(len(content), 1024)):
         found = uploads.chunk("dev-a", blob_id(content), number, chunks.cut(content, number, 1024), 0.0)
     assert found == content
+
+
+def test_a_coordinator_says_what_its_broker_refuses_until_the_next_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        broker = MemoryBroker()
+        broker.allow = lambda _client, what, topic: what == "subscribe" or "/co/" not in topic
+        async with coordinator(broker, tmp_path) as service:
+            await until(lambda: bool(service.broker_refuses))
+            told = (await Operations.of(service).health())["broker_refuses"]
+            assert len(told) == 1
+            assert told[0].startswith("E_BROKER: the broker refuses messages to lai/v1/")
+            broker.allow = None
+            broker.kill(service.config.coordinator)
+            await until(lambda: any("/co/" in topic for topic in broker.retained))
+            await until(lambda: not service.broker_refuses)
+
+    asyncio.run(run())
+    assert sum("E_BROKER" in record.message for record in caplog.records) == 1
+
+
+def test_a_coordinator_is_in_haste_only_while_a_round_is_open(tmp_path: Path) -> None:
+    haste: list[bool] = []
+
+    async def run() -> None:
+        broker = MemoryBroker()
+        async with coordinator(broker, tmp_path) as service:
+            service.link.urgent = haste.append  # type: ignore[method-assign, assignment]
+            await until(lambda: bool(service.connected))
+            broker.kill(service.config.coordinator)
+            await until(lambda: haste == [False])
+            await until(lambda: bool(service.connected))
+
+            class Open:
+                open_round = object()
+
+            service.runners["j"] = Open()  # type: ignore[assignment]
+            broker.kill(service.config.coordinator)
+            await until(lambda: haste == [False, True])
+            del service.runners["j"]
+
+    asyncio.run(run())

@@ -157,6 +157,38 @@ def test_a_lost_device_is_waited_for_a_moment_and_not_to_the_deadline(
     run(scenario())
 
 
+def test_after_a_restart_who_says_nothing_or_was_lost_before_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "GRACE_S", 0.5)
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as (a, b):
+            async with devices(broker, "c", "d") as (c, d), coordinator(broker, tmp_path) as service:
+                await until(lambda: len(service.fleet.ready()) == 4)
+                for device in (a, b, c, d):
+                    device.answers = False
+                text = job_yaml(rounds=1, devices=4, quorum=0.4, deadline_s=3600)
+                await Operations.of(service).jobs.create(text, str(tmp_path))
+                await until(lambda: all(device.tasks for device in (a, b, c, d)))
+            broker.stop(forget=True)  # of d nothing is left, and nobody says anything of it
+            broker.start()
+            # Of c the broker has its will.
+            c.link = MemoryLink(broker, "c")
+            await c.link.open()
+            async for _ in c.link.events():
+                break  # connected
+            await says(c, "lost")
+            for device in (a, b):
+                device.answers = True
+            async with coordinator(broker, tmp_path) as service:
+                await until(lambda: finished(service))
+            await c.link.close()
+
+    run(scenario())
+
+
 def test_a_silent_device_is_unknown_and_its_round_goes_on_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

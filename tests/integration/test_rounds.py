@@ -852,3 +852,16 @@ def test_what_the_broker_had_in_store_is_no_sign_of_life(tmp_path: Path) -> None
             assert service.fleet.devices["a"].last_seen_s == seen["a"]
 
     run(scenario())
+
+
+def test_a_job_that_is_created_before_the_others_go_on_runs_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c"), coordinator(broker, tmp_path) as service:
+            await Operations.of(service).jobs.create(job_yaml(rounds=1), str(tmp_path))
+            runner = service.runners["tiny"]
+            service.jobs.resume()
+            assert service.runners["tiny"] is runner
+            await until(lambda: finished(service))
+
+    run(scenario())

@@ -1,9 +1,14 @@
 """Pauses after a lost connection."""
 
+import asyncio
 import random
+import socket
+from typing import Any
 
 import pytest
 
+from liberatai_core.link.link import Connected, Disconnected
+from liberatai_core.link.mqtt import MqttLink, MqttSettings
 from liberatai_core.link.mqtt.reconnect import FIRST_RETRY_S, TAKEN_OVER, Loss, Pause, Reconnect
 
 
@@ -71,3 +76,32 @@ def test_a_loss_with_messages_under_way_accuses_no_second_device() -> None:
     reconnect = made()
     loss = Loss("gone", unexplained=True, under_way=(("t", 20_000),))
     assert "two devices" not in [reconnect.lost(loss, 1.0, latest) for _ in range(5)][-1].reason
+
+
+async def test_an_outage_ends_soon_once_something_is_at_stake(peer_of: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = MqttSettings(
+        host="127.0.0.1",
+        port=port,
+        client_id="dev-a",
+        protocol="5",
+        reconnect_cap_s=1e6,
+        spread_s=1e6,
+        urgent_cap_s=0.2,
+    )
+    peer = await peer_of(MqttLink(settings)).open()
+    assert (await peer.next(Disconnected)).retry_in_s > 60  # but for one case in 15 000
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"\x20\x03\x00\x00\x00")
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    peer.link.urgent(True)
+    await peer.next(Connected, timeout_s=60)
+    await peer.link.close()
+    server.close()

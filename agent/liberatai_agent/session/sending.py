@@ -73,7 +73,8 @@ def send(s: Session, uid: bytes, *, even_if_away: bool = False) -> Stepped:
     pause = RETRY_MAX_S if s.away else pause_s(waiting.attempts)
     waiting = replace(waiting, attempts=waiting.attempts + 1, next_s=s.now_s + pause, sent=frozenset())
     if waiting.size_bytes > s.single_bytes:
-        return _changed(s, waiting), (SendOffer(update_id=uid, chunk_bytes=s.chunk_bytes),)
+        offered = replace(waiting, chunk_bytes=s.chunk_bytes)
+        return _changed(s, offered), (SendOffer(update_id=uid, chunk_bytes=s.chunk_bytes),)
     if s.quota and WHOLE in waiting.over_quota:
         return _changed(s, waiting), ()
     over = waiting.over_quota | {WHOLE} if s.quota else waiting.over_quota
@@ -85,9 +86,9 @@ def credited(s: Session, event: CreditArrived) -> Stepped:
     waiting = next((one for one in s.pending if one.transfer == event.transfer), None)
     if waiting is None or not s.connected:
         return s, ()
-    if not s.single_bytes < waiting.size_bytes <= s.chunk_bytes * MAX_CHUNKS:
+    if not 0 < waiting.size_bytes <= waiting.chunk_bytes * MAX_CHUNKS:
         return s, ()
-    lacking = chunks.missing(event.have, chunks.count(waiting.size_bytes, s.chunk_bytes))
+    lacking = chunks.missing(event.have, chunks.count(waiting.size_bytes, waiting.chunk_bytes))
     under_way = waiting.sent.intersection(lacking)
     unsent = [n for n in lacking if n not in waiting.sent and not (s.quota and n in waiting.over_quota)]
     numbers = tuple(unsent[: max(0, min(event.chunks, WINDOW_CHUNKS) - len(under_way))])
@@ -98,7 +99,8 @@ def credited(s: Session, event: CreditArrived) -> Stepped:
     # Until the link has taken them, which may be long: see `chunks_sent`.
     moved = replace(waiting, attempts=1, next_s=math.inf, sent=waiting.sent.union(numbers))
     s = _changed(s, replace(moved, over_quota=over))
-    return s, (SendChunks(update_id=waiting.update_id, chunk_bytes=s.chunk_bytes, numbers=numbers),)
+    uid, size = waiting.update_id, waiting.chunk_bytes
+    return s, (SendChunks(update_id=uid, chunk_bytes=size, numbers=numbers),)
 
 
 def chunks_sent(s: Session, uid: bytes) -> Stepped:

@@ -1,4 +1,4 @@
-"""What the agent has to know between two events. The work under way is one of ten states, and no mixture."""
+"""What the agent has to know between two events. The work under way is one of nine states, and no mixture."""
 
 import math
 from typing import TypeVar
@@ -180,6 +180,7 @@ class Pending(Value, frozen=True, kw_only=True):
 
     Attributes:
         update_id, job, round, transfer, size_bytes: as in Unsent.
+        chunk_bytes: how it was cut when it was offered last; 0: it was not.
         sent: chunks that went since the last offer; its timer stands still while they go.
         over_quota: chunks (0: the whole, if it is short) that went since the day's quota is used up.
     """
@@ -191,6 +192,7 @@ class Pending(Value, frozen=True, kw_only=True):
     size_bytes: int = 0
     attempts: int = 0
     next_s: float = 0.0
+    chunk_bytes: int = 0
     sent: frozenset[int] = frozenset()
     over_quota: frozenset[int] = frozenset()
 

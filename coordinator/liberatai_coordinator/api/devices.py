@@ -20,7 +20,7 @@ PART: Final = 250
 
 
 @dataclass(frozen=True, slots=True)
-class Devices:
+class DeviceOperations:
     """Devices of a coordinator."""
 
     service: Service

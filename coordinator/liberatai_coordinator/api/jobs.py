@@ -25,7 +25,7 @@ from liberatai_core.errors import NotFoundError, StateError
 
 
 @dataclass(frozen=True, slots=True)
-class Jobs:
+class JobOperations:
     """Jobs of a coordinator."""
 
     service: Service

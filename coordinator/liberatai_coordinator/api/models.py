@@ -17,7 +17,7 @@ from liberatai_core.structure import DataContract, Structure
 
 
 @dataclass(frozen=True, slots=True)
-class Models:
+class ModelOperations:
     """Models of a coordinator. A version is asked for by number, tag or "latest"."""
 
     service: Service

@@ -19,5 +19,5 @@ async def not_found(error: NotFoundError, name: str, known: Sequence[str]) -> No
         name: that was asked for.
         known: all names; with thousands of them the search takes a while, so a thread does it.
     """
-    found = await asyncio.to_thread(get_close_matches, name[:LONGEST], known, 1, 0.75)
-    return NotFoundError(f"{error}; did you mean {found[0]}?") if found else error
+    close = await asyncio.to_thread(get_close_matches, name[:LONGEST], known, 1, 0.75)
+    return NotFoundError(f"{error}; did you mean {close[0]}?") if close else error

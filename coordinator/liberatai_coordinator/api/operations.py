@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-from liberatai_coordinator.api.devices import Devices
-from liberatai_coordinator.api.jobs import Jobs
-from liberatai_coordinator.api.models import Models
-from liberatai_coordinator.api.plans import Plans
-from liberatai_coordinator.api.variants import Variants
+from liberatai_coordinator.api.devices import DeviceOperations
+from liberatai_coordinator.api.jobs import JobOperations
+from liberatai_coordinator.api.models import ModelOperations
+from liberatai_coordinator.api.plans import PlanOperations
+from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.service import Service
 
 
@@ -20,22 +20,22 @@ class Operations:
     """All that can be asked."""
 
     service: Service
-    devices: Devices
-    jobs: Jobs
-    plans: Plans
-    models: Models
-    variants: Variants
+    devices: DeviceOperations
+    jobs: JobOperations
+    plans: PlanOperations
+    models: ModelOperations
+    variants: VariantOperations
 
     @classmethod
     def of(cls, service: Service) -> Self:
         """Return the operations of a coordinator."""
         return cls(
             service=service,
-            devices=Devices(service),
-            jobs=Jobs(service),
-            plans=Plans(service),
-            models=Models(service),
-            variants=Variants(service),
+            devices=DeviceOperations(service),
+            jobs=JobOperations(service),
+            plans=PlanOperations(service),
+            models=ModelOperations(service),
+            variants=VariantOperations(service),
         )
 
     async def health(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from liberatai_core.errors import NotFoundError, StateError
 
 
 @dataclass(frozen=True, slots=True)
-class Plans:
+class PlanOperations:
     """Plans of a coordinator's jobs."""
 
     service: Service
@@ -79,8 +79,8 @@ class Plans:
         return await asyncio.to_thread(self._dry_view, job, candidates, known)
 
     def _dry_view(self, job: JobSpec, candidates: list[Candidate], known: list[Capability]) -> PlanView:
-        made = plan.make_plan(job, candidates, known)
-        assigned, sizes = list(made.assignments.values()), dict(made.keyframe_bytes)
+        planned = plan.make_plan(job, candidates, known)
+        assigned, sizes = list(planned.assignments.values()), dict(planned.keyframe_bytes)
         devices = Counter(one.structure for one in assigned)
         return PlanView(
             job=job.name,

@@ -224,11 +224,11 @@ def _add_variants(app: FastAPI, operations: Operations) -> None:
         """Add a variant: a msgpack map with its manifest and its file."""
         wanted = await _body(request, VariantUpload, MAX_VARIANT_BYTES, msgspec.msgpack.decode)
         try:
-            made = await operations.variants.commit(model, ref, wanted.manifest, wanted.file)
+            variant = await operations.variants.commit(model, ref, wanted.manifest, wanted.file)
         except DigestError as error:
             # Elsewhere a wrong digest means a damaged repository; here it came in.
             return _json(problem(error), HTTPStatus.UNPROCESSABLE_ENTITY)
-        return _json(made, HTTPStatus.CREATED)
+        return _json(variant, HTTPStatus.CREATED)
 
     @app.get("/v1/models/{model}/variants/{prefix}", **_shows(VariantDetail))
     async def variant(model: str, prefix: str) -> Response:

@@ -13,7 +13,7 @@ from liberatai_coordinator.store.rows import VariantRow
 
 
 @dataclass(frozen=True, slots=True)
-class Variants:
+class VariantOperations:
     """Variants of a coordinator's models."""
 
     service: Service
@@ -22,8 +22,8 @@ class Variants:
         """Check a variant of a version and store it; the same one again is stored once."""
         ledger, repository = self.service.ledger, self.service.repository
         row = await version_row(self.service, model, ref)
-        made = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
-        return present.variant_view(made)
+        variant = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
+        return present.variant_view(variant)
 
     async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:
         """Return the variants of a version, the smallest first."""

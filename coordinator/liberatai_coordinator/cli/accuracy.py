@@ -40,24 +40,24 @@ def explained(job: JobView) -> list[str]:
 def show_accuracy(job: JobView, output: Output) -> None:
     """Write the newest figures as a table; nothing if there are none."""
     local, central, test = newest(job.rounds)
-    found = rows(local, central, test)
-    if not found:
+    lines = rows(local, central, test)
+    if not lines:
         return
     print()
     print("; ".join(_sources(local, central, test)))
-    show(found, _columns(local, central, test), output)
+    show(lines, _columns(local, central, test), output)
 
 
 def rows(local: LocalView | None, central: CentralView | None, test: CentralView | None) -> list[Row]:
     """Return the lines of the table: structures, the ensemble, all devices, profiles, the worst tenth."""
     ids = {sid for one in (local, central, test) if one for sid in one.structures}
-    told = local.structures if local else {}
-    found = [
-        _row("structure", sid, told.get(sid), central=_of(central, sid), test=_of(test, sid))
+    structures = local.structures if local else {}
+    lines = [
+        _row("structure", sid, structures.get(sid), central=_of(central, sid), test=_of(test, sid))
         for sid in sorted(ids)
     ]
     if central or test:
-        found.append(
+        lines.append(
             Row(
                 what="ensemble",
                 central=central.ensemble if central else None,
@@ -65,42 +65,42 @@ def rows(local: LocalView | None, central: CentralView | None, test: CentralView
             )
         )
     if local:
-        found.append(_row("all devices", "", local.all))
-        found += [_row("profile", name, one) for name, one in sorted(local.profiles.items())]
+        lines.append(_row("all devices", "", local.all))
+        lines += [_row("profile", name, one) for name, one in sorted(local.profiles.items())]
         if local.worst:
             count = f"{local.worst.devices} of {local.worst.of}"
-            found.append(Row(what="worst 10 %", devices=count, local=local.worst.accuracy))
-    return found
+            lines.append(Row(what="worst 10 %", devices=count, local=local.worst.accuracy))
+    return lines
 
 
 def _row(
-    what: str, name: str, told: ScoreView | None, *, central: float | None = None, test: float | None = None
+    what: str, name: str, score: ScoreView | None, *, central: float | None = None, test: float | None = None
 ) -> Row:
     return Row(
         what=what,
         name=name,
-        devices=str(told.devices) if told else "",
-        held_out=told.total if told else None,
-        local=told.accuracy if told else None,
+        devices=str(score.devices) if score else "",
+        held_out=score.total if score else None,
+        local=score.accuracy if score else None,
         central=central,
         test=test,
     )
 
 
-def _of(found: CentralView | None, sid: str) -> float | None:
-    return found.structures.get(sid) if found else None
+def _of(scores: CentralView | None, sid: str) -> float | None:
+    return scores.structures.get(sid) if scores else None
 
 
 def _sources(local: LocalView | None, central: CentralView | None, test: CentralView | None) -> list[str]:
-    told = []
+    sources = []
     if local:
         late = f" ({local.late} of {local.all.devices} devices: an older one)" if local.late else ""
-        told.append(f"local: version {local.version}{late} on what devices hold out")
+        sources.append(f"local: version {local.version}{late} on what devices hold out")
     if central:
-        told.append(f"central: version {central.version} on the guard's {central.samples} labels")
+        sources.append(f"central: version {central.version} on the guard's {central.samples} labels")
     if test:
-        told.append(f"test: version {test.version} on {test.samples} labels that decide nothing")
-    return told
+        sources.append(f"test: version {test.version} on {test.samples} labels that decide nothing")
+    return sources
 
 
 def _columns(

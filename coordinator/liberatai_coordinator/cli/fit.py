@@ -266,7 +266,7 @@ def _measured(figure: float) -> float | None:
 
 def _report(
     original: _Original,
-    made: "Sequence[Variant]",
+    variants: "Sequence[Variant]",
     ids: Sequence[str],
     x_unlabeled: Any,
     samples: "Samples | None",
@@ -276,9 +276,9 @@ def _report(
 ) -> FitReport:
     from liberatai_core.learning import fitting
 
-    best = {id(one) for one in fitting.pareto(made)}
+    best = {id(one) for one in fitting.pareto(variants)}
     float32_bytes = 4 * original.structure.parameters
-    named = ids or [""] * len(made)
+    named = ids or [""] * len(variants)
     points = [
         FitPoint(
             budget_bytes=one.budget_bytes,
@@ -296,7 +296,7 @@ def _report(
             pareto=id(one) in best,
             id=name,
         )
-        for one, name in zip(made, named, strict=True)
+        for one, name in zip(variants, named, strict=True)
     ]
     labelled = _test_part(samples)
     measured = None
@@ -322,32 +322,34 @@ def _report(
     )
 
 
-def _show_fit(found: FitReport, output: Output) -> None:
+def _show_fit(report: FitReport, output: Output) -> None:
     if output in (Output.JSON, Output.YAML):
-        dump(found, output)
+        dump(report, output)
         return
     right = (
-        "" if found.accuracy is None else f", accuracy {found.accuracy:.2%} on {found.test_samples} samples"
+        ""
+        if report.accuracy is None
+        else f", accuracy {report.accuracy:.2%} on {report.test_samples} samples"
     )
     print(
-        f"{found.model} version {found.version}, {found.structure}: {count_text(found.parameters)} weights, "
-        f"{size_text(found.float32_bytes)} as float32{right}"
+        f"{report.model} version {report.version}, {report.structure}: "
+        f"{count_text(report.parameters)} weights, {size_text(report.float32_bytes)} as float32{right}"
     )
-    if found.lost:
-        print(f"{found.lost}.")
-    elif found.judged_apart:
-        print(f"agreement and divergence: on {found.judged_samples} unlabeled samples that taught nothing")
+    if report.lost:
+        print(f"{report.lost}.")
+    elif report.judged_apart:
+        print(f"agreement and divergence: on {report.judged_samples} unlabeled samples that taught nothing")
     else:
         print(
-            f"agreement and divergence: on the {found.judged_samples} samples that also taught: they say "
+            f"agreement and divergence: on the {report.judged_samples} samples that also taught: they say "
             "little, but there are too few to keep some apart"
         )
     print()
-    show(found.points, _POINT_COLUMNS, output)
+    show(report.points, _POINT_COLUMNS, output)
     print()
-    for point in found.points:
+    for point in report.points:
         print(f"{point.budget_bytes} bytes: {clean(point.why) or clean(point.method)}")
-    if found.dry_run:
+    if report.dry_run:
         print("dry run: nothing was committed")
 
 

@@ -90,11 +90,11 @@ def budget_of(text: str, where: str) -> int:
     Raises:
         ConfigError: it is no size, or none that a model file may have.
     """
-    found = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(found["unit"].lower()) if found else None
-    if found is None or unit is None:
+    size = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(size["unit"].lower()) if size else None
+    if size is None or unit is None:
         raise ConfigError(where, [f"{text!r} is no size: write it like 120KB, 64KiB or 1.5MB"])
-    size_bytes = int(Decimal(found["number"]) * unit)
+    size_bytes = int(Decimal(size["number"]) * unit)
     if not 1 <= size_bytes <= MAX_OBJECT_BYTES:
         raise ConfigError(where, [f"{text}: a model file has 1 … {MAX_OBJECT_BYTES} bytes"])
     return size_bytes

@@ -39,16 +39,16 @@ def pull(
         raise ConfigError("models pull", ["give one of --budget, --profile and --variant"])
     with client_of(context) as client, progress(f"pulling {name}"):
         if variant is not None:
-            found = client.variants.show(name, variant)
+            detail = client.variants.show(name, variant)
         else:
             room = budget_of(budget, "--budget") if budget is not None else budget_of_profile(str(profile))
-            found = client.variants.show(name, _best(client, name, version, room, structure).id)
-        file = client.variants.file(found.variant)
-    _write_checked(found, file, out)
+            detail = client.variants.show(name, _best(client, name, version, room, structure).id)
+        file = client.variants.file(detail.variant)
+    _write_checked(detail, file, out)
     if output in (Output.JSON, Output.YAML):
-        dump(found, output)
+        dump(detail, output)
         return
-    print(f"{out}: {_variant_line(found.variant)}")
+    print(f"{out}: {_variant_line(detail.variant)}")
 
 
 def _best(client: Client, name: str, version: str, budget_bytes: int, structure: str | None) -> VariantView:
@@ -60,8 +60,8 @@ def _best(client: Client, name: str, version: str, budget_bytes: int, structure:
         raise ConfigError("--structure", [f"{name} version {view.version} has {known}"])
     every = client.variants.list(name, str(view.version))
     variants = [one for one in every if structure in (None, one.parent_structure)]
-    found = best_variant(variants, budget_bytes)
-    if found is None:
+    best = best_variant(variants, budget_bytes)
+    if best is None:
         have = f"the smallest has {min(one.bytes for one in variants)} bytes" if variants else "there is none"
         raise NotFoundError(
             f"{name} version {view.version}: no variant of at most {budget_bytes} bytes ({have}); make one: "
@@ -76,17 +76,17 @@ def _best(client: Client, name: str, version: str, budget_bytes: int, structure:
             "cannot be compared; name one, or fit them with --test"
         )
         raise ConfigError("--structure", [fault])
-    return found
+    return best
 
 
-def _write_checked(found: VariantDetail, file: bytes, out: Path) -> None:
+def _write_checked(detail: VariantDetail, file: bytes, out: Path) -> None:
     """Write a file that decodes to the weights that its variant names."""
     from liberatai_core.compressor.artifact import restore
     from liberatai_core.weights import digest
 
-    if digest(restore(file, found.structure)).hex() != found.variant.digest:
+    if digest(restore(file, detail.structure)).hex() != detail.variant.digest:
         raise DigestError(
-            f"variant {found.variant.id[:12]} decodes to other weights than it names: not written"
+            f"variant {detail.variant.id[:12]} decodes to other weights than it names: not written"
         )
     part = out.with_name(f"{out.name}.part")
     try:
@@ -96,17 +96,17 @@ def _write_checked(found: VariantDetail, file: bytes, out: Path) -> None:
         raise DiskError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def _variant_line(one: VariantView) -> str:
+def _variant_line(variant: VariantView) -> str:
     figures = [
         f"{text} {value:.2%}"
-        for text, value in (("accuracy", one.accuracy), ("agreement", one.agreement))
+        for text, value in (("accuracy", variant.accuracy), ("agreement", variant.agreement))
         if value is not None
     ]
     words = [
-        f"{one.model} version {one.version}",
-        f"variant {one.id[:12]}",
-        one.structure,
-        f"{one.bytes} bytes",
-        clean(one.method),
+        f"{variant.model} version {variant.version}",
+        f"variant {variant.id[:12]}",
+        variant.structure,
+        f"{variant.bytes} bytes",
+        clean(variant.method),
     ]
     return ", ".join([*words, *figures])

@@ -138,13 +138,13 @@ def _weight_column(title: str, place: int) -> Column[_Weights]:
     return Column(title, lambda row: f"{row[1][place]:.2f}", right=True)
 
 
-def _show_variant(found: VariantDetail, output: Output, *, whole: bool) -> None:
+def _show_variant(detail: VariantDetail, output: Output, *, whole: bool) -> None:
     if output in (Output.JSON, Output.YAML):
-        dump(found, output)
+        dump(detail, output)
         return
-    show_one(found.variant, output)
+    show_one(detail.variant, output)
     print()
-    _show_tensors(found.tensors, found.variant.bytes, output, whole=whole)
+    _show_tensors(detail.tensors, detail.variant.bytes, output, whole=whole)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -191,10 +191,10 @@ class ModelsClient:
             DigestError: they were damaged on the way.
         """
         path = f"{_version(model, ref)}/structures/{_part(structure)}/weights"
-        found = _decode(self._client.send("GET", path), Weights, msgspec.msgpack.decode)
-        if hashlib.sha256(found.weights).digest() != found.sha256:
+        weights = _decode(self._client.send("GET", path), Weights, msgspec.msgpack.decode)
+        if hashlib.sha256(weights.weights).digest() != weights.sha256:
             raise DigestError(f"{model}: the weights of {structure} were damaged on the way")
-        return found.structure, found.data, found.weights
+        return weights.structure, weights.data, weights.weights
 
     def sizes(self, model: str, ref: str, structure: str) -> SizesView:
         """Return where the bytes of one structure's files go."""

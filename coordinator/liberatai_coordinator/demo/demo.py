@@ -117,9 +117,9 @@ def _run(options: Options, folder: Path, console: Console, started_s: float, *, 
         )
     finally:
         examiner.close()
-    made = report_of(options, world, fleet, outcome, started_s)
-    page, record = report.write(made, options.report)
-    _say_what_came_out(console, made, page, record)
+    summary = report_of(options, world, fleet, outcome, started_s)
+    page, record = report.write(summary, options.report)
+    _say_what_came_out(console, summary, page, record)
 
 
 def _say_what_runs(console: Console, fleet: LocalFleet, world: World, kept: Path | None) -> None:
@@ -169,21 +169,21 @@ def _require_progress(job: JobView, devices: Sequence[DeviceView]) -> None:
         raise TrainingError(f"{GIVE_UP} rounds abandoned: {'; '.join(sorted(reasons)) or last[-1].reason}")
 
 
-def _say_what_came_out(console: Console, made: Report, page: Path, record: Path) -> None:
+def _say_what_came_out(console: Console, summary: Report, page: Path, record: Path) -> None:
     table = Table(title="On digits that nobody trained on", title_justify="left", box=None, pad_edge=False)
     for title in ("structure", "parameters", "devices", "accuracy"):
         table.add_column(title, justify="left" if title == "structure" else "right", header_style="dim")
-    for row in sorted(made.structures, key=lambda row: -row.parameters):
-        table.add_row(row.id, f"{row.parameters:,}", str(row.devices), percent(made.final[row.id]))
-    table.add_row(*(Text(cell, "bold") for cell in ("ensemble", "", "", percent(made.final["ensemble"]))))
-    table.add_row("all data in one place", "", "", percent(made.final["centralised"]), style="dim")
+    for row in sorted(summary.structures, key=lambda row: -row.parameters):
+        table.add_row(row.id, f"{row.parameters:,}", str(row.devices), percent(summary.final[row.id]))
+    table.add_row(*(Text(cell, "bold") for cell in ("ensemble", "", "", percent(summary.final["ensemble"]))))
+    table.add_row("all data in one place", "", "", percent(summary.final["centralised"]), style="dim")
     console.print()
     console.print(table)
     console.print()
     console.print(
-        f"[bold]{made.ratio:.0f} times less traffic[/] than dense FedAvg: {size(made.total_bytes)}, "
-        f"not {size(made.dense_bytes)}. {made.orchestration_s_median:.2f} s in the median round besides "
-        f"training and teaching; {made.seconds_total:.0f} s in all.",
+        f"[bold]{summary.ratio:.0f} times less traffic[/] than dense FedAvg: {size(summary.total_bytes)}, "
+        f"not {size(summary.dense_bytes)}. {summary.orchestration_s_median:.2f} s in the median round "
+        f"besides training and teaching; {summary.seconds_total:.0f} s in all.",
         soft_wrap=True,
     )
     console.print(f"Report: [bold]{escape(str(page))}[/] (figures: {escape(str(record))})", soft_wrap=True)

@@ -58,13 +58,13 @@ def report_of(
         outcome: what it left behind.
         started_s: `time.perf_counter()` at the start.
     """
-    made = published(outcome.job)
+    rounds = published(outcome.job)
     evaluated = outcome.evaluated
     final = evaluated[max(evaluated)]
     parameters = {name: structure.parameters for name, structure in final.structures.items()}
     devices = _device_rows(world, fleet, outcome.plan)
     members = [share for name, share in final.accuracy.items() if name != "ensemble"]
-    overhead = [row.seconds - row.train_seconds_max - row.teach_seconds for row in made]
+    overhead = [row.seconds - row.train_seconds_max - row.teach_seconds for row in rounds]
     return Report(
         broker=fleet.broker_name,
         broker_lost=fleet.broker_lost,
@@ -83,9 +83,9 @@ def report_of(
                 updates=row.updates,
                 invited=row.invited,
             )
-            for version, row in enumerate(made, start=1)
+            for version, row in enumerate(rounds, start=1)
         ),
-        dense_bytes=dense_bytes([parameters.get(device.structure, 0) for device in devices], len(made)),
+        dense_bytes=dense_bytes([parameters.get(device.structure, 0) for device in devices], len(rounds)),
         total_bytes=sum(device.sent_bytes + device.received_bytes for device in devices),
         final={
             **final.accuracy,
@@ -97,7 +97,7 @@ def report_of(
         versions=_software(),
         local=newest(outcome.job.rounds)[0],
         ensemble=outcome.ensemble,
-        merged=made[-1].merged,
+        merged=rounds[-1].merged,
         structures=tuple(
             StructureRow(
                 id=name,
@@ -156,10 +156,10 @@ def _device_rows(world: World, fleet: LocalFleet, plan: PlanView) -> tuple[Devic
 
 
 def _software() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -43,9 +43,9 @@ class Screen:
         if self._live is not None:
             self._live.update(self._picture(job, devices, evaluated))
             return
-        made = published(job)
-        while self._said < len(made) and self._said + 1 in evaluated:
-            row = made[self._said]
+        rounds = published(job)
+        while self._said < len(rounds) and self._said + 1 in evaluated:
+            row = rounds[self._said]
             self._said += 1
             self.console.print(_line(row, job.rounds_total, evaluated[self._said]), soft_wrap=True)
         for trouble in _troubles(job, devices):
@@ -56,16 +56,16 @@ class Screen:
     def _picture(
         self, job: JobView, devices: Sequence[DeviceView], evaluated: Mapping[int, Evaluated]
     ) -> Group:
-        made = published(job)
-        carried = sum(row.up_bytes + row.down_bytes for row in made)
+        rounds = published(job)
+        carried = sum(row.up_bytes + row.down_bytes for row in rounds)
         seconds = time.perf_counter() - self._started_s
         head = Text.assemble(
             ("LiberatAI demo  ", "bold"),
-            f"round {min(len(made) + 1, job.rounds_total)} of {job.rounds_total}, {job.state}   ",
+            f"round {min(len(rounds) + 1, job.rounds_total)} of {job.rounds_total}, {job.state}   ",
             (f"{seconds:.0f} s   {size(carried)} on the wire", "dim"),
         )
         troubles = [Text(trouble, "yellow") for trouble in _troubles(job, devices)[-3:]]
-        return Group(head, _device_table(devices), _round_table(made, evaluated), *troubles)
+        return Group(head, _device_table(devices), _round_table(rounds, evaluated), *troubles)
 
 
 def _troubles(job: JobView, devices: Sequence[DeviceView]) -> list[str]:

@@ -47,6 +47,9 @@ PENDING_KEPT_S = 7 * 86_400.0
 SILENT_INTERVALS, SILENT_LEAST_S = 3.0, 30.0
 """Who says nothing for so many of its telemetry intervals, and at least so long, may be anywhere."""
 
+EXPIRED_AT_ONCE = 1000
+"""Devices that are looked at together: some milliseconds; the turn of the others comes a moment later."""
+
 ANSWER_S = 10.0
 """Between two answers to a device whose session number went back: a replayed frame must not cause a flood."""
 
@@ -310,7 +313,11 @@ class Fleet:
         if before is None:
             self._index[key_id(device.public_key)] = name
         lasting = device.capability != known.capability or device.session != known.session
-        changed = before is None or device.online != before.online or device.capability != before.capability
+        changed = (
+            before is None
+            or (device.online, device.said) != (before.online, before.said)
+            or device.capability != before.capability
+        )
         return Heard(device, before is None, lasting or before is None, changed)
 
     def note_alive(self, device: str, now_s: float, wall_s: float) -> bool:
@@ -341,9 +348,11 @@ class Fleet:
         self.connected, self._since_s = connected, now_s
 
     def expire(self, now_s: float) -> list[Device]:
-        """Return the devices that have become silent; quick, whatever the number of devices."""
-        found = []
-        while self.connected and self._due and self._due[0][0] <= now_s:
+        """Return devices that have become silent, some of them if many: quick, however many there are."""
+        found: list[Device] = []
+        for _ in range(EXPIRED_AT_ONCE):
+            if not (self.connected and self._due and self._due[0][0] <= now_s):
+                break
             name = heapq.heappop(self._due)[1]
             self._watched.discard(name)
             device = self.devices.get(name)

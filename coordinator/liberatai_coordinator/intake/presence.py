@@ -149,8 +149,11 @@ class Presence:
         """Note that the broker is there, or went away."""
         before = self.fleet.connected
         self.fleet.set_connected(connected, time.monotonic())
-        if before != connected:
-            self._note_changed()
+        if before == connected:
+            return
+        # After a restart nobody has said anything yet: who does not in a while is away.
+        quiet = [device for device in self.fleet.devices.values() if device.said == "unknown"]
+        self._note_changed(*(quiet if connected else []))
 
     def set_status(self, device: str, status: Status, reason: str) -> Device:
         """Approve, quarantine or release a device; on disk when this returns.

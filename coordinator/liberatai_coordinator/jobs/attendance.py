@@ -34,6 +34,8 @@ class Attendance:
         for device in devices:
             if device.online:
                 self._away.pop(device.id, None)
+            elif device.silent:
+                self._away[device.id] = now_s - GRACE_S  # its silence was long enough
             elif device.said != "draining":
                 self._away.setdefault(device.id, now_s)
         for job in self.runners.values():
@@ -69,12 +71,9 @@ class Attendance:
             if now is None:
                 continue
             grace_s = min(GRACE_S, GRACE_SHARE * job.job.rounds.deadline_s)
-            for device, since_s in self._away.items():
-                if now_s - since_s >= grace_s and device in now.invitations and device not in now.gone:
+            for device in now.waiting & self._away.keys():
+                if now_s - self._away[device] >= grace_s:
                     self._give_up(job, now, device, now_s)
-        late = [device for device, since_s in self._away.items() if now_s - since_s > GRACE_S + 1.0]
-        for device in late:
-            del self._away[device]
 
     def _give_up(self, job: Runner, now: deciding.Round, device: str, now_s: float) -> None:
         known = job.fleet.devices.get(device)

@@ -65,7 +65,8 @@ class Jobs:
             if told is not None:
                 self._counters |= msgspec.msgpack.decode(told, type=dict[str, tuple[int, int]])
         for row in rows:
-            if row.state in LIVE:
+            # Somebody may have created one meanwhile: it runs already.
+            if row.state in LIVE and row.name not in self.runners:
                 self.start(row)
 
     def start(self, row: JobRow) -> None:

@@ -151,10 +151,10 @@ class LocalFleet:
     def status(self, device: str) -> dict[str, Any]:
         """Return what the agent last wrote about itself, {} if nothing yet."""
         try:
-            found = json.loads((self.folders.agent(device) / "state" / "status.json").read_text())
+            status = json.loads((self.folders.agent(device) / "state" / "status.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return status if isinstance(status, dict) else {}
 
     def logs(self) -> str:
         """Return the ends of all logs, for a bug report."""

@@ -14,9 +14,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from liberatai_core.contract.ed25519 import LIBRARY, PrivateKey, PublicKey
 from liberatai_core.contract.limits import MAX_SPEC_BYTES
 from liberatai_core.contract.messages import KIND_OF, KINDS, MAX_BYTES, Capability, Message, TaskSpec
 from liberatai_core.errors import (
@@ -65,19 +64,19 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 class Signer:
     """A private key and the fleet it speaks in."""
 
-    private: Ed25519PrivateKey
+    private: PrivateKey
     fleet: str
     public_key: bytes = field(init=False)
     """The 32-byte public key."""
 
     def __post_init__(self) -> None:
         """Derive the public key once: every frame names it."""
-        object.__setattr__(self, "public_key", self.private.public_key().public_bytes_raw())
+        object.__setattr__(self, "public_key", self.private.public)
 
     @classmethod
     def from_seed(cls, seed: bytes, fleet: str) -> "Signer":
         """Return the signer of a 32-byte private key."""
-        return cls(Ed25519PrivateKey.from_private_bytes(seed), fleet)
+        return cls(LIBRARY.private(seed), fleet)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,24 +252,21 @@ def _signed(fleet: str, kind: int, body: bytes) -> bytes:
 
 
 @lru_cache(_PARSED)
-def _parsed(public: bytes) -> Ed25519PublicKey:
+def _parsed(public: bytes) -> PublicKey:
     """Return a public key that was parsed and checked once.
 
     Raises:
-        SignatureError: it is weak.
-        ValueError: it is no key.
+        SignatureError: it is weak, or no key.
     """
     y = int.from_bytes(public, "little") & (1 << 255) - 1
     if y >= _FIELD_PRIME or y in _SMALL_ORDER:
         raise SignatureError("a weak public key: it verifies what nobody signed")
-    return Ed25519PublicKey.from_public_bytes(public)
+    return LIBRARY.public(public)
 
 
 def _verify(public: bytes, signature: bytes, signed: bytes) -> None:
-    try:
-        _parsed(public).verify(signature, signed)
-    except (InvalidSignature, ValueError):
-        raise SignatureError("the signature does not belong to these bytes") from None
+    if not _parsed(public).verify(signature, signed):
+        raise SignatureError("the signature does not belong to these bytes")
 
 
 def _decode(kind: int, body: bytes | memoryview) -> Message:

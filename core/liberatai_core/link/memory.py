@@ -45,6 +45,14 @@ class _Session:
     last_token: int = 0
     lost_messages: int = 0
 
+    def pump(self, connection: "_Connection | None", max_inflight: int) -> None:
+        """Hand over what waits, as far as acknowledgements allow; without a connection it goes on waiting."""
+        while connection is not None and self.waiting and len(self.unacknowledged) < max_inflight:
+            message = self.waiting.popleft()
+            self.last_token += 1
+            self.unacknowledged[self.last_token] = message
+            connection.receive(message, self.last_token)
+
 
 class _Connection:
     """One live connection of one client."""
@@ -94,9 +102,10 @@ class MemoryBroker:
         """Break a client's connection as a cut cable does: its will is published."""
         connection = self._connections.get(client_id)
         if connection is not None:
-            self._end(connection, reason)
+            self.end(connection, reason)
             if connection.will is not None:
-                self._publish_will(connection.will)
+                will = connection.will
+                self._route(_Message(will.topic, will.payload, 1), retain=will.retain)
 
     def block(self, client_id: str) -> None:
         """Cut a client off until `unblock`."""
@@ -106,13 +115,13 @@ class MemoryBroker:
     def unblock(self, client_id: str) -> None:
         """Let a client in again."""
         self._blocked.discard(client_id)
-        self._wake()
+        self._changed.set()
 
     def stop(self, *, forget: bool = False) -> None:
         """Take the broker down without any will; with `forget`, sessions and retained messages are gone."""
         self._running = False
         for connection in list(self._connections.values()):
-            self._end(connection, "broker stopped")
+            self.end(connection, "broker stopped")
         if forget:
             self._sessions.clear()
             self._retained.clear()
@@ -120,7 +129,7 @@ class MemoryBroker:
     def start(self) -> None:
         """Bring the broker back."""
         self._running = True
-        self._wake()
+        self._changed.set()
 
     @property
     def retained(self) -> dict[str, bytes]:
@@ -154,7 +163,7 @@ class MemoryBroker:
         """Open a connection; True: the session was known. An older connection of the same id ends."""
         older = self._connections.get(connection.client_id)
         if older is not None:
-            self._end(older, "session taken over: another link uses this client id")
+            self.end(older, "session taken over: another link uses this client id")
         known = connection.client_id in self._sessions
         self._sessions.setdefault(connection.client_id, _Session())
         self._connections[connection.client_id] = connection
@@ -165,11 +174,14 @@ class MemoryBroker:
         session = self._sessions[connection.client_id]
         for token, message in list(session.unacknowledged.items()):
             connection.receive(message, token)
-        self._pump(connection.client_id)
+        self._sessions[connection.client_id].pump(connection, self._max_inflight)
 
-    def goodbye(self, connection: _Connection) -> None:
-        """Close a connection on request of its client: the will is discarded."""
-        self._end(connection, "closed")
+    def end(self, connection: _Connection, reason: str) -> None:
+        """Close a connection; without a will, as on request of its client."""
+        if self._connections.get(connection.client_id) is connection:
+            del self._connections[connection.client_id]
+        if not connection.lost.done():
+            connection.lost.set_result(reason)
 
     def subscribe(self, connection: _Connection, topic_filter: str) -> None:
         """Add a subscription and deliver what is retained for it."""
@@ -195,21 +207,9 @@ class MemoryBroker:
     def acknowledge(self, connection: _Connection, token: int) -> None:
         """Forget a message that its client holds now."""
         if self._sessions[connection.client_id].unacknowledged.pop(token, None) is not None:
-            self._pump(connection.client_id)
+            self._sessions[connection.client_id].pump(connection, self._max_inflight)
 
     # --- inside --------------------------------------------------------------------------------
-
-    def _wake(self) -> None:
-        self._changed.set()
-
-    def _end(self, connection: _Connection, reason: str) -> None:
-        if self._connections.get(connection.client_id) is connection:
-            del self._connections[connection.client_id]
-        if not connection.lost.done():
-            connection.lost.set_result(reason)
-
-    def _publish_will(self, will: Will) -> None:
-        self._route(_Message(will.topic, will.payload, 1), retain=will.retain)
 
     def _route(self, message: _Message, *, retain: bool) -> None:
         if retain and message.payload:
@@ -233,17 +233,7 @@ class MemoryBroker:
                 session.lost_messages += 1
             else:
                 session.waiting.append(message)
-        self._pump(client_id)
-
-    def _pump(self, client_id: str) -> None:
-        session, connection = self._sessions[client_id], self._connections.get(client_id)
-        while connection is not None and session.waiting:
-            if len(session.unacknowledged) >= self._max_inflight:
-                return
-            message = session.waiting.popleft()
-            session.last_token += 1
-            session.unacknowledged[session.last_token] = message
-            connection.receive(message, session.last_token)
+        session.pump(connection, self._max_inflight)
 
 
 class MemoryLink:
@@ -279,7 +269,7 @@ class MemoryLink:
         """Say goodbye and stop; idempotent."""
         self._closed = True
         if self._connection is not None:
-            self._broker.goodbye(self._connection)
+            self._broker.end(self._connection, "closed")
             self._connection = None
         if self._task is not None:
             self._task.cancel()

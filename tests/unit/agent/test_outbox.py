@@ -183,6 +183,8 @@ def test_a_large_update_leaves_no_log_and_no_memory_behind(tmp_path: Path) -> No
         commit(box, body=bytes(4 << 20), residual=bytes(20 << 20))
         assert (tmp_path / "outbox.db-wal").stat().st_size <= 1 << 20
         assert (tmp_path / "outbox.db").stat().st_size < 6 << 20, "the residual is a file of its own"
+        box.forget(an_update().update_id)
+        assert (tmp_path / "outbox.db-wal").stat().st_size <= 1 << 20, "deleting is not writing"
 
 
 def test_leftovers_of_an_older_job_of_the_same_name_are_deleted_and_counted_once(box: Outbox) -> None:

@@ -858,6 +858,10 @@ def test_an_update_that_is_too_long_for_the_broker_goes_in_smaller_pieces() -> N
     assert of(got, do.SendUpdate)
     got = play(on.BrokerRefused(topic="x", words="", packet_bytes=5096))
     assert of(got, do.SendOffer)[0].chunk_bytes == 5096 - 512
+    assert numbers(play(a_credit())) == [0, 1, 2, 3]
+    got = play(on.BrokerRefused(topic="x", words="", packet_bytes=3000))
+    assert of(got, do.SendOffer)
+    assert of(play(a_credit()), do.SendChunks)[0].chunk_bytes == of(got, do.SendOffer)[0].chunk_bytes
 
 
 def test_every_state_of_the_work_is_in_the_table() -> None:

@@ -18,8 +18,8 @@ def signs(**changes: float | bool | None) -> Signs:
     [
         (signs(), 1239.0, ""),
         (signs(), 1241.0, "link"),
-        (signs(connected=False), 1239.0, ""),
-        (signs(connected=False), 1241.0, "link"),
+        (signs(connected=False, retry_s=900.0), 2019.0, ""),
+        (signs(connected=False, retry_s=900.0), 2021.0, "link"),
         (signs(keepalive_s=1.0), 1029.0, ""),
         (signs(keepalive_s=1.0), 1031.0, "link"),
         (signs(publishing_s=900.0), 1079.0, ""),

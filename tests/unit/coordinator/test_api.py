@@ -16,14 +16,14 @@ import msgspec
 import pytest
 from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGHTS, MemoryOperations, served
 
-from liberatai_coordinator.api.devices import Devices
-from liberatai_coordinator.api.jobs import Jobs
+from liberatai_coordinator.api.devices import DeviceOperations
+from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.listener import serve_uds
-from liberatai_coordinator.api.models import Models
+from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.plans import Plans
+from liberatai_coordinator.api.plans import PlanOperations
 from liberatai_coordinator.api.routes import MAX_BODY_BYTES, PART, STATUS, make_app, problem
-from liberatai_coordinator.api.variants import Variants
+from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
 from liberatai_core.errors import (
     BY_CODE,
@@ -73,14 +73,16 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
         yield made
 
 
-@pytest.mark.parametrize("noun", [Devices, Jobs, Plans, Models, Variants])
+@pytest.mark.parametrize(
+    "noun", [DeviceOperations, JobOperations, PlanOperations, ModelOperations, VariantOperations]
+)
 def test_the_memory_operations_are_operations(operations: MemoryOperations, noun: type) -> None:
     real = {
         name: work
         for name, work in vars(noun).items()
         if inspect.iscoroutinefunction(work) and not name.startswith("_")
     }
-    kept = vars(type(getattr(operations, noun.__name__.lower())))
+    kept = vars(type(getattr(operations, noun.__name__.removesuffix("Operations").lower() + "s")))
     for name, work in real.items():
         assert inspect.signature(kept[name]) == inspect.signature(work)
 

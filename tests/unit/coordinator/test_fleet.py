@@ -5,6 +5,7 @@ import pytest
 
 from liberatai_coordinator.fleet import devices
 from liberatai_coordinator.fleet.devices import (
+    EXPIRED_AT_ONCE,
     MAX_PENDING,
     MAX_TOTAL,
     PENDING_KEPT_S,
@@ -220,6 +221,12 @@ def test_a_device_without_signs_of_life_is_unknown_and_gets_no_work() -> None:
     assert names(fleet.ready()) == ["d1"]
     assert names(fleet.expire(1000.0)) == ["d1"]
     assert fleet.expire(10_000.0) == []
+
+
+def test_of_many_silent_devices_some_are_found_at_a_time_and_none_is_forgotten() -> None:
+    fleet = fleet_of(*(f"d{n}" for n in range(2 * EXPIRED_AT_ONCE + 5)))
+    assert [len(fleet.expire(500.0)) for _ in range(4)] == [EXPIRED_AT_ONCE, EXPIRED_AT_ONCE, 5, 0]
+    assert fleet.ready_count == 0
 
 
 def test_any_word_of_a_silent_device_brings_it_back() -> None:

@@ -154,7 +154,7 @@ def test_a_misspelt_name_is_answered_with_the_one_that_is_most_like_it(asked: st
 
 
 def test_a_job_that_is_not_there_is_answered_with_the_one_that_was_meant(ledger: Ledger) -> None:
-    asked = jobs.Jobs(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
+    asked = jobs.JobOperations(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
     with pytest.raises(NotFoundError, match=r"job digts: .*; did you mean digits\?"):
         asyncio.run(asked.show("digts"))
     with pytest.raises(NotFoundError, match=r"did you mean digits\?"):
@@ -163,7 +163,7 @@ def test_a_job_that_is_not_there_is_answered_with_the_one_that_was_meant(ledger:
 
 def test_the_plan_of_a_job_of_another_release_says_so(ledger: Ledger) -> None:
     ledger.jobs.create("new", b'{"name": "new", "later": 1}', ".", 2.0)
-    asked = plans.Plans(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
+    asked = plans.PlanOperations(cast("Service", SimpleNamespace(ledger=ledger, runners={})))
     with pytest.raises(StateError, match="job new: another release wrote this job"):
         asyncio.run(asked.show(None, None))
     with pytest.raises(NotFoundError, match=r"did you mean digits\?"):
