@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
@@ -179,9 +180,22 @@ async def run(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> int
     while True:
         with build(config, make_link, jumps=jumps) as service:
             code = await _run(service)
+            if service.jobs.working:
+                _leave(service, code)
         if not service.fencing.behind or code == 0:
             return code
         jumps += 1
+
+
+def _leave(service: Service, code: int) -> NoReturn:
+    """End this process at once, although a thread still aggregates: the next start does that again.
+
+    The folder stays locked until the process is gone: no other coordinator writes beside the thread.
+    """
+    log.info("work under way is left to the next start")
+    service.ledger.writer.stop()
+    logging.shutdown()
+    os._exit(code)
 
 
 async def _run(service: Service) -> int:
