@@ -66,7 +66,7 @@ STRUCTURE_COLUMNS: list[Column[StructureView]] = [
     Column("FAMILY", lambda row: row.family),
     Column("PARAMETERS", lambda row: count_text(row.parameters), right=True),
     Column("FLOAT32", lambda row: size_text(4 * row.parameters), right=True),
-    Column("KEYFRAME", lambda row: size_text(row.keyframe_bytes), right=True),
+    Column("KEYFRAME", lambda row: size_text(row.keyframe_bytes) if row.keyframe_bytes else "", right=True),
     Column("SMALLEST", lambda row: size_text(row.smallest_bytes), right=True),
     Column("DEVICES", lambda row: str(row.devices), right=True),
 ]

@@ -94,7 +94,7 @@ def jobs_delete(context: typer.Context, name: JobArgument) -> None:
     """Forget an ended job with its rounds; its versions stay, and its name can be used again."""
     with client_of(context) as client:
         client.jobs.delete(name)
-    print(f"job {name}: deleted; `liberatai models log {name}` still lists its versions")
+    print(f"job {name}: deleted; versions that it made stay")
 
 
 def _show_job(job: JobView, output: Output) -> None:

@@ -344,7 +344,7 @@ def test_an_ended_job_is_deleted(
     assert "E_STATE" in capsys.readouterr().err
     assert main(["jobs", "abort", "digits"]) == 0
     assert main(["jobs", "delete", "digits"]) == 0
-    assert "still lists its versions" in capsys.readouterr().out
+    assert "versions that it made stay" in capsys.readouterr().out
     assert main(["jobs", "delete", "digits"]) == 4
 
 
