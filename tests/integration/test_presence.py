@@ -82,6 +82,7 @@ def test_a_device_that_failed_is_asked_again_when_something_about_it_changed(tmp
             text = job_yaml(rounds=4, devices=1, quorum=0.5, deadline_s=3600)
             await Operations.of(service).jobs.create(text, str(tmp_path))
             await until(lambda: bool(b.tasks) and bool(a.receipts))
+            roster = service.runners["tiny"].roster
             a.answers = False  # the second round stays open
             await reports(b, "failed", 1)
             await until(lambda: len(a.tasks) == 2)
@@ -93,6 +94,8 @@ def test_a_device_that_failed_is_asked_again_when_something_about_it_changed(tmp
             await a._answer(a.tasks[-1])
             await until(lambda: finished(service))
             assert len(b.tasks) > 1
+            roster.assign_newcomers()
+            assert "b" not in roster.failures
 
     run(scenario())
 

@@ -52,6 +52,9 @@ class Failures:
         mark = _mark(capability, how)
         self._of[device] = Failure(how=how, times=times, until_s=now_s + pause_s, mark=mark)
 
+    def __contains__(self, device: str) -> bool:
+        return device in self._of
+
     def clear(self, device: str) -> None:
         """Forget the failures of a device whose update is stored."""
         self._of.pop(device, None)

@@ -15,7 +15,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.fleet.failures import Failures
-from liberatai_coordinator.jobs.records import invited_in, with_round
+from liberatai_coordinator.jobs.records import with_round
 from liberatai_coordinator.models.members import derive_seed
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds import selection
@@ -61,6 +61,7 @@ class Roster:
     history: selection.History = field(default_factory=selection.History)
     trying: set[str] = field(default_factory=set)
     failures: Failures = field(default_factory=Failures)
+    _invited: list[deciding.Invitation] = field(default_factory=list)
     _unsaved: bool = False
     _offered: dict[str, tuple[Capability, plan.Assignment]] = field(default_factory=dict)
     _shares: dict[str, tuple[Capability, plan.Assignment, float]] = field(default_factory=dict)
@@ -135,6 +136,7 @@ class Roster:
 
         It is on disk before one of them is invited, or told of: what is lost with a crash is found out again.
         """
+        self._forgive()
         present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
         changed = False
         for device in self.fleet.ready():
@@ -299,10 +301,18 @@ class Roster:
         self._tried |= dict.fromkeys(self.trying, (number, time.monotonic()))
         return [self.fleet.devices[name] for name in names]
 
+    def _forgive(self) -> None:
+        """Forget the failures of devices whose update is stored."""
+        for one in [one for one in self._invited if one.device in self.failures]:
+            if self.ledger.updates.has(self.job.name, one.device, one.update_id):
+                self.failures.clear(one.device)
+
     def note_invited(self, row: RoundRow) -> None:
         """Note when the devices of a round were invited to it."""
-        for one in invited_in(row):
-            self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
+        self._invited = msgspec.msgpack.decode(row.invited, type=list[deciding.Invitation])
+        for one in self._invited:
+            if one.round in (0, row.round):  # its own, not one that stands over
+                self._invited_s.setdefault(one.device, deque(maxlen=GAPS)).append(row.opened_s)
 
     def standing(self, version: int, ready: set[str]) -> list[deciding.Invitation]:
         """Return the invitations of the newest round that are still to be answered (buffered jobs).
