@@ -24,6 +24,7 @@ from liberatai_coordinator.jobs.attendance import Attendance
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.queue import Jobs
 from liberatai_coordinator.jobs.runner import Runner
+from liberatai_coordinator.models.retention import sweep
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract import messages
@@ -134,8 +135,12 @@ class Service:
     # --- life ----------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Take over what the ledger remembers of devices: before `run` and all questions, not on the loop."""
+        """Take over what the ledger remembers of devices: before `run` and all questions, not on the loop.
+
+        Files that a crash left behind go, too.
+        """
         await asyncio.to_thread(self.devices.restore)
+        await self._sweep()  # now, for nobody makes files yet
         self._restored = True
 
     async def run(self) -> None:
@@ -220,6 +225,13 @@ class Service:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _sweep(self) -> None:
+        """Remove files that a crash left behind."""
+        try:
+            await asyncio.to_thread(sweep, self.ledger, self.repository)
+        except LiberataiError as error:
+            log.warning("files that no version needs are not removed: %s %s", error.code, error)
 
     async def _expire(self) -> None:
         while True:

@@ -264,7 +264,7 @@ def ended(service: Service, job: str = "tiny") -> bool:
 async def runner_of(service: Service, job: str = "tiny") -> Runner:
     """Return the runner of a finished job, as it is read back when a device asks for it."""
     runner = await service.jobs._recall(service.ledger.jobs.get(job))
-    runner.roster.recall_rounds(service.ledger.rounds.all(job))
+    runner.roster.recall_rounds()
     return runner
 
 

@@ -17,7 +17,6 @@ from tests.integration.kit import (
     coordinator,
     ended,
     job_yaml,
-    runner_of,
     until,
 )
 
@@ -383,11 +382,14 @@ def test_who_took_part_is_known_after_a_restart(tmp_path: Path, select: str) -> 
                 crash_at(service, "rounds.close", 4, after=True)
                 await until(lambda: ended(service))
             async with coordinator(broker, tmp_path) as service:
+                await until(lambda: "tiny" in service.runners)
+                runner = service.runners["tiny"]
                 await until(lambda: finished(service))
                 rows = service.ledger.rounds.all("tiny")
                 asked = Counter(one.device for row in rows for one in records.invited_in(row))
                 assert sum(asked.values()) == 6
-                history = (await runner_of(service)).roster.history
+                history = runner.roster.history
+                assert service.ledger.jobs.value("tiny", "history") is None  # an ended job needs none
                 assert {name: past.invited for name, past in history.devices.items()} == Counter(
                     one.device for row in rows[:-1] for one in records.invited_in(row)
                 )

@@ -210,7 +210,7 @@ class Jobs:
                 await self._run_on(runner)
             finally:
                 await runner.work.settled()
-            self.ledger.jobs.set_state(name, "finished")
+            runner.finish()
             log.info("job %s finished", name)
             self._forget(name)
         except asyncio.CancelledError:

@@ -6,7 +6,7 @@ What must outlive a restart is in the ledger: the plan, the sizes of keyframes, 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -80,10 +80,10 @@ class Roster:
         if sizes is not None:
             self.keyframe_bytes = msgspec.msgpack.decode(sizes, type=dict[str, int])
 
-    def recall_rounds(self, rows: Sequence[RoundRow]) -> None:
-        """Read from these rounds and from the ledger who was invited when."""
+    def recall_rounds(self) -> None:
+        """Read from the ledger who was invited when; takes a while after many rounds."""
         self._invited_s = {}
-        for row in rows[-GAPS * GAPS :]:
+        for row in self.ledger.rounds.last(self.job.name, GAPS * GAPS):
             self.note_invited(row)
         history = self.ledger.jobs.value(self.job.name, "history")
         if history is not None:
@@ -274,7 +274,8 @@ class Roster:
 
     def remember(self, number: int) -> None:
         """Add the rounds before this one to the history, from what the ledger has of them."""
-        rows = [r for r in self.ledger.rounds.all(self.job.name) if self.history.round < r.round < number]
+        newer = self.ledger.rounds.all(self.job.name, after=self.history.round)
+        rows = [row for row in newer if row.round < number]
         for row in rows:
             try:
                 stored = self.ledger.updates.of_round(self.job.name, row.round)
@@ -321,14 +322,14 @@ class Roster:
             version: the newest.
             ready: devices that could take another task.
         """
-        rows = self.ledger.rounds.all(self.job.name)
-        if not rows:
+        newest = self.ledger.rounds.newest(self.job.name)
+        if newest is None:
             return []
         approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
-        invited = msgspec.msgpack.decode(rows[-1].invited, type=list[deciding.Invitation])
+        invited = msgspec.msgpack.decode(newest.invited, type=list[deciding.Invitation])
         return deciding.standing(
             [one for one in invited if one.device in approved],
-            set(self.ledger.updates.ids(self.job.name, rows[-1].round)),
+            set(self.ledger.updates.ids(self.job.name, newest.round)),
             version=version,
             max_staleness=self.job.rounds.max_staleness,
             free=ready,

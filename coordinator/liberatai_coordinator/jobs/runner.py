@@ -16,7 +16,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.collecting import Collecting
 from liberatai_coordinator.jobs.materials import candidates_of, load_public, load_test
-from liberatai_coordinator.jobs.merging import Merging
+from liberatai_coordinator.jobs.merging import MERGED, Merging
 from liberatai_coordinator.jobs.opening import Opening
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.records import shortened
@@ -34,6 +34,8 @@ from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
+ROUNDS_ONLY = ("history", MERGED)
+"""Values in the ledger that an ended job does not need."""
 KEEP_FRAMES = 2
 """Finished rounds whose frames the ledger keeps."""
 
@@ -132,7 +134,7 @@ class Runner:
         if self.versions.newest is None:
             await self._start()
         await self.tasks.publish_newest("running")
-        self.roster.recall_rounds(self.ledger.rounds.all(self.job.name))
+        await self.work.do(self.roster.recall_rounds)
         if not self.opening.buffered and (row is None or row.state != "open"):
             self.collecting.resumed.set()
         if row is not None and row.state in {"open", "closed", "aggregated"}:
@@ -163,7 +165,7 @@ class Runner:
         job running, after it only words at the broker.
         """
         await self.work.settled()
-        self.ledger.jobs.end(self.job.name, state, reason)
+        self.ledger.jobs.end(self.job.name, state, reason, forget=ROUNDS_ONLY)
         self.collecting.over()
         self.collecting.resumed.set()
         if not self.roster.assigned:
@@ -210,6 +212,10 @@ class Runner:
         number = self.ledger.rounds.newest_number(self.job.name)
         await self.tasks.tell_end([device for device, _ in self.roster.taking()], number)
         await self.slots.flush(freed)
+
+    def finish(self) -> None:
+        """Note that the job has made its last version."""
+        self.ledger.jobs.end(self.job.name, "finished", forget=ROUNDS_ONLY)
 
     def _published(self) -> int:
         return self.versions.newest.number if self.versions.newest else 0

@@ -160,6 +160,13 @@ class RoundStore:
         with self._database.read() as connection:
             return connection.execute(query).scalar() or 0
 
+    def last(self, job: str, count: int) -> list[RoundRow]:
+        """Return so many of the newest rounds of a job, in order."""
+        query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round.desc()).limit(count)
+        with self._database.read() as connection:
+            rows = connection.execute(query).mappings().all()
+            return [_round_row(connection, row) for row in reversed(rows)]
+
     def newest_first(self, job: str, page: int = PAGE_ROUNDS) -> Iterator[RoundRow]:
         """Yield the rounds of a job from the newest one on; so many are read at once."""
         query = sa.select(ROUNDS).where(ROUNDS.c.job == job).order_by(ROUNDS.c.round.desc()).limit(page)
