@@ -160,6 +160,38 @@ def test_a_lost_device_is_waited_for_a_moment_and_not_to_the_deadline(
     run(scenario())
 
 
+def test_while_the_broker_is_away_nobody_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that is restarted says the will of all: its outage must not cost the round."""
+    monkeypatch.setattr(attendance, "GRACE_S", 1.0)
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as (a, b), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 2)
+            a.answers = b.answers = False
+            text = job_yaml(rounds=1, devices=2, quorum=1.0, deadline_s=3600)
+            await Operations.of(service).jobs.create(text, str(tmp_path))
+            await until(lambda: bool(a.tasks) and bool(b.tasks))
+            await says(a, "lost")
+            await until(lambda: of(service, "a").said == "lost")
+            broker.block("co1")
+            await until(lambda: not service.connected)
+            await asyncio.sleep(2.5)  # longer than the grace and a tick
+            broker.unblock("co1")
+            await until(lambda: bool(service.connected))
+            now = service.runners["tiny"].open_round
+            assert now is not None
+            assert now.gone == frozenset()
+
+            def given_up() -> bool:
+                open_round = service.runners["tiny"].open_round
+                return open_round is None or "a" in open_round.gone
+
+            await until(given_up)  # its time began again with the link
+
+    run(scenario())
+
+
 def test_after_a_restart_who_says_nothing_or_was_lost_before_is_not_waited_for_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +348,7 @@ class Counting:
         self.jobs = jobs
         self.told: list[int] = []
         self.reported, self.base_missing, self.tick = jobs.reported, jobs.base_missing, jobs.tick
+        self.connected_again = jobs.connected_again
 
     def devices_changed(self, devices: Collection[Device], now_s: float) -> None:
         self.told.append(len(devices))

@@ -65,7 +65,10 @@ class Jobs(Protocol):
         """A device does not hold what its task goes on from."""
 
     def tick(self, now_s: float) -> None:
-        """Time passes."""
+        """Time passes while the broker is there."""
+
+    def connected_again(self, now_s: float) -> None:
+        """The broker is back."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,7 +105,8 @@ class Presence:
             silent = self.fleet.expire(now_s)
             if silent:
                 self._note_changed(*silent)
-            self.jobs.tick(now_s)
+            if self.fleet.connected:  # without a broker nobody can say that he is back
+                self.jobs.tick(now_s)
             self.fleet.forget_pending(now_s)
             await self._forget()
             if now_s - saved_s >= TRAFFIC_S:
@@ -151,6 +155,8 @@ class Presence:
         self.fleet.set_connected(connected, time.monotonic())
         if before == connected:
             return
+        if connected:
+            self.jobs.connected_again(time.monotonic())
         # After a restart nobody has said anything yet: who does not in a while is away.
         quiet = [device for device in self.fleet.devices.values() if device.said == "unknown"]
         self._note_changed(*(quiet if connected else []))

@@ -62,6 +62,10 @@ class Attendance:
         if device.status == "approved":
             self.answer_baseless(device)
 
+    def connected_again(self, now_s: float) -> None:
+        """Give all who are away their whole time: while the broker was gone they could not come back."""
+        self._away = dict.fromkeys(self._away, now_s)
+
     def tick(self, now_s: float) -> None:
         """Let no round wait longer for a device that is away."""
         if not self._away:
