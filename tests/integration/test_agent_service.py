@@ -108,7 +108,7 @@ class Coordinator:
                 self.link.ack(event.token)
             self.changed.set()
 
-    async def until(self, condition: Callable[[], object], timeout: float = 15.0) -> None:
+    async def until(self, condition: Callable[[], object], timeout: float = 90.0) -> None:
         async with asyncio.timeout(timeout):
             while not condition():
                 self.changed.clear()
@@ -289,7 +289,7 @@ def scenario(test: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[[Pat
     """Run an async test in a loop of its own."""
 
     def run(tmp_path: Path) -> None:
-        asyncio.run(asyncio.wait_for(test(tmp_path), 30))
+        asyncio.run(asyncio.wait_for(test(tmp_path), 120))
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
@@ -794,7 +794,7 @@ def test_an_update_that_breaks_a_bound_fails_its_task_and_ends_nothing(
                 await co.first(Report, phase="idle", session=2)
         assert not co.all(Offer)
 
-    asyncio.run(asyncio.wait_for(play(), 60))
+    asyncio.run(asyncio.wait_for(play(), 120))
 
 
 @scenario
