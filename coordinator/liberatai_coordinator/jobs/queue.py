@@ -141,8 +141,9 @@ class Jobs:
     # --- devices -------------------------------------------------------------------------------
 
     def waits(self) -> dict[str, str]:
-        """Return why jobs open no round, in words, by name; "": no reason."""
-        return {name: runner.waits for name, runner in self.runners.items()} | self.unreadable
+        """Return why jobs open no round, in words, by name; "": none, or an operator paused it."""
+        told = {name: one.waits if one.running.is_set() else "" for name, one in self.runners.items()}
+        return told | self.unreadable
 
     async def base_missing(self, device: str) -> None:
         """Let one job answer a device that does not hold what it was told to go on from.
