@@ -1,8 +1,8 @@
 """What files from a hostile coordinator cost a device before they are refused: processor time and memory.
 
-Model files and sparse updates are made by hand (many tables, few lanes, huge tensors from few bytes) and by
-damaging good ones at random. Every one is decoded; the worst of each kind is kept. Memory counts what numpy
-allocates beside the structure's own weights.
+Model files, specs and sparse updates are made by hand (many tables, few lanes, huge tensors from few bytes)
+and by damaging good ones at random. Every one is decoded; the worst of each kind is kept. Memory counts what
+numpy allocates beside the structure's own weights.
 
     python -m benchmarks.hostile_files [--files N] [--seed N]
 """
@@ -17,11 +17,14 @@ from functools import partial
 
 import numpy as np
 
+from liberatai_agent.fits import Limits, require_fits
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.compressor.layout import CONSTANT, DRAWN, GRID, varint
+from liberatai_core.contract.frame import decode_spec, encode_spec
+from liberatai_core.contract.messages import TaskSpec
 from liberatai_core.errors import LiberataiError
 from liberatai_core.sparsifier import methods, top_k
-from liberatai_core.structure import Structure, Tensor
+from liberatai_core.structure import DataContract, Structure, Tensor
 
 SMALL = (("conv", (16, 8, 3, 3)), ("bias", (16,)), ("dense", (40, 64)))
 
@@ -115,6 +118,11 @@ def costs(decode: Callable[[], object], structure: Structure, *, traced: bool) -
     return seconds, max(0.0, peak - (8 << 20)) / (4 * structure.parameters)
 
 
+def checked_spec(body: bytes, limits: Limits) -> None:
+    """Do with a spec what a device does before it reserves anything."""
+    require_fits(decode_spec(body), 0.1, limits)
+
+
 def main() -> None:
     """Print the worst of each kind."""
     parser = argparse.ArgumentParser(prog="benchmarks.hostile_files", description=__doc__)
@@ -137,6 +145,11 @@ def main() -> None:
         for traced in (False, True):
             seconds, times = costs(partial(artifact.restore, file, structure), structure, traced=traced)
             note("by hand", name, 0.0 if traced else seconds, times)
+    spec = encode_spec(TaskSpec(job="job", structure=a_structure((16, 8), (16,)), data=DataContract((8,), 3)))
+    for number in range(files):
+        given_limits = Limits(memory_bytes=512 << 20, residual_bytes=128 << 20, samples=1000)
+        decode = partial(checked_spec, damaged(spec, random), given_limits)
+        note("damaged spec", str(number), *costs(decode, a_structure((1,)), traced=False))
     small = Structure("made", {}, tuple(Tensor(name, shape) for name, shape in SMALL))
     weights = random.normal(0, 1, small.parameters).astype(np.float32)
     good = [codebook.compress(weights, small, budget) for budget in (700, 2000, 8000)]

@@ -51,6 +51,7 @@ def fresh_folder(state_dir: Path | None, name: str) -> Path:
     folder = state_dir / FOLDER / name
     try:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
         for place in sorted({"tmp", *PLACES.values()}):
             (folder / place).mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

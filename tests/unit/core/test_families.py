@@ -17,7 +17,7 @@ from liberatai_core.learning._flat import flat_module
 from liberatai_core.learning.families import cost, initial_weights, structure_of
 from liberatai_core.learning.statistics import reestimate
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
-from liberatai_core.structure import DataContract, Structure, from_tensors, to_tensors
+from liberatai_core.structure import DataContract, Structure, Tensor, from_tensors, to_tensors
 
 torch = pytest.importorskip("torch")
 
@@ -491,3 +491,16 @@ def test_training_a_deep_family_gives_the_same_bytes_again(family: str, params: 
     )
     assert first == second
     assert first != start.tobytes()
+
+
+def test_the_cost_of_a_wide_model_for_large_images_takes_no_memory() -> None:
+    """Its maps would take gigabytes."""
+    data = DataContract(input_shape=(4, 2048, 2048), classes=3)
+    price = cost(structure_of("cnn", {"width": 64}, data), data)
+    assert price.activation_bytes_per_sample > 2 << 30
+
+
+def test_the_cost_of_another_structure_than_the_family_builds_is_refused() -> None:
+    wrong = Structure("cnn", {"width": 1024}, (Tensor("w", (4,)),))
+    with pytest.raises(StructureError, match="not those that this family builds"):
+        cost(wrong, DataContract(input_shape=(1, 8, 8), classes=3))

@@ -163,7 +163,8 @@ def cost(structure: Structure, data: DataContract) -> Cost:
     samples must go through.
 
     Raises:
-        StructureError: an installed family does not compute logits; the text names the layer.
+        StructureError: the structure is not what its family builds; or an installed family does not compute
+            logits (the text names the layer).
     """
     require_torch()
     import torch
@@ -173,6 +174,7 @@ def cost(structure: Structure, data: DataContract) -> Cost:
     else:
         module = build(structure.family, structure.params, data)
         installed.require_trainable(structure, module, data)
+    require_same(structure, module)
     macs = 0
     values = math.prod(data.input_shape)
 
@@ -184,7 +186,8 @@ def cost(structure: Structure, data: DataContract) -> Cost:
     for layer in module.modules():
         if not any(True for _ in layer.children()):
             layer.register_forward_hook(count)
-    with_values = structure.family not in FAMILIES or shapes.without_weights(module)
+    small = math.prod(data.input_shape) <= shapes.SMALL_INPUT
+    with_values = structure.family not in FAMILIES or (small and shapes.without_weights(module))
     device = "cpu" if with_values else "meta"
     with installed.blamed(structure.id), torch.no_grad():
         module(torch.zeros((1, *data.input_shape), device=device))

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+SMALL_INPUT = 1 << 14
+"""Values of a sample up to which maps between layers are small enough to be made: 64 x 64 in colour."""
+
 
 def without_weights(module: "torch.nn.Module") -> bool:
     """Let all layers of a module that have weights give an empty output of the right shape.
