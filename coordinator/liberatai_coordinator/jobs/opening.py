@@ -55,7 +55,9 @@ class Opening:
 
     async def wait_for_devices(self) -> None:
         """Wait until as many devices are there as the job wants before it starts, and can train in it."""
-        while (there := self.roster.able()) < self.job.rounds.min_devices:
+        while (
+            there := await self.work.do(self.roster.able, self.fleet.ready())
+        ) < self.job.rounds.min_devices:
             await self._wait(self.roster.waiting(there))
         self.waits = ""
 

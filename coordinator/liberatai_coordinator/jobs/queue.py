@@ -211,7 +211,6 @@ class Jobs:
                 await self._run_on(runner)
             finally:
                 await runner.work.settled()
-            runner.finish()
             log.info("job %s finished", name)
             self._forget(name)
         except asyncio.CancelledError:
@@ -228,6 +227,7 @@ class Jobs:
         while True:
             try:
                 await runner.run()
+                runner.finish()
             except (BusyError, DiskError) as error:
                 log.warning("job %s waits: %s %s", runner.job.name, error.code, error)
                 await asyncio.sleep(DISK_RETRY_S)

@@ -6,7 +6,7 @@ What must outlive a restart is in the ledger: the plan, the sizes of keyframes, 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -89,9 +89,9 @@ class Roster:
         if history is not None:
             self.history = msgspec.msgpack.decode(history, type=selection.History)
 
-    def able(self) -> int:
-        """Return how many devices are there that can train in this job, before it has a plan."""
-        return sum(bool(given.structure) for given in self._offers().values())
+    def able(self, ready: Sequence[Device]) -> int:
+        """Return how many of these can train in this job, before it has a plan; may take a while for many."""
+        return sum(bool(given.structure) for given in self._offers(ready).values())
 
     def make(self) -> None:
         """Give every device that is there a structure, and store that.
@@ -99,7 +99,7 @@ class Roster:
         Raises:
             DataError: no device can take part; says why for each.
         """
-        self.assigned = self._offers()
+        self.assigned = self._offers(self.fleet.ready())
         made = plan.keyframe_budgets(self.job, list(self.candidates.values()), self.assigned.values())
         if not made:
             reasons = "; ".join(f"{a.device}: {a.why}" for a in self.assigned.values())
@@ -108,10 +108,10 @@ class Roster:
         self._offered = {}
         self._store()
 
-    def _offers(self) -> dict[str, plan.Assignment]:
-        """Return what every device that is there would get; found out anew only for what changed."""
+    def _offers(self, ready: Sequence[Device]) -> dict[str, plan.Assignment]:
+        """Return what each of these devices would get; found out anew only for what changed."""
         candidates, offers = list(self.candidates.values()), {}
-        for device in self.fleet.ready():
+        for device in ready:
             if device.capability is None:
                 continue
             known = self._offered.get(device.id)
