@@ -19,9 +19,10 @@ import numpy as np
 
 from liberatai_agent.fits import Limits, require_fits
 from liberatai_core.compressor import artifact, codebook
-from liberatai_core.compressor.layout import CONSTANT, DRAWN, GRID, varint
+from liberatai_core.compressor.layout import CONSTANT, DRAWN, GRID
 from liberatai_core.contract.frame import decode_spec, encode_spec
 from liberatai_core.contract.messages import TaskSpec
+from liberatai_core.cursor import varint
 from liberatai_core.errors import LiberataiError
 from liberatai_core.sparsifier import methods, top_k
 from liberatai_core.structure import DataContract, Structure, Tensor

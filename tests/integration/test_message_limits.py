@@ -74,13 +74,13 @@ def test_a_blob_is_cut_to_what_the_broker_takes(tmp_path: Path, size: int, late:
         publisher = Publisher(link=link, signer=SIGNER, topics=TOPICS)
         if not late:
             broker.max_packet_bytes = 6000
-        ref = await publisher.add_blob(content)
+        ref = await publisher.add_blob(content, "job")
         broker.max_packet_bytes = 6000
         await publisher.cut_anew()
         longest = max(map(len, broker.retained.values()))
         assert longest <= 6000
         assert await fetched(broker, ref, tmp_path) == content
-        await publisher.drop_blobs({ref.blob})
+        await publisher.drop_blobs({ref.blob}, "job")
         assert not [topic for topic in broker.retained if "/b/" in topic]
         listening.cancel()
         await link.close()

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -524,19 +524,19 @@ def test_a_full_disk_pauses_a_job_and_changes_nothing(tmp_path: Path) -> None:
         wanted = await undisturbed(tmp_path / "calm")
         broker, folder = MemoryBroker(), tmp_path / "full"
         async with devices(broker, "a", "b", "c"), coordinator(broker, folder) as service:
-            real, calls = service.repository.put, itertools.count(1)
+            real, calls = service.repository.put_all, itertools.count(1)
 
-            def put(content: bytes) -> str:
-                if next(calls) in (9, 14):
+            def put_all(contents: Sequence[bytes]) -> list[str]:
+                if next(calls) in (2, 4):
                     raise DiskError("no space left")
-                return real(content)
+                return real(contents)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(service.repository, "put", put)
+                patch.setattr(service.repository, "put_all", put_all)
                 patch.setattr(queue_module, "DISK_RETRY_S", 0.05)
                 await Operations.of(service).jobs.create(job_yaml(rounds=3), str(folder))
                 await until(lambda: finished(service))
-            assert next(calls) > 14
+            assert next(calls) > 4
             assert await final_digests(service) == wanted
             assert [v.updates for v in await Operations.of(service).models.log("tiny")] == [3, 3, 3, 0]
 

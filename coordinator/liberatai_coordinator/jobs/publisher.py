@@ -49,6 +49,7 @@ class Publisher:
     Attributes:
         retained: what shall stand, by topic.
         blobs: topics of every blob that stands, by its name.
+        holders: jobs that need a blob, by its name: two that start alike share files.
     """
 
     link: Link
@@ -56,6 +57,7 @@ class Publisher:
     topics: Topics
     retained: dict[str, bytes] = field(default_factory=dict)
     blobs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    holders: dict[str, set[str]] = field(default_factory=dict)
     _turns: dict[str, _Turn] = field(default_factory=dict)
     _cutting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -80,13 +82,22 @@ class Publisher:
         self.retained.pop(topic, None)
         await self._try(topic)
 
-    async def add_blob(self, content: bytes) -> BlobRef:
-        """Let a blob stand at the broker: one upload for all devices, named by its content."""
+    async def add_blob(self, content: bytes, holder: str) -> BlobRef:
+        """Let a blob stand at the broker: one upload for all devices, named by its content.
+
+        It stands until every job that holds it has dropped it.
+        """
         name = blob_id(content)
         ref = BlobRef(blob=name, size_bytes=len(content))
+        self.hold({name}, holder)
         if name not in self.blobs:
             await self._stand_blob(name, content)
         return ref
+
+    def hold(self, names: Iterable[str], holder: str) -> None:
+        """Note that a job needs blobs, whoever let them stand."""
+        for name in names:
+            self.holders.setdefault(name, set()).add(holder)
 
     async def _stand_blob(self, name: str, content: bytes) -> None:
         """Let a blob stand in pieces that the broker takes, which may turn out while they are sent."""
@@ -115,18 +126,32 @@ class Publisher:
         number = chunks.count(size_bytes, min(CHUNK_BYTES, self._piece_bytes))
         return (self.topics.blob(name), *(self.topics.blob(name, part) for part in range(number)))
 
-    async def drop_blobs(self, names: set[str]) -> None:
-        """Take away blobs that nobody needs any more."""
-        for name in names & set(self.blobs):
-            for topic in self.blobs.pop(name):
-                await self.clear(topic)
+    async def drop_blobs(self, names: Iterable[str], holder: str) -> None:
+        """Take away blobs that a job does not need any more, and no other one either."""
+        gone: list[str] = []
+        for name in names:
+            self.holders.get(name, set()).discard(holder)
+            if not self.holders.get(name):
+                self.holders.pop(name, None)
+                gone += self.blobs.pop(name, ())
+        await self._clear_all(gone)
 
     async def forget_blobs(self, left: Mapping[str, int]) -> None:
         """Take away blobs (name -> bytes) of an earlier start, which this one did not put there."""
-        for name, size_bytes in left.items():
-            if name not in self.blobs:
-                for topic in self._places(name, size_bytes):
-                    await self.clear(topic)
+        gone = [
+            topic
+            for name, size_bytes in left.items()
+            if name not in self.blobs
+            for topic in self._places(name, size_bytes)
+        ]
+        await self._clear_all(gone)
+
+    async def _clear_all(self, topics: Sequence[str]) -> None:
+        """Take messages away; whoever lets one stand again meanwhile is not undone."""
+        for topic in topics:
+            self.retained.pop(topic, None)
+        for topic in topics:
+            await self._try(topic)
 
     async def republish(self) -> None:
         """Say everything again, after a connect."""

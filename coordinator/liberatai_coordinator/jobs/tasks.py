@@ -70,17 +70,18 @@ class Tasks:
         steps = [step for chain in now.chains.values() for step in chain]
         self._note({blob_id(spec): len(spec) for spec in specs.values()} | _sizes(steps))
         for sid, spec in specs.items():
-            self._specs[sid] = await self.publisher.add_blob(spec)
+            self._specs[sid] = await self.publisher.add_blob(spec, self.job.name)
         await self.publish_steps(steps)
         await self.publish_head(state)
 
     async def publish_steps(self, steps: Iterable[Step]) -> None:
         """Publish files that somebody needs, once for all devices."""
         sizes = _sizes(steps)
+        self.publisher.hold(sizes, self.job.name)
         new = sorted(name for name in sizes if name not in self.publisher.blobs)
         contents = [self.versions.content(name) for name in new]
         self._note(sizes)
-        await asyncio.gather(*(self.publisher.add_blob(content) for content in contents))
+        await asyncio.gather(*(self.publisher.add_blob(content, self.job.name) for content in contents))
 
     async def publish_head(self, state: str) -> None:
         """Say which version is the newest."""
@@ -110,7 +111,7 @@ class Tasks:
 
     async def _drop(self, wanted: set[str]) -> None:
         unneeded = {name: size for name, size in self._standing.items() if name not in wanted}
-        await self.publisher.drop_blobs(set(unneeded))
+        await self.publisher.drop_blobs(unneeded, self.job.name)
         await self.publisher.forget_blobs(unneeded)
         if unneeded:
             self._standing = {name: size for name, size in self._standing.items() if name in wanted}

@@ -3,8 +3,9 @@
 Blobs first, then one row in the ledger: a version is complete and verifiable, or absent (promise P3).
 """
 
+import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -217,9 +218,15 @@ class Versions:
         self, made: Current, updates: Sequence[bytes], blobs: Iterable[bytes]
     ) -> Mapping[str, MemberRecord]:
         """Write a version down, its files first, and name it."""
-        for content in blobs:
-            self.shas[blob_id(content)] = self.repository.put(content)
-        records = {sid: self._record(made, sid) for sid in made.members}
+        files = list(blobs)
+        for content in files:
+            self.shas[blob_id(content)] = hashlib.sha256(content).hexdigest()
+
+        def keep(content: bytes) -> str:
+            files.append(content)
+            return hashlib.sha256(content).hexdigest()
+
+        records = {sid: self._record(made, sid, keep) for sid in made.members}
         parent = self.newest.id if self.newest else None
         manifest = Manifest(
             model=self.job.name,
@@ -232,7 +239,7 @@ class Versions:
             ensemble=made.ensemble,
         )
         content = encode_manifest(manifest)
-        self.repository.put(content)
+        self.repository.put_all([*files, content])
         row = VersionRow(
             model=self.job.name,
             number=manifest.number,
@@ -267,7 +274,8 @@ class Versions:
         ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
         return Step(version=version, blob=ref, digest=weights_name(full))
 
-    def _record(self, made: Current, sid: str) -> MemberRecord:
+    def _record(self, made: Current, sid: str, keep: Callable[[bytes], str]) -> MemberRecord:
+        """Return what the manifest says of a member; `keep` takes its files, and returns their SHA-256."""
         member, delta = made.members[sid], made.deltas.get(sid)
 
         def record(step: Step) -> StepRecord:
@@ -281,14 +289,14 @@ class Versions:
         keyframe, *deltas = [record(step) for step in made.chains[sid]]
         return MemberRecord(
             structure=member.structure,
-            master=self.repository.put(to_bytes(member.master)),
-            view=self.repository.put(to_bytes(member.view)),
+            master=keep(to_bytes(member.master)),
+            view=keep(to_bytes(member.view)),
             digest=digest(member.view).hex(),
             keyframe=keyframe,
             deltas=tuple(deltas),
             class_counts=tuple(int(c) for c in member.class_counts),
             optimizer=tuple(
-                self.repository.put(to_bytes(moment))
+                keep(to_bytes(moment))
                 for moment in (member.optimizer.first, member.optimizer.second)
                 if moment.size
             ),

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,16 +62,28 @@ class Repository:
         Raises:
             DiskError: not stored; the disk is full or refuses.
         """
-        sha = hashlib.sha256(content).hexdigest()
-        path = self.path(sha)
+        return self.put_all([content])[0]
+
+    def put_all(self, contents: Sequence[bytes]) -> list[str]:
+        """Store blobs durably, together: the disk is waited for once, not twice for each of them.
+
+        Returns:
+            Their SHA-256 (hex), in order.
+
+        Raises:
+            DiskError: not all are stored; the disk is full or refuses.
+        """
+        shas = [hashlib.sha256(content).hexdigest() for content in contents]
         with self._lock:
             for held in self._held:
-                held.add(sha)
-        with _disk(path):
-            if not _holds(path, content):
-                _write_atomically(path, content)
+                held.update(shas)
+        wanted = {self.path(sha): content for sha, content in zip(shas, contents, strict=True)}
+        with _disk(self._blobs):
+            _write_atomically(
+                {path: content for path, content in wanted.items() if not _holds(path, content)}
+            )
             _sync_folder(self._blobs)
-        return sha
+        return shas
 
     @contextmanager
     def holding(self) -> Iterator[set[str]]:
@@ -215,22 +227,32 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=_TEMPORARY)
+def _write_atomically(contents: Mapping[Path, bytes]) -> None:
+    """Write files beside their places, and move them there once all are on the disk."""
+    beside: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
+        for path, content in contents.items():
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=_TEMPORARY)
+            beside[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        for written in beside.values():  # the first one takes most of the others along
+            _sync(written, os.O_RDONLY)
+        for path, written in beside.items():
+            written.replace(path)
     except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
+        for written in beside.values():
+            with suppress(OSError):
+                written.unlink()
         raise
 
 
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, how: int) -> None:
+    handle = os.open(path, how)
     try:
         os.fsync(handle)
     finally:

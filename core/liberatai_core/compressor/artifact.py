@@ -73,7 +73,6 @@ from liberatai_core.compressor.layout import (
     class_widths,
     levels_of,
     record,
-    varint,
 )
 from liberatai_core.compressor.parts import (
     LONGEST,
@@ -87,6 +86,7 @@ from liberatai_core.compressor.parts import (
     two_sided,
 )
 from liberatai_core.compressor.reading import read, restore
+from liberatai_core.cursor import varint
 from liberatai_core.structure import Structure, Tensor
 from liberatai_core.weights import digest, require_finite
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core import rans
+from liberatai_core.cursor import Cursor, varint
 from liberatai_core.errors import BombError, CodecError
 from liberatai_core.weights import Vector, require_finite
 
@@ -327,53 +328,10 @@ def _le(values: np.generic | NDArray[np.floating]) -> bytes:
     return bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
-def varint(value: int) -> bytes:
-    """Return a number with 7 bits per byte, low bits first."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-class Reader:
+class Reader(Cursor):
     """Cursor over a file; what is missing is refused before anything is allocated."""
 
-    def __init__(self, data: bytes) -> None:
-        """Start at the first byte."""
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> bytes:
-        """Return the next `size` bytes.
-
-        Raises:
-            CodecError: there are fewer.
-        """
-        if size > len(self.data) - self.at:
-            raise CodecError("model file: truncated")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def byte(self) -> int:
-        """Return the next byte."""
-        return self.take(1)[0]
-
-    def varint(self) -> int:
-        """Return the next number of at most 35 bits.
-
-        Raises:
-            CodecError: it is truncated, padded or longer.
-        """
-        value = 0
-        for place in range(0, 35, 7):
-            byte = self.byte()
-            value |= (byte & 0x7F) << place
-            if byte < 0x80:
-                if byte == 0 and place:
-                    raise CodecError("model file: padded number")
-                return value
-        raise CodecError("model file: number too long")
+    what = "model file"
 
     def float32(self) -> np.float32:
         """Return the next float32.
@@ -391,11 +349,6 @@ class Reader:
         if (size * width) % 8 and data[-1] & (0xFF >> (size * width) % 8):
             raise CodecError("model file: padding that is not zero")
         return rans.unpack(data, 0, np.full(size, width)).astype(np.uint8)
-
-    def end(self) -> None:
-        """Raise CodecError unless everything was read."""
-        if self.at != len(self.data):
-            raise CodecError("model file: trailing bytes")
 
 
 def read_record(reader: Reader, shape: Sequence[int], size: int) -> tuple[Coding, Tables]:

@@ -16,8 +16,8 @@ from liberatai_core.compressor.layout import (
     Tables,
     axes_of,
     classes_of,
-    varint,
 )
+from liberatai_core.cursor import varint
 from liberatai_core.structure import Structure
 
 MAGIC = b"LAM2"

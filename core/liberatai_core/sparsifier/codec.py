@@ -45,6 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core import rans
+from liberatai_core.cursor import varint
 from liberatai_core.errors import CodecError
 from liberatai_core.sparsifier.choice import best_law, choose
 from liberatai_core.sparsifier.decoder import Entries, decode, decode_all
@@ -61,7 +62,6 @@ from liberatai_core.sparsifier.stream import (
     Integers,
     Sparse,
     check_positions,
-    varint,
 )
 from liberatai_core.sparsifier.tables import (
     CLASSES,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from liberatai_core.cursor import Cursor
 from liberatai_core.errors import CodecError, IndexOrderError, IndexRangeError
 from liberatai_core.structure import MAX_PARAMETERS
 from liberatai_core.weights import Vector
@@ -19,7 +20,6 @@ MAX_LEVELS = 255
 SIGNS, MAGNITUDES, SEVERAL, IMPLIED = 1, 2, 4, 8
 """Flags of a sparse stream."""
 GROUPS_SHIFT = 4
-_TRUNCATED = "sparse update: truncated"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,58 +58,10 @@ def check_positions(positions: Integers, parameters: int) -> None:
         raise IndexOrderError("sparse update: positions are unsorted or doubled")
 
 
-def varint(value: int) -> bytes:
-    """Return a number with 7 bits per byte, low bits first."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-class Reader:
+class Reader(Cursor):
     """Cursor over a stream; what is missing is refused before anything is allocated."""
 
-    def __init__(self, data: bytes) -> None:
-        """Start at the first byte."""
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> bytes:
-        """Return the next `size` bytes.
-
-        Raises:
-            CodecError: there are fewer.
-        """
-        if size > len(self.data) - self.at:
-            raise CodecError(_TRUNCATED)
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def byte(self) -> int:
-        """Return the next byte."""
-        if self.at == len(self.data):
-            raise CodecError(_TRUNCATED)
-        self.at += 1
-        return self.data[self.at - 1]
-
-    def varint(self) -> int:
-        """Return a number of variable length.
-
-        Raises:
-            CodecError: it is truncated, padded or longer than 5 bytes.
-        """
-        if self.at < len(self.data) and self.data[self.at] < 0x80:  # most are this short
-            return self.byte()
-        value = 0
-        for place in range(0, 35, 7):
-            byte = self.byte()
-            value |= (byte & 0x7F) << place
-            if byte < 0x80:
-                if byte == 0 and place:
-                    raise CodecError("sparse update: padded number")
-                return value
-        raise CodecError("sparse update: number too long")
+    what = "sparse update"
 
     def floats(self, count: int) -> Vector:
         """Return the next `count` float32 values."""
@@ -122,8 +74,3 @@ class Reader:
         if min(counts) < 1:
             raise CodecError("sparse update: counts do not add up to the non-zeros")
         return counts
-
-    def end(self) -> None:
-        """Refuse bytes behind the stream."""
-        if self.at != len(self.data):
-            raise CodecError("sparse update: trailing bytes")

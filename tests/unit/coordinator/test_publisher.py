@@ -94,11 +94,55 @@ def test_others_have_their_turn_while_a_whole_fleet_is_told() -> None:
 def test_blobs_that_an_earlier_start_left_are_taken_away_and_its_own_are_not() -> None:
     async def scenario(link: SlowLink, publisher: Publisher) -> None:
         kept, left = b"kept", b"left" * 100_000
-        ref = await publisher.add_blob(kept)
+        ref = await publisher.add_blob(kept, "job")
         await publisher.forget_blobs({ref.blob: len(kept), blob_id(left): len(left)})
         assert link.stands.pop(publisher.topics.blob(ref.blob, 0)) == kept
         assert link.stands
         assert set(link.stands.values()) == {b""}
         assert all(blob_id(left) in topic for topic in link.stands)
+
+    run(scenario)
+
+
+def test_a_blob_stands_until_every_job_that_needs_it_has_dropped_it() -> None:
+    async def scenario(link: SlowLink, publisher: Publisher) -> None:
+        ref = await publisher.add_blob(b"start", "one")
+        publisher.hold({ref.blob}, "two")
+        topic = publisher.topics.blob(ref.blob, 0)
+        await publisher.drop_blobs({ref.blob}, "one")
+        await publisher.drop_blobs({ref.blob}, "one")
+        assert link.stands[topic] == b"start"
+        await publisher.drop_blobs({ref.blob}, "two")
+        assert link.stands[topic] == b""
+        assert not publisher.holders
+
+    run(scenario)
+
+
+def test_two_jobs_that_drop_the_same_blobs_at_once_do_not_disturb_each_other() -> None:
+    async def scenario(link: SlowLink, publisher: Publisher) -> None:
+        refs = [await publisher.add_blob(bytes([n]) * 200_000, "one") for n in range(3)]
+        names = {ref.blob for ref in refs}
+        publisher.hold(names, "two")
+        await asyncio.gather(publisher.drop_blobs(names, "one"), publisher.drop_blobs(names, "two"))
+        assert set(link.stands.values()) == {b""}
+
+    run(scenario)
+
+
+def test_a_blob_that_is_needed_again_while_it_is_taken_away_stands_whole() -> None:
+    async def scenario(link: SlowLink, publisher: Publisher) -> None:
+        content = bytes(range(256)) * 2000
+        ref = await publisher.add_blob(content, "one")
+        first, *others = publisher.blobs[ref.blob]
+        assert others
+        gate = link.gates[first] = asyncio.Event()
+        gone = asyncio.create_task(publisher.drop_blobs({ref.blob}, "one"))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(publisher.add_blob(content, "two"))
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(gone, again)
+        assert all(link.stands[topic] for topic in (first, *others))
 
     run(scenario)

@@ -121,6 +121,30 @@ def test_the_file_and_then_the_folder_are_synced_around_the_rename(
     monkeypatch.setattr(Path, "replace", replace)
     repository.put(b"weights")
     assert steps == ["sync file", "rename", "sync folder"]
+    steps.clear()
+    repository.put_all([b"master", b"weights", b"view", b"master"])
+    assert steps == ["sync file"] * 2 + ["rename"] * 2 + ["sync folder"]
+
+
+def test_blobs_that_are_stored_together_are_all_there_or_none_of_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = Repository(tmp_path)
+    before = repository.put(b"before")
+    real, calls = os.fsync, iter(range(10))
+
+    def refuse(handle: int) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "no space left")
+        real(handle)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refuse)
+        with pytest.raises(DiskError):
+            repository.put_all([b"before", b"one", b"two"])
+    assert [path.name for path in (tmp_path / "blobs" / "sha256").iterdir()] == [before]
+    shas = repository.put_all([b"one", b"two"])
+    assert [repository.get(sha) for sha in shas] == [b"one", b"two"]
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])
