@@ -40,8 +40,8 @@ def test_a_coordinator_killed_at_many_moments_keeps_its_promises() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
-    claims = ("lost", "doubled", "other_weights", "jobs_forgotten", "tasks_left")
-    assert [result[claim] for claim in claims] == [0] * 5
+    claims = ("lost", "doubled", "other_weights", "jobs_forgotten", "jobs_failed", "tasks_left")
+    assert [result[claim] for claim in claims] == [0] * 6
     assert result["kills"] == 40
     assert result["updates"] > 20
     assert result["versions"] > 10

@@ -13,6 +13,7 @@ from liberatai_core.link.link import Connected, Refused
 from liberatai_core.link.mqtt import MqttLink, MqttSettings
 from liberatai_core.link.mqtt.refusals import (
     ASIDE_S,
+    GOOD_MESSAGES,
     SIZE_LOSSES,
     SMALLEST_LIMIT,
     TOO_LARGE,
@@ -43,6 +44,33 @@ def test_what_the_broker_took_is_never_forbidden() -> None:
     for _ in range(SIZE_LOSSES):
         evidence.lost([("b/2", 20_000)], 0.0)
     assert evidence.limit == 19_000
+
+
+def test_a_poor_line_is_forgiven_and_a_real_limit_costs_ever_fewer_losses() -> None:
+    evidence = Evidence(limit=LIMIT)
+    for _ in range(SIZE_LOSSES):
+        evidence.lost([("b/0", 100_000)], 0.0)
+    assert evidence.limit == 50_000
+    for _ in range(GOOD_MESSAGES):
+        evidence.acknowledged("b/0", 50_000)
+    assert evidence.limit == 100_000  # it was the line: larger ones go again
+    assert evidence.lost([("b/0", 90_000)], 0.0) is not None  # it was the broker: one loss is enough
+    assert evidence.limit == 50_000
+    losses = 0
+    for _ in range(10_000):
+        evidence.acknowledged("b/0", 50_000)
+        if evidence.limit > 50_000:
+            losses += 1
+            evidence.lost([("b/0", evidence.limit)], 0.0)
+    assert losses < 10
+
+
+def test_what_the_broker_said_itself_is_not_tried_again() -> None:
+    evidence = Evidence(limit=LIMIT)
+    evidence.refused("b/0", 100_000, TOO_LARGE, "Packet too large")
+    for _ in range(10_000):
+        evidence.acknowledged("b/0", 50_000)
+    assert evidence.limit == 50_000
 
 
 def test_several_parts_that_were_sent_together_lower_the_limit_once() -> None:
