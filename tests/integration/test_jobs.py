@@ -12,7 +12,7 @@ from tests.integration.kit import coordinator, decode, devices, job_yaml, until
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.models import aggregation
-from liberatai_coordinator.rounds.round import Invitation
+from liberatai_coordinator.rounds.round import Failed, Gone, Invitation
 from liberatai_coordinator.service import Service
 from liberatai_core.contract.messages import Cancel, Task
 from liberatai_core.errors import StateError
@@ -116,6 +116,83 @@ def test_a_word_about_an_ended_job_never_takes_the_place_of_a_task(tmp_path: Pat
                 await device._answer(device.tasks[-1])
             await until(lambda: state(service, "second") == "finished")
             assert not service.jobs.slots.ends
+
+    run(scenario())
+
+
+def test_the_way_to_a_finished_model_stays_when_another_job_is_aborted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
+            jobs = Operations.of(service).jobs
+            for device in fleet:
+                device.answers = False
+            await jobs.create(named("aborted", rounds=1, devices=2, quorum=0.1, deadline_s=60), str(tmp_path))
+            await until(lambda: all(device.tasks for device in fleet))
+            for name in ("a", "b"):  # both say that they failed: their work is done for this job
+                service.runners["aborted"].collecting.decide(Failed(device=name))
+            await until(
+                lambda: state(service, "aborted") == "running" and not service.jobs.slots.sharing.holder("a")
+            )
+            for device in fleet:
+                device.answers = True
+            await jobs.pause("aborted")
+            await jobs.create(named("finished", rounds=1, devices=2), str(tmp_path))
+            await until(lambda: state(service, "finished") == "finished")
+            await jobs.abort("aborted")
+            slot = decode(broker.retained["lai/v1/test/dn/a/task"])
+            assert isinstance(slot, Cancel)
+            assert (slot.job, bool(slot.final or slot.held)) == ("finished", True)
+
+    run(scenario())
+
+
+def test_a_job_that_is_paused_while_it_waits_opens_no_round(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
+            jobs = Operations.of(service).jobs
+            fleet[1].answers = False
+            await jobs.create(named("first", rounds=1, devices=2), str(tmp_path))
+            await until(lambda: bool(fleet[1].tasks))
+            await jobs.create(named("second", rounds=1, devices=2), str(tmp_path))
+            await until(lambda: "first" in service.runners["second"].waits)
+            await jobs.pause("second")
+            assert (await jobs.show("second")).reason == ""
+            fleet[1].answers = True
+            await fleet[1]._answer(fleet[1].tasks[-1])
+            await until(lambda: state(service, "first") == "finished")
+            await asyncio.sleep(0.2)
+            assert service.ledger.rounds.all("second") == []
+            await jobs.resume("second")
+            await until(lambda: state(service, "second") == "finished")
+
+    run(scenario())
+
+
+def test_who_lost_its_files_is_answered_by_the_job_whose_task_it_has(tmp_path: Path) -> None:
+    """Also in the moment after its connection broke, when the round does not wait for it."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
+            jobs = Operations.of(service).jobs
+            await jobs.create(named("first", rounds=1, devices=2), str(tmp_path))
+            await until(lambda: state(service, "first") == "finished")
+            await jobs.create(named("second", rounds=2, devices=2), str(tmp_path))
+            lost = fleet[1]
+            await until(
+                lambda: bool(lost.tasks) and (lost.tasks[-1].job, lost.tasks[-1].round) == ("second", 1)
+            )
+            lost.answers = False
+            await until(lambda: lost.tasks[-1].round == 2 and bool(lost.tasks[-1].held))
+            service.runners["second"].collecting.decide(Gone(device="b"))
+            before = len(lost.tasks)
+            lost.cancels.clear()
+            await service.jobs.base_missing("b")
+            await until(lambda: len(lost.tasks) > before)
+            assert (lost.tasks[-1].job, lost.tasks[-1].held) == ("second", b"")
+            assert not lost.cancels
 
     run(scenario())
 

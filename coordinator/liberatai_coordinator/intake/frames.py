@@ -21,6 +21,11 @@ BATCH = 64
 """Frames that are opened together: some 10 ms of work, so that the first one does not wait for the last."""
 
 
+MAX_WAITING = 10_000
+"""Frames that wait, beyond which those without an acknowledgement (QoS 0) are lost. The others are bounded by
+what the broker may have under way."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """A frame as it came.
@@ -75,7 +80,9 @@ class Frames:
     _there: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, frame: Frame) -> None:
-        """Let a frame be opened when its turn comes."""
+        """Let a frame be opened when its turn comes; a sample that floods the queue is lost."""
+        if not frame.token and len(self._waiting) >= MAX_WAITING:
+            return
         self._waiting.append(frame)
         self._there.set()
 

@@ -15,6 +15,8 @@ from liberatai_coordinator.store.rows import RoundRow
 from liberatai_core.errors import DataError
 
 ENDS = (deciding.Close, deciding.Abandon)
+ANSWERED = (deciding.UpdateStored, deciding.Gone, deciding.Failed)
+"""After these a device is free for other jobs."""
 
 TICK_S = 0.5
 """How exactly a deadline is kept; rounds last seconds to days."""
@@ -88,15 +90,19 @@ class Collecting:
 
     def decide(self, event: deciding.Event) -> list[deciding.Action]:
         """Let the open round decide about an event; returns what must be done about updates."""
-        now = self.now
+        now, sharing, job = self.now, self.tasks.slots.sharing, self.tasks.job.name
         if now is None:
             return []
+        if isinstance(event, deciding.Back) and sharing.holder(event.device) not in (None, job):
+            return []  # it serves another job by now, whose task has taken the place of this one's
         if isinstance(event, deciding.UpdateStored) and event.outcome != "conflict":
             self.tasks.note_path(event.device)
         actions = now.handle(event)
         self._note(actions)
-        if isinstance(event, deciding.UpdateStored | deciding.Gone):
-            self.tasks.slots.free(self.tasks.job.name, [event.device])
+        if isinstance(event, ANSWERED):
+            self.tasks.slots.free(job, [event.device])
+        elif isinstance(event, deciding.Back) and event.device in now.waiting:
+            sharing.take(job, [event.device], now.closes_s)
         return [action for action in actions if not isinstance(action, ENDS)]
 
     def _note(self, actions: Sequence[deciding.Action]) -> None:

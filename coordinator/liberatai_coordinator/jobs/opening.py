@@ -33,6 +33,7 @@ class Opening:
     """Opens the rounds of one job.
 
     Attributes:
+        running: cleared while an operator pauses the job.
         fleet_changed: set when a device came, went, changed or became free.
         waits: why no round opens, in words; empty while one is open.
     """
@@ -45,6 +46,7 @@ class Opening:
     tasks: Tasks
     sharing: Sharing
     work: Work
+    running: asyncio.Event
     fleet_changed: asyncio.Event = field(default_factory=asyncio.Event)
     waits: str = ""
 
@@ -93,6 +95,9 @@ class Opening:
         """Return whom this round invites, and in a buffered job the invitations that still stand."""
         rounds = self.job.rounds
         while True:
+            if not self.running.is_set():
+                self.sharing.leave(self.job.name)
+                await self.running.wait()
             self.roster.assign_newcomers()
             able = {device.id: device for device in self.roster.ready(number)}
             standing = self.standing(set(able))

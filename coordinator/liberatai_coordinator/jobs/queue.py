@@ -88,6 +88,7 @@ class Jobs:
         self.ledger.jobs.set_state(name, "paused")
         if name in self.runners:
             self.runners[name].running.clear()
+            self._wake()
 
     def unpause(self, name: str) -> None:
         """Go on with a paused job."""
@@ -101,9 +102,10 @@ class Jobs:
         if runner is None:
             self.ledger.jobs.end(name, "aborted", "aborted by an operator")
             return
-        running = self._running.pop(name)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        running = self._running.pop(name, None)
+        if running is not None:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
         if self.ledger.jobs.get(name).state not in LIVE:
             raise StateError(f"job {name} has ended in the meantime: it cannot be aborted")
         await runner.stop("aborted", "aborted by an operator")
@@ -151,15 +153,20 @@ class Jobs:
         Its word does not name a job, but it has one task slot: what stands there is of the open round that
         it was invited to, or else of the last job that finished with it, which may be long ago.
         """
-        for runner in self.runners.values():
-            if runner.open_round is not None and device in runner.open_round.waiting:
+        owner = self.slots.owners.get(device)
+        for name, runner in self.runners.items():
+            now = runner.open_round
+            if (
+                now is not None
+                and owner in (None, name)
+                and device in now.invitations.keys() - now.stored.keys()
+            ):
                 await runner.collecting.base_missing(device)
                 return
-        holder = self.slots.sharing.holder(device)
-        if holder is not None and holder in self.runners:
+        if owner in self.runners or self.slots.sharing.holder(device) in self.runners:
             return  # between two rounds: its next task follows
         for row in reversed(self.ledger.jobs.all()):
-            if row.state == "finished" and self._took_part(row.name, device):
+            if row.state == "finished" and owner in (None, row.name) and self._took_part(row.name, device):
                 await (await self._recall(row)).collecting.base_missing(device)
                 return
 

@@ -93,6 +93,7 @@ class Runner:
             tasks=self.tasks,
             sharing=self.slots.sharing,
             work=self.work,
+            running=self.running,
         )
         self.collecting = Collecting(tasks=self.tasks, buffered=self.opening.buffered)
         self.merging = Merging(
@@ -140,9 +141,6 @@ class Runner:
         if row is not None and row.state in {"open", "closed", "aggregated"}:
             await self._round(row)
         while self._published() < self.job.rounds.count:
-            if not self.running.is_set():
-                self.slots.sharing.leave(self.job.name)
-                await self.running.wait()
             await self._round(None)
         await self._finish()
 

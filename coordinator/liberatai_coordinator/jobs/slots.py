@@ -40,6 +40,9 @@ class Slots:
         """Tell devices that a job is over for them, now or when they are free."""
         now = []
         for cancel in cancels:
+            leads_nowhere = not cancel.final and not cancel.held
+            if leads_nowhere and self.owners.get(cancel.device, cancel.job) != cancel.job:
+                continue  # the task is gone already, and the way to another job's model stays
             if self.sharing.holder(cancel.device) in (None, cancel.job):
                 now.append(cancel)
             else:

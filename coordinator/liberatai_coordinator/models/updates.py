@@ -23,7 +23,7 @@ LARGEST = 1e3
 """No training moves a parameter so far in one round; beyond it float32 sums lose what others sent."""
 
 
-KEPT_BYTES = 128 << 20
+KEPT_BYTES = 64 << 20
 """Decoded updates of an open round that are kept for its aggregation; the others are decoded again."""
 
 
