@@ -32,10 +32,10 @@ RESERVE_BYTES: Final = 32 * 1024 * 1024
 BUSY_TIMEOUT_MS: Final = 10_000
 QUICK_CHECK_BYTES: Final = 1 << 30
 """A check reads every page; beyond 1 GiB it would break the promise of a recovery within seconds."""
-JOURNAL_BYTES: Final = 64 * 1024 * 1024
+JOURNAL_BYTES: Final = 4 * 1024 * 1024
 """The write-ahead log is cut back to this size after a checkpoint."""
 
-SETTLE_BYTES: Final = 8 * 1024 * 1024
+SETTLE_BYTES: Final = 4 * 1024 * 1024
 """In the write-ahead log before it is moved into the database."""
 FORCED_PAGES: Final = 16_384
 """In the write-ahead log before whoever commits must move it (64 MiB): a safety net."""
