@@ -9,12 +9,13 @@ their gradient stays zero.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from liberatai_core.learning.device import chosen
 from liberatai_core.learning.families import FAMILIES, build, require_same, require_torch, statistics_of
+from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
 
@@ -84,24 +85,48 @@ def learned(structure: Structure, gain: Vector | None) -> Vector | None:
     return kept
 
 
+@dataclass(slots=True)
+class _Before:
+    """How torch was before the first of several threads made it reproducible."""
+
+    inside: int = 0
+    threads: int = 1
+    strict: bool = False
+    warn_only: bool = False
+    random: "torch.Tensor | None" = None
+
+
+_BEFORE: Final = _Before()
+
+
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
     """Run torch on one thread, with deterministic algorithms and its own random state; restore all.
 
-    One thread, because the order of a parallel sum depends on the number of cores.
+    One thread, because the order of a parallel sum depends on the number of cores. Torch has these settings
+    once per process: of several threads that are inside, the last one restores them.
     """
     require_torch()
     import torch
 
-    threads = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
+    with TORCH_STATE:
+        if not _BEFORE.inside:
+            _BEFORE.threads = torch.get_num_threads()
+            _BEFORE.strict = torch.are_deterministic_algorithms_enabled()
+            _BEFORE.warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            _BEFORE.random = torch.get_rng_state()
+        _BEFORE.inside += 1
+        own = torch.get_rng_state()
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(mode=True, warn_only=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
+        torch.manual_seed(seed)
+    try:
+        yield
     finally:
-        torch.use_deterministic_algorithms(mode=strict, warn_only=warn_only)
-        torch.set_num_threads(threads)
+        with TORCH_STATE:
+            _BEFORE.inside -= 1
+            torch.set_rng_state(own)
+            if not _BEFORE.inside and _BEFORE.random is not None:
+                torch.use_deterministic_algorithms(mode=_BEFORE.strict, warn_only=_BEFORE.warn_only)
+                torch.set_num_threads(_BEFORE.threads)
+                torch.set_rng_state(_BEFORE.random)

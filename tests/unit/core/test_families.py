@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from liberatai_core.compressor.artifact import restore
 from liberatai_core.compressor.drawn import draw
 from liberatai_core.errors import DataError, NonFiniteError, StructureError
 from liberatai_core.learning import families
-from liberatai_core.learning._flat import flat_module
+from liberatai_core.learning._flat import flat_module, reproducible
 from liberatai_core.learning.families import cost, initial_weights, structure_of
 from liberatai_core.learning.statistics import reestimate
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
@@ -504,3 +505,27 @@ def test_the_cost_of_another_structure_than_the_family_builds_is_refused() -> No
     wrong = Structure("cnn", {"width": 1024}, (Tensor("w", (4,)),))
     with pytest.raises(StructureError, match="not those that this family builds"):
         cost(wrong, DataContract(input_shape=(1, 8, 8), classes=3))
+
+
+def test_two_jobs_that_start_at_once_get_the_weights_that_each_gets_alone() -> None:
+    """Torch has one random state per process: a job beside another one had other weights."""
+    structure = structure_of("cnn", {"width": 16, "hidden": 96}, DIGITS)
+    wanted = [initial_weights(structure, DIGITS, seed) for seed in range(2)]
+
+    def start(number: int) -> bool:
+        return np.array_equal(initial_weights(structure, DIGITS, number % 2), wanted[number % 2])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(start, range(200)))
+
+
+def test_torch_is_as_it_was_after_the_last_of_two_threads() -> None:
+    before = torch.get_rng_state()
+    first, second = reproducible(1), reproducible(2)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.are_deterministic_algorithms_enabled()
+    second.__exit__(None, None, None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(torch.get_rng_state(), before)

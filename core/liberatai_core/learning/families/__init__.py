@@ -20,6 +20,7 @@ from liberatai_core.learning.families.mobilenet import mobilenet
 from liberatai_core.learning.families.parts import STATISTICS
 from liberatai_core.learning.families.resnet import resnet
 from liberatai_core.learning.families.signals import cnn1d, mlp
+from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.learning.families.vgg import vgg
 from liberatai_core.structure import DataContract, Parameter, Structure, Tensor, from_tensors, require_length
 from liberatai_core.weights import Vector
@@ -83,7 +84,7 @@ def initial_weights(structure: Structure, data: DataContract, seed: int) -> Vect
     import torch
 
     require_same(structure, build(structure.family, structure.params, data, device="meta"))
-    with torch.random.fork_rng(devices=[]):
+    with TORCH_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(structure.family, structure.params, data)
     return from_tensors({name: t.cpu().numpy() for name, t in module.state_dict().items()}, structure)
@@ -224,7 +225,7 @@ def build(
     import torch
 
     make = builder(family)
-    with torch.random.fork_rng(devices=[]):
+    with TORCH_STATE, torch.random.fork_rng(devices=[]):
         if family not in FAMILIES:
             return installed.built(family, make, params, data, device)
         with torch.device(device):

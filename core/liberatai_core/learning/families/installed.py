@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from liberatai_core.errors import LiberataiError, StructureError
+from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.structure import DataContract, Parameter, Structure
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def require_trainable(structure: Structure, module: "torch.nn.Module", data: Dat
         layer.register_forward_pre_hook(enter(name or "the module"))
     batch = torch.zeros((TRIAL_SAMPLES, *data.input_shape))
     try:
-        with blamed(structure.id), torch.random.fork_rng(devices=[]):
+        with blamed(structure.id), TORCH_STATE, torch.random.fork_rng(devices=[]):
             for training in (True, False):
                 module.train(training)
                 logits = module(batch)
