@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from liberatai_core.contract.frame import key_id, open_frame
@@ -87,14 +88,19 @@ class Frames:
         self._there.set()
 
     async def run(self) -> None:
-        """Open frames until cancelled."""
-        while True:
-            await self._there.wait()
-            batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-            if not self._waiting:
-                self._there.clear()
-            if batch:
-                await self.handle(await asyncio.to_thread(self._open_all, batch))
+        """Open frames until cancelled, in a thread of their own: long work of jobs takes all the others."""
+        with ThreadPoolExecutor(1, "frames") as thread:
+            while True:
+                await self._there.wait()
+                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+                if not self._waiting:
+                    self._there.clear()
+                await self._open_batch(batch, thread)
+
+    async def _open_batch(self, batch: list[Frame], thread: Executor) -> None:
+        if batch:
+            loop = asyncio.get_running_loop()
+            await self.handle(await loop.run_in_executor(thread, self._open_all, batch))
 
     def _open_all(self, batch: list[Frame]) -> list[Opened]:
         introduced: dict[bytes, bytes] = {}

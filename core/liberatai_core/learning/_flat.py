@@ -7,7 +7,7 @@ their gradient stays zero.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -83,6 +83,23 @@ def learned(structure: Structure, gain: Vector | None) -> Vector | None:
         if tensor.name in names:
             kept[place] = 0
     return kept
+
+
+@contextmanager
+def undisturbed(structure: Structure, data: DataContract) -> Iterator[None]:
+    """Keep other threads out of torch while a structure works that may draw from its one random state.
+
+    Dropout does, and what an installed family does nobody knows. The others draw from their own generators.
+    """
+    require_torch()
+    from torch.nn.modules.dropout import _DropoutNd
+
+    draws = structure.family not in FAMILIES or any(
+        isinstance(module, _DropoutNd)
+        for module in build(structure.family, structure.params, data, device="meta").modules()
+    )
+    with TORCH_STATE if draws else nullcontext():
+        yield
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import ConfigError, DataError, TrainingError
-from liberatai_core.learning._flat import FlatModule, flat_module, reproducible
+from liberatai_core.learning._flat import FlatModule, flat_module, reproducible, undisturbed
 from liberatai_core.learning.augmentation import augment
 from liberatai_core.learning.families import require_torch
 from liberatai_core.learning.training import require_inputs, require_ranges
@@ -150,7 +150,7 @@ def distill(
             f"teacher's outputs must be finite, shape {(samples, data.classes)}, not {log_probs.shape}"
         )
     rows = torch.from_numpy(_shown(np.full(samples, settings.copies) if copies is None else copies, samples))
-    with reproducible(seed):
+    with undisturbed(structure, data), reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
         factor = None if gain is None else torch.from_numpy(gain.copy()).to(model.device)

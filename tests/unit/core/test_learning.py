@@ -4,6 +4,7 @@ import importlib
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -519,3 +520,34 @@ def test_without_torch_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"liberatai\[train\]"):
         importlib.import_module("liberatai_core.learning.families").require_torch()
+
+
+def _with_dropout(params: dict[str, Any], data: DataContract) -> Any:
+    size = math.prod(data.input_shape)
+    return torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(size, 32),
+        torch.nn.Dropout(0.5),
+        torch.nn.Linear(32, data.classes),
+    )
+
+
+def test_two_threads_that_teach_with_dropout_at_once_give_what_each_gives_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dropout draws from torch's one random state: two jobs of one coordinator must not share it."""
+    _entry_points(monkeypatch, forgetful=_with_dropout)
+    structure = structure_of("forgetful", {}, DIGITS)
+    rng = np.random.default_rng(0)
+    x = rng.random((40, *DIGITS.input_shape), dtype=np.float32)
+    probs = np.log(rng.dirichlet(np.ones(DIGITS.classes), 40)).astype(np.float32)
+    settings = DistillSettings(steps=60, batch_size=8)
+    weights = initial_weights(structure, DIGITS, 1)
+
+    def taught(seed: int) -> bytes:
+        return to_bytes(distill(structure, DIGITS, weights, x, probs, settings, seed))
+
+    alone = [taught(1), taught(2)]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            assert list(threads.map(taught, (1, 2))) == alone
