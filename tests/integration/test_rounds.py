@@ -816,20 +816,17 @@ def test_a_job_counts_its_own_bytes_and_says_for_whom_it_waits(tmp_path: Path) -
     async def scenario() -> None:
         broker = MemoryBroker()
         async with devices(broker, "a", "b") as fleet, coordinator(broker, tmp_path) as service:
-            await Operations.of(service).jobs.create(job_yaml(rounds=1, devices=3), str(tmp_path))
-            await Operations.of(service).jobs.create(
-                job_yaml(rounds=1, devices=1).replace("tiny", "next"), str(tmp_path)
-            )
+            jobs = Operations.of(service).jobs
+            await until(lambda: len(service.fleet.ready()) == 2)
+            await jobs.create(job_yaml(rounds=1, devices=3), str(tmp_path))
             await until(lambda: bool(service.runners["tiny"].waits))
-            assert (
-                await Operations.of(service).jobs.show("tiny")
-            ).reason == "waits: 2 of 3 devices are online (rounds.min_devices)"
-            await Operations.of(service).jobs.pause("next")
+            reason = (await jobs.show("tiny")).reason
+            assert reason == "waits: 2 of 3 devices are online (rounds.min_devices)"
             async with devices(broker, "c") as more:
                 await until(lambda: finished(service))
                 for device in (*fleet, *more):
                     device.sent.clear()
-                await Operations.of(service).jobs.resume("next")
+                await jobs.create(job_yaml(rounds=1, devices=3).replace("tiny", "next"), str(tmp_path))
                 await until(lambda: service.ledger.jobs.get("next").state == "finished")
             first, second = [await Operations.of(service).jobs.show(name) for name in ("tiny", "next")]
             assert (first.up_bytes, first.down_bytes) == (3000, 300)
