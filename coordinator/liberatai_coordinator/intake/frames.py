@@ -22,6 +22,9 @@ BATCH = 64
 """Frames that are opened together: some 10 ms of work, so that the first one does not wait for the last."""
 
 
+BUSY, LINGER_S = 4, 0.02
+"""After so many updates together more are on their way. A pause lets them come: many at once cost a third."""
+
 MAX_WAITING = 10_000
 """Frames that wait, beyond which those without an acknowledgement (QoS 0) are lost. The others are bounded by
 what the broker may have under way."""
@@ -95,12 +98,18 @@ class Frames:
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
                 if not self._waiting:
                     self._there.clear()
-                await self._open_batch(batch, thread)
+                looked_at = await self._open_batch(batch, thread)
+                if looked_at >= BUSY and len(self._waiting) < BATCH:
+                    await asyncio.sleep(LINGER_S)
 
-    async def _open_batch(self, batch: list[Frame], thread: Executor) -> None:
-        if batch:
-            loop = asyncio.get_running_loop()
-            await self.handle(await loop.run_in_executor(thread, self._open_all, batch))
+    async def _open_batch(self, batch: list[Frame], thread: Executor) -> int:
+        """Open and handle frames; returns how many were worth a closer look."""
+        if not batch:
+            return 0
+        loop = asyncio.get_running_loop()
+        opened = await loop.run_in_executor(thread, self._open_all, batch)
+        await self.handle(opened)
+        return sum(one.found is not None for one in opened)
 
     def _open_all(self, batch: list[Frame]) -> list[Opened]:
         introduced: dict[bytes, bytes] = {}
