@@ -1,6 +1,7 @@
 """The tables of the ledger; no SQLite-only type or statement, so that PostgreSQL can take its place."""
 
-from typing import Any
+import zlib
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -33,6 +34,33 @@ def _whole(name: str, **more: Any) -> sa.Column[int]:
 
 def _blob(name: str, *, nullable: bool = False, **more: Any) -> sa.Column[bytes]:
     return sa.Column(name, _Blob(), nullable=nullable, **more)
+
+
+PACKED_BYTES: Final = 1024
+"""Shorter values are kept as they are."""
+_MARK: Final = b"\0zlib\0"
+
+
+class Packed(sa.types.TypeDecorator[bytes]):
+    """Long records that repeat themselves: plans say the same of many devices, manifests have hex digits."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: bytes | None, dialect: sa.Dialect) -> bytes | None:  # noqa: ARG002
+        """Compress what is long; what others wrote as it is stays readable."""
+        if value is None or (len(value) < PACKED_BYTES and not value.startswith(_MARK)):
+            return value
+        return _MARK + zlib.compress(value, 1)
+
+    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> bytes | None:  # noqa: ARG002
+        """Return the value as it was given."""
+        marked = value is not None and value.startswith(_MARK)
+        return zlib.decompress(value[len(_MARK) :]) if value is not None and marked else value
+
+
+def _packed(name: str) -> sa.Column[bytes]:
+    return sa.Column(name, Packed, nullable=False)
 
 
 def _seconds(name: str) -> sa.Column[float]:
@@ -70,7 +98,7 @@ JOB_VALUES = sa.Table(
     METADATA,
     sa.Column("job", sa.Text, sa.ForeignKey("jobs.name"), primary_key=True),
     _text("key", primary_key=True),
-    _blob("value"),
+    _packed("value"),
     **_STRICT,
 )
 ROUNDS = sa.Table(
@@ -141,7 +169,7 @@ VERSIONS = sa.Table(
     _whole("number", primary_key=True),
     _text("id"),
     sa.Column("parent", sa.Text),
-    _blob("manifest"),
+    _packed("manifest"),
     _seconds("created_s"),
     _whole("collected", server_default="0"),
     sa.UniqueConstraint("model", "id"),

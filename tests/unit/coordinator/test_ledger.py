@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -1284,3 +1284,21 @@ def test_more_readers_than_connections_wait_for_each_other(tmp_path: Path) -> No
     for thread in threads:
         thread.join()
     ledger.close()
+
+
+def test_long_values_are_packed_and_read_back_as_they_were(tmp_path: Path) -> None:
+    """Also what an earlier release wrote as it is."""
+    values = [b"", b"short", b"\0zlib\0 no", b"the same of every device, " * 1000, bytes(range(256)) * 8]
+    with closing(Ledger.open(tmp_path)) as ledger:
+        ledger.jobs.create("j", b"{}", "/", 1.0)
+        for number, value in enumerate(values):
+            ledger.jobs.set_value("j", f"k{number}", value)
+    file = sqlite3.connect(tmp_path / "ledger.db")
+    stored = dict(file.execute("SELECT key, length(value) FROM job_values"))
+    assert stored["k3"] < len(values[3]) / 20
+    assert stored["k1"] == 5
+    file.execute("UPDATE job_values SET value = ? WHERE key = 'k3'", (values[3],))
+    file.commit()
+    file.close()
+    with closing(Ledger.open(tmp_path)) as ledger:
+        assert [ledger.jobs.value("j", f"k{number}") for number in range(len(values))] == values
