@@ -32,7 +32,7 @@ class JobOperations:
     _ended: EndedRounds = field(default_factory=EndedRounds)
 
     async def create(self, yaml_text: str, base_dir: str) -> JobView:
-        """Start a job, or let it wait for its turn; relative paths in its YAML start from `base_dir`."""
+        """Start a job beside the others; relative paths in its YAML start from `base_dir`."""
         job, ledger = parse_job(yaml_text, "job"), self.service.ledger
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(materials.check, job, Path(base_dir))
