@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liberatai_coordinator.demo import digits
+from liberatai_coordinator.demo.world import PROFILES_DIR
 from liberatai_coordinator.local import LocalDevice, LocalFleet
-from liberatai_coordinator.pictures import report
 from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_core.errors import LiberataiError
 
@@ -96,7 +96,7 @@ def run(folder: Path, given: argparse.Namespace, rounds: int, kills: int, pause_
     folder.mkdir(parents=True)
     data = digits.write(samples, parts, folder / "data", names)
     # The last device is small, so that unlike structures are trained.
-    profiles = {names[-1]: report.TEMPLATES / "profiles" / "demo-pi-zero-2w.yaml"}
+    profiles = {names[-1]: PROFILES_DIR / "demo-pi-zero-2w.yaml"}
     devices = [LocalDevice(id=name, data=data[name], profile=profiles.get(name)) for name in names]
     unlabeled = folder / "data" / "unlabeled.npz"
     text = JOB.format(rounds=rounds, devices=given.devices, unlabeled=unlabeled, seed=given.seed)

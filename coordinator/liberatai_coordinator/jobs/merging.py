@@ -148,10 +148,12 @@ class Merging:
                 **{name: getattr(judged, name) for name in JUDGED},
                 seconds=0.0 if started is None else time.monotonic() - started,
             )
-        self.ledger.rounds.set_aggregated(self.job.name, number, made, *parts_of(judged))
-        # Only now: if the disk refuses, the round is counted from the same counters again.
+        # If the disk refuses, the round is counted from the same counters again.
+        known = msgspec.msgpack.encode({**self.counters, **counters})
+        self.ledger.rounds.set_aggregated(
+            self.job.name, number, made, *parts_of(judged), values={COUNTERS: known}
+        )
         self.counters |= counters
-        self.ledger.jobs.set_value(self.job.name, COUNTERS, msgspec.msgpack.encode(self.counters))
 
     async def _judged(self, updates: Sequence[Update]) -> Stats:
         return await self.work.do(

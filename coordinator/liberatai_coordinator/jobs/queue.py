@@ -138,7 +138,7 @@ class Jobs:
     @property
     def working(self) -> bool:
         """Whether long work of a job is under way in a thread, which nothing can stop."""
-        return any(runner.work.busy for runner in self.runners.values())
+        return any(runner.busy for runner in self.runners.values())
 
     # --- devices -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ crash the runner reads where it was and goes on from there. See `docs/architectu
 import asyncio
 import logging
 import time
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path as Folder
 
@@ -29,7 +30,7 @@ from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.round import Invitation
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow, RoundRow
-from liberatai_core.errors import NotFoundError
+from liberatai_core.errors import LiberataiError, NotFoundError
 from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Runner:
         opening: how its rounds open.
         collecting: its open round.
         merging: how its rounds become versions.
+        work, beside: long work that rounds wait for, and that which they do not wait for.
         running: cleared while an operator pauses the job.
         counters: see `Merging`; shared by all jobs.
     """
@@ -70,6 +72,8 @@ class Runner:
     merging: Merging = field(init=False)
     running: asyncio.Event = field(default_factory=asyncio.Event)
     work: Work = field(default_factory=Work)
+    beside: Work = field(default_factory=Work)
+    _tidying: asyncio.Task[None] | None = None
     _structures: dict[str, Structure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +115,11 @@ class Runner:
     def open_round(self) -> deciding.Round | None:
         """The round that is open now."""
         return self.collecting.now
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread works for this job."""
+        return self.work.busy or self.beside.busy
 
     @property
     def waits(self) -> str:
@@ -163,6 +172,7 @@ class Runner:
         job running, after it only words at the broker.
         """
         await self.work.settled()
+        await self.tidied()
         self.ledger.jobs.end(self.job.name, state, reason, forget=ROUNDS_ONLY)
         self.collecting.over()
         self.collecting.resumed.set()
@@ -202,6 +212,7 @@ class Runner:
         await self.tasks.publish_steps([step for way in self.tasks.ways.values() for step in way.steps])
         self.collecting.finished = True
         await self._leave()
+        await self.tidied()
         await self.tasks.drop_specs()
 
     async def _leave(self) -> None:
@@ -237,11 +248,25 @@ class Runner:
             return
         await self.tasks.publish_newest("running")
         self.ledger.rounds.set_published(self.job.name, row.round)
-        await self.work.do(self.ledger.rounds.prune, self.job.name, KEEP_FRAMES, shortened)
         self._round_over(row)
         standing = self.opening.standing(set())
         await self.tasks.drop_unneeded([one.way for one in standing if one.way is not None])
-        await self.work.do(self.versions.collect, self.tasks.versions_needed(standing))
+        await self.tidied()
+        self._tidying = asyncio.create_task(self._tidy(self.tasks.versions_needed(standing)))
+
+    async def _tidy(self, needed: AbstractSet[int]) -> None:
+        """Let go of frames and old versions; the next round does not wait for it."""
+        try:
+            await self.beside.do(self.ledger.rounds.prune, self.job.name, KEEP_FRAMES, shortened)
+            await self.beside.do(self.versions.collect, needed)
+        except LiberataiError as error:
+            log.warning("job %s: not tidied, the next round tries again: %s", self.job.name, error)
+
+    async def tidied(self) -> None:
+        """Wait until what the last round left is let go."""
+        if self._tidying is not None:
+            await asyncio.wait([self._tidying])
+            self._tidying = None
 
     async def _collect(self, row: RoundRow) -> deciding.Close | deciding.Abandon:
         """Hold a round open until it decides to end."""

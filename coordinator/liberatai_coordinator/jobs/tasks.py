@@ -113,11 +113,8 @@ class Tasks:
         unneeded = {name: size for name, size in self._standing.items() if name not in wanted}
         await self.publisher.drop_blobs(unneeded, self.job.name)
         await self.publisher.forget_blobs(unneeded)
-        if unneeded:
-            self._standing = {name: size for name, size in self._standing.items() if name in wanted}
-            # Named once too often costs a word to the broker after a crash, no more.
-            with contextlib.suppress(DiskError, BusyError):
-                self._write()
+        # It is written with the next blob that is new: named once too often costs a word after a crash.
+        self._standing = {name: size for name, size in self._standing.items() if name not in unneeded}
 
     def _note(self, sizes: Mapping[str, int]) -> None:
         if not sizes.keys() <= self._standing.keys():

@@ -8,10 +8,18 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy as sa
 
-from liberatai_coordinator.store.database import Database, columns_of
+from liberatai_coordinator.store.database import Database, columns_of, upsert_many
 from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import RoundRow, RoundSummary, records_in
-from liberatai_coordinator.store.tables import JOBS, ROUNDS, SLOT_BITS, UPDATE_FRAMES, UPDATE_KEYS, VERSIONS
+from liberatai_coordinator.store.tables import (
+    JOB_VALUES,
+    JOBS,
+    ROUNDS,
+    SLOT_BITS,
+    UPDATE_FRAMES,
+    UPDATE_KEYS,
+    VERSIONS,
+)
 from liberatai_core.errors import DigestError, NotFoundError, RoundClosedError, RoundUnknownError
 
 DELETED_ROWS: Final = 250
@@ -101,9 +109,23 @@ class RoundStore:
         return lost
 
     def set_aggregated(
-        self, job: str, number: int, version_id: str, stats: bytes = b"", details: bytes = b""
+        self,
+        job: str,
+        number: int,
+        version_id: str,
+        stats: bytes = b"",
+        details: bytes = b"",
+        values: Mapping[str, bytes] | None = None,
     ) -> None:
         """Say which version a closed round made, and what was measured; saying the same again is fine.
+
+        Args:
+            job: name of the job.
+            number: of the round.
+            version_id: of the version.
+            stats: what lists show of it.
+            details: what is shown of the round alone.
+            values: of the job, as `JobStore.set_value` writes them, in the same transaction.
 
         Raises:
             RoundUnknownError: no such round.
@@ -120,6 +142,9 @@ class RoundStore:
             changes = {"state": "aggregated", "version_id": version_id, "stats": stats}
             changes["details"] = zlib.compress(details, 6)
             _change_round(connection, row, changes)
+            rows = [{"job": job, "key": key, "value": value} for key, value in (values or {}).items()]
+            if rows:
+                upsert_many(connection, JOB_VALUES, rows, keys=("job", "key"))
 
     def set_published(self, job: str, number: int) -> None:
         """Say that the version of an aggregated round has been published; idempotent.
