@@ -42,7 +42,7 @@ _MARK: Final = b"\0zlib\0"
 
 
 class Packed(sa.types.TypeDecorator[bytes]):
-    """Long records that repeat themselves: plans say the same of many devices, manifests have hex digits."""
+    """Long records that repeat themselves: a plan says the same of many devices."""
 
     impl = sa.LargeBinary
     cache_ok = True
@@ -169,7 +169,7 @@ VERSIONS = sa.Table(
     _whole("number", primary_key=True),
     _text("id"),
     sa.Column("parent", sa.Text),
-    _packed("manifest"),
+    _blob("manifest"),
     _seconds("created_s"),
     _whole("collected", server_default="0"),
     sa.UniqueConstraint("model", "id"),
