@@ -121,10 +121,6 @@ class Roster:
             offers[device.id] = known[1]
         return offers
 
-    def _save(self) -> None:
-        if self._unsaved:
-            self._store()
-
     def _store(self) -> None:
         plan_bytes = msgspec.msgpack.encode(sorted(self.assigned.values(), key=lambda a: a.device))
         self.ledger.jobs.set_value(self.job.name, "plan", plan_bytes)
@@ -287,7 +283,8 @@ class Roster:
 
     def choose(self, number: int, ready: Iterable[Device], wanted: int) -> list[Device]:
         """Return so many of those that are ready, and note which links are only tried again."""
-        self._save()
+        if self._unsaved:
+            self._store()
         names = selection.choose(
             self.job.rounds.select,
             [device.id for device in ready],
@@ -338,7 +335,8 @@ class Roster:
 
     def waiting(self, able: int = 0) -> str:
         """Return why no round opens where so many devices could take part, and what speaks against others."""
-        self._save()
+        if self._unsaved:
+            self._store()
         told, now_s = [], time.monotonic()
         for device in self.fleet.ready():
             if against := self._against(device, now_s):
