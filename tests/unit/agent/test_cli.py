@@ -128,7 +128,7 @@ def test_doctor_names_what_is_wrong_and_what_to_do(
 ) -> None:
     import socket
 
-    monkeypatch.setattr("liberatai_agent.cli.REACH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("liberatai_agent.commands.doctor.REACH_TIMEOUT_S", 1.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refused for certain
         path = tmp_path / "agent.yaml"

@@ -1,0 +1,1 @@
+"""One file per command of `liberatai-agent`: its parser and what it does."""
