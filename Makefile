@@ -31,7 +31,7 @@ demo: $(STAMP) ## eight unlike devices train one model on this machine; writes d
 	$(CALM) $(BIN)/liberatai demo $(ARGS)
 
 test: $(STAMP) ## all tests but the slow ones
-	$(CALM) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(CALM) $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP) ## kill and load tests
 	$(CALM) $(BIN)/python -m pytest -m slow $(ARGS)

@@ -34,7 +34,8 @@ QUICK_CHECK_BYTES: Final = 1 << 30
 """A check reads every page; beyond 1 GiB it would break the promise of a recovery within seconds."""
 JOURNAL_BYTES: Final = 4 * 1024 * 1024
 """The write-ahead log is cut back to this size after a checkpoint."""
-
+LONG_JOURNAL_BYTES: Final = 2 * JOURNAL_BYTES
+"""From here on a checkpoint makes others wait, so that the log begins anew."""
 SETTLE_BYTES: Final = 4 * 1024 * 1024
 """In the write-ahead log before it is moved into the database."""
 FORCED_PAGES: Final = 16_384
@@ -73,6 +74,7 @@ class Database:
         self.engine = engine
         self.write_lock = threading.Lock()
         self._path = folder / "ledger.db"
+        self._journal = folder / "ledger.db-wal"
         self._lock_fd = lock_fd
         self._reserve_bytes = reserve_bytes
         self._fault: DiskError | None = None
@@ -182,9 +184,19 @@ class Database:
         time.sleep(min(MAX_PAUSE_S, time.monotonic() - started))
 
     def settle(self) -> None:
-        """Move what was committed from the write-ahead log into the database; others write meanwhile."""
+        """Move what was committed from the write-ahead log into the database; others write meanwhile.
+
+        A log that others always append to never ends, however often it is moved: once it is long, they wait
+        for the few pages that are left, and it begins anew.
+        """
         self.unsettled_bytes = 0
         self._script("PRAGMA wal_checkpoint(PASSIVE);")
+        if self._journal.exists() and self._journal.stat().st_size >= LONG_JOURNAL_BYTES:
+            with self.write_lock:  # a reader of what was before may be in the way: then the next call does it
+                self._script(
+                    "PRAGMA busy_timeout = 0; PRAGMA wal_checkpoint(RESTART); "
+                    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS};"
+                )
 
     def _script(self, pragma: str) -> None:
         # This pragma frees one page per step: only `executescript` goes through all of them, and it works

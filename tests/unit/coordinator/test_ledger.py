@@ -1114,6 +1114,31 @@ def test_the_log_is_moved_into_the_database_by_the_writer_thread(
     ledger.close()
 
 
+def test_a_log_that_others_append_to_all_the_time_stays_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(with_round(tmp_path)) as ledger:
+        file = ledger.database
+        script = file._script
+
+        def interrupted(pragma: str) -> None:
+            """Write beside a checkpoint: a reader of what was before keeps it from the end of the log."""
+            if "PASSIVE" not in pragma:
+                return script(pragma)
+            with file.read() as reader:
+                reader.exec_driver_sql("SELECT count(*) FROM jobs").all()
+                ledger.jobs.set_value("digits", "beside", os.urandom(100_000))
+                return script(pragma)
+
+        monkeypatch.setattr(file, "_script", interrupted)
+        for _ in range(12):
+            ledger.jobs.set_value("digits", "much", os.urandom(4_000_000))
+            file.settle()
+        ledger.jobs.set_value("digits", "last", b"a commit cuts the log")
+        assert (tmp_path / "ledger.db-wal").stat().st_size < 20_000_000
+        assert ledger.jobs.value("digits", "last") == b"a commit cuts the log"
+
+
 def test_devices_that_were_heard_while_the_disk_was_full_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
