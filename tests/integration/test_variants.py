@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tests.unit.coordinator.api_kit import served
 
-from liberatai_coordinator.api import routes as api
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.api.web import variants as api
 from liberatai_coordinator.cli.app import main
 from liberatai_coordinator.cli.kit import budget_of, budget_of_profile
 from liberatai_coordinator.client.choice import best_variant

@@ -16,13 +16,14 @@ import msgspec
 import pytest
 from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGHTS, MemoryOperations, served
 
+from liberatai_coordinator.api.answers import MAX_BODY_BYTES, PART, STATUS, problem
 from liberatai_coordinator.api.devices import DeviceOperations
 from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import PlanOperations
-from liberatai_coordinator.api.routes import MAX_BODY_BYTES, PART, STATUS, make_app, problem
+from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
 from liberatai_core.errors import (
