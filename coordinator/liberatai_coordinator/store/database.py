@@ -5,6 +5,7 @@ disk when they return: `synchronous=FULL`; `NORMAL` may roll back a committed tr
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import sqlite3
@@ -18,15 +19,14 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from liberatai_coordinator.store.migration import migrate_1_to_2
-from liberatai_coordinator.store.tables import META, METADATA, UPDATES_VIEW
+from liberatai_coordinator.store.migration import SCHEMA_VERSION, create, upgrade
+from liberatai_coordinator.store.tables import META
 from liberatai_core.errors import BusyError, ConfigError, DiskError, LiberataiError, LockedError
+
+log = logging.getLogger(__name__)
 
 APPLICATION_ID: Final = 0x4C414931
 """`LAI1`: tells `file` and us that this database is a ledger."""
-SCHEMA_VERSION: Final = 2
-"""Of the tables that a program must understand. One that is only added (and made at the next opening) changes
-nothing for older programs, which leave it alone."""
 RESERVE_BYTES: Final = 32 * 1024 * 1024
 """Free space that updates leave untouched: rounds can still be closed and published on a full disk."""
 BUSY_TIMEOUT_MS: Final = 10_000
@@ -210,17 +210,60 @@ class Database:
             raise self._translate(error) from error
 
     def _begin_epoch(self) -> None:
-        self._check()
+        version = self._check()
+        copy = self._keep_copy(version) if 0 < version < SCHEMA_VERSION else None
         with self.write() as connection:
-            if connection.exec_driver_sql("PRAGMA user_version").scalar() == 1:
-                migrate_1_to_2(connection)
-            METADATA.create_all(connection)
-            connection.exec_driver_sql(UPDATES_VIEW)
+            if version == 0:
+                create(connection)
+            elif version < SCHEMA_VERSION:
+                upgrade(connection, version)
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
             before = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch")).scalar()
             self.epoch = (before or 0) + 1
             upsert_many(connection, META, [{"key": "epoch", "value": self.epoch}], keys=("key",))
+        if copy is not None:
+            log.warning("the ledger went from schema %d to %d; before: %s", version, SCHEMA_VERSION, copy)
+            for older in self.folder.glob("ledger-schema-*.db"):
+                if older != copy:
+                    older.unlink(missing_ok=True)
+
+    def _keep_copy(self, version: int) -> Path:
+        """Copy the ledger beside itself before its schema changes: the way back to the older release.
+
+        Raises:
+            DiskError: there is no room for it.
+        """
+        copy = self.folder / f"ledger-schema-{version}.db"
+        size = self._path.stat().st_size
+        if shutil.disk_usage(self.folder).free < size + self._reserve_bytes:
+            fault = (
+                f"{self.folder}: no room for a copy of the ledger before its upgrade from schema {version}"
+            )
+            raise DiskError(f"{fault} to {SCHEMA_VERSION}: free {size + self._reserve_bytes >> 20} MiB")
+        self.copy_to(copy)
+        return copy
+
+    def copy_to(self, copy: Path) -> None:
+        """Write a consistent copy of the database while others go on; it is whole or absent.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        beside = copy.with_name(f"{copy.name}.tmp")
+        try:
+            beside.unlink(missing_ok=True)
+            beside.touch(mode=0o600)
+            with closing(self.engine.raw_connection()) as connection:
+                driver: Any = connection.driver_connection
+                driver.execute("VACUUM INTO ?", (str(beside),))
+            _sync(beside)
+            beside.replace(copy)
+            _sync(copy.parent)
+        except OSError as error:
+            raise DiskError(f"{copy}: {error.strerror}; free space or check the disk") from error
+        except _REFUSED as error:
+            raise self._translate(error) from error
 
     def raise_epoch(self, epoch: int) -> None:
         """Let the next start begin above an epoch that was used before; on disk when this returns.
@@ -232,7 +275,8 @@ class Database:
             value = max(self.epoch, epoch)
             upsert_many(connection, META, [{"key": "epoch", "value": value}], keys=("key",))
 
-    def _check(self) -> None:
+    def _check(self) -> int:
+        """Return the number of the schema; 0: the database is empty."""
         path = self._path
         try:
             path.touch(mode=0o600)  # nobody else may read it; SQLite's files beside it take over the mode
@@ -240,16 +284,19 @@ class Database:
             raise DiskError(f"{path}: {error.strerror}") from None
         with self.read() as connection:
             application = connection.exec_driver_sql("PRAGMA application_id").scalar()
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
             tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
-            if tables and (application != APPLICATION_ID or version not in {1, SCHEMA_VERSION}):
+            if tables and (application != APPLICATION_ID or not 1 <= version <= SCHEMA_VERSION):
                 fault = f"database format {application:#x} version {version}, this program writes "
                 fault += f"{APPLICATION_ID:#x} version {SCHEMA_VERSION}: install the release that wrote it"
+                if application == APPLICATION_ID:
+                    fault += ", or put back a copy of before its upgrade (ledger-schema-*.db)"
                 raise ConfigError(str(path), [fault])
             if path.stat().st_size <= QUICK_CHECK_BYTES:
                 result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
                 if result != "ok":
                     raise _damaged(path, str(result))
+        return version if tables else 0
 
     def _translate(self, error: Exception) -> LiberataiError:
         origin = error.orig if isinstance(error, sa.exc.DBAPIError) else error
@@ -300,6 +347,14 @@ def columns_of(row: Any) -> dict[str, Any]:
 def again(error: LiberataiError) -> LiberataiError:
     """Return a fresh copy: one exception object must not be raised in several tasks."""
     return type(error)(str(error))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: Path) -> int:

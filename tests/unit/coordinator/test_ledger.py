@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from liberatai_coordinator.store import database, migration, refusals, rounds, writer
+from liberatai_coordinator.store import database, migration, refusals, rounds, tables, writer
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import Manifest, MemberRecord, StepRecord, encode_manifest
 from liberatai_coordinator.store.rows import DeviceRow, RoundRow, StoredUpdate, TrafficRow, VersionRow
@@ -459,7 +460,7 @@ def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     file = sqlite3.connect(tmp_path / "ledger.db")
     file.execute("PRAGMA user_version = 99")
     file.close()
-    with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 2"):
+    with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 3.*ledger-schema"):
         opened(tmp_path)
 
 
@@ -997,7 +998,10 @@ def test_a_migration_that_is_killed_leaves_the_old_ledger(
         file.executescript(Path(__file__).with_name("ledger_schema_1.sql").read_text())
         before = file.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
     file.close()
-    monkeypatch.setattr(migration, "_AFTER", ("SELECT * FROM nowhere",))
+    steps = shutil.copytree(migration.REVISIONS, tmp_path / "steps")
+    broken = steps / "versions" / "s0003_whole.py"
+    broken.write_text(broken.read_text() + '\n    connection.exec_driver_sql("no statement")\n')
+    monkeypatch.setattr(migration, "REVISIONS", steps)
     with pytest.raises(DiskError):
         opened(tmp_path)
     with sqlite3.connect(tmp_path / "ledger.db") as file:
@@ -1006,6 +1010,119 @@ def test_a_migration_that_is_killed_leaves_the_old_ledger(
     file.close()
     monkeypatch.undo()
     opened(tmp_path).close()
+
+
+def shape(path: Path) -> dict[str, object]:
+    """What a database's tables are, as SQLite tells it; how their text was laid out does not count."""
+    with sqlite3.connect(path) as file:
+        names = file.execute(
+            "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_auto%'"
+        ).fetchall()
+        found: dict[str, object] = {}
+        for kind, name in sorted(names):
+            columns, foreign, indexes, strict = (
+                file.execute(query, (name,)).fetchall()
+                for query in (
+                    "SELECT * FROM pragma_table_xinfo(?)",
+                    "SELECT * FROM pragma_foreign_key_list(?)",
+                    'SELECT "unique", origin FROM pragma_index_list(?)',
+                    "SELECT strict FROM pragma_table_list(?)",
+                )
+            )
+            default = [(*column[1:4], str(column[4]).strip("'"), column[5]) for column in columns]
+            found[f"{kind} {name}"] = (default, sorted(foreign), sorted(indexes), strict)
+    file.close()
+    return found
+
+
+OLD = {
+    1: ("ledger_schema_1.sql", ()),
+    2: (
+        "ledger_schema_2.sql",
+        ("DROP TABLE variants", "ALTER TABLE jobs ADD COLUMN run BLOB NOT NULL DEFAULT x''"),
+    ),
+}
+"""Ledgers as released programs have left them, and what some of the same number lacked or had beside it."""
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("version", OLD)
+def test_a_ledger_of_every_schema_becomes_like_a_new_one(tmp_path: Path, version: int, changed: bool) -> None:
+    script, changes = OLD[version]
+    old = tmp_path / "old"
+    old.mkdir()
+    with sqlite3.connect(old / "ledger.db") as file:
+        file.executescript(Path(__file__).with_name(script).read_text())
+        file.execute("INSERT INTO meta VALUES ('epoch', 7)")
+        for statement in changes if changed else ():
+            file.execute(statement)
+    file.close()
+    ledger = opened(old)
+    assert ledger.epoch == 8
+    ledger.close()
+    opened(tmp_path / "new").close()
+    assert shape(old / "ledger.db") == shape(tmp_path / "new" / "ledger.db")
+    copy = old / f"ledger-schema-{version}.db"
+    assert copy.stat().st_mode & 0o077 == 0
+    with sqlite3.connect(copy) as file:  # the way back: what an older program opens
+        assert file.execute("PRAGMA user_version").fetchone() == (version,)
+        assert file.execute("SELECT value FROM meta").fetchone() == (7,)
+    file.close()
+    opened(old).close()
+
+
+def test_the_tables_of_today_are_those_of_the_last_step(tmp_path: Path) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    steps = [step.revision for step in ScriptDirectory(str(migration.REVISIONS)).walk_revisions()]
+    assert steps == [str(number) for number in range(migration.SCHEMA_VERSION, 0, -1)]
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.executescript(Path(__file__).with_name("ledger_schema_1.sql").read_text())
+    file.close()
+    ledger = opened(tmp_path)
+    with ledger.database.read() as connection:
+        context = MigrationContext.configure(connection)
+        assert context.get_current_revision() == str(migration.SCHEMA_VERSION)
+        assert compare_metadata(context, tables.METADATA) == []
+    ledger.close()
+
+
+def test_a_ledger_of_today_is_opened_without_alembic(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    program = (
+        "import sys, pathlib; from liberatai_coordinator.store.ledger import Ledger;"
+        "Ledger.open(pathlib.Path(sys.argv[1])).close();"
+        "sys.exit('alembic' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_manifests_that_were_packed_for_a_while_are_read_by_others_again(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.executescript(Path(__file__).with_name("ledger_schema_2.sql").read_text())
+        version = a_version(0, None)
+        packed = b"\0zlib\0" + zlib.compress(version.manifest)
+        file.execute("INSERT INTO versions VALUES ('digits', 0, ?, NULL, ?, 1.0, 0)", (version.id, packed))
+    file.close()
+    opened(tmp_path).close()
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        assert file.execute("SELECT manifest FROM versions").fetchone() == (version.manifest,)
+    file.close()
+
+
+def test_an_upgrade_without_room_for_a_copy_changes_nothing(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        file.executescript(Path(__file__).with_name("ledger_schema_2.sql").read_text())
+    file.close()
+    with pytest.raises(
+        DiskError, match="no room for a copy of the ledger before its upgrade from schema 2 to"
+    ):
+        Ledger.open(tmp_path, reserve_bytes=2**60)
+    with sqlite3.connect(tmp_path / "ledger.db") as file:
+        assert file.execute("PRAGMA user_version").fetchone() == (2,)
+    file.close()
 
 
 # --- names of ended jobs -----------------------------------------------------------------------------
