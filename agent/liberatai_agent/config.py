@@ -9,7 +9,8 @@ from msgspec import Meta
 from liberatai_core.contract.topics import FLEET_OR_DEVICE
 from liberatai_core.errors import ConfigError, NotFoundError
 from liberatai_core.link.mqtt.settings import broker_address
-from liberatai_core.profile import Profile, parse_profile, shipped_profiles
+from liberatai_core.profile import Profile
+from liberatai_core.profile import load_profile as named
 from liberatai_core.settings import convert, faults, parse_mapping
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -160,23 +161,8 @@ def load_profile(config: AgentConfig) -> Profile | None:
     """
     if config.profile is None:
         return None
-    path = Path(config.profile)
-    if "/" not in config.profile:
-        folder = _profiles_dir(config)
-        path = folder / f"{config.profile}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
-            raise ConfigError("profile", [f'"{config.profile}" is not in {folder} (known: {known})'])
-    try:
-        return parse_profile(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("profile", [f"{path}: cannot be read: {error}"]) from None
-
-
-def _profiles_dir(config: AgentConfig) -> Path:
-    if config.profiles_dir is not None:
-        return Path(config.profiles_dir)
-    return shipped_profiles()
+    folder = None if config.profiles_dir is None else Path(config.profiles_dir)
+    return named(config.profile, "profile", folder)
 
 
 def _across(config: AgentConfig) -> list[str]:

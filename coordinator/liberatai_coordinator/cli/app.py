@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import typer
 
-from liberatai_coordinator.cli import devices, doctor, jobs, models, plan, programs
+from liberatai_coordinator.cli import devices, doctor, jobs, models, plan, profiles, programs
 from liberatai_coordinator.cli.kit import FAILED, complain, group
 from liberatai_core.errors import LiberataiError
 
@@ -25,6 +25,7 @@ app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(plan.app, name="plan")
+app.add_typer(profiles.app, name="profiles")
 app.command(epilog="Example: liberatai serve --config /etc/liberatai/coordinator.yaml")(programs.serve)
 app.command(epilog="Example: liberatai demo --devices 8 --rounds 12 --report demo-report")(programs.demo)
 app.command(epilog="Example: liberatai version")(programs.version)

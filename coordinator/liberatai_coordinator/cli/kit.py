@@ -109,16 +109,9 @@ def budget_of_profile(name: str) -> int:
     Raises:
         ConfigError: no such profile, or a faulty one.
     """
-    from liberatai_core.profile import parse_profile, shipped_profiles
+    from liberatai_core.profile import load_profile
 
-    path = Path(name)
-    if "/" not in name:
-        folder = shipped_profiles()
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(found.stem for found in folder.glob("*.yaml"))) or "none"
-            raise ConfigError("--profile", [f"no profile {name!r} (known: {known})"])
-    storage_bytes = parse_profile(read_text(path), str(path)).storage_bytes
+    storage_bytes = load_profile(name, "--profile").storage_bytes
     return min(storage_bytes, MAX_OBJECT_BYTES)
 
 

@@ -95,7 +95,7 @@ def test_probe_prints_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFix
     data = tmp_path / "d.npz"
     np.savez(data, x=np.zeros((5, 3, 8, 8), np.uint8), y=[0, 1, 2, 1, 0])
     path = tmp_path / "agent.yaml"
-    path.write_text(GOOD + "data: d.npz\nprofile: pi4-4g\n")
+    path.write_text(GOOD + "data: d.npz\nprofile: pi4\n")
     assert main(["probe", "--config", str(path), "-o", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["input_shape"], found["classes"]) == (5, [3, 8, 8], 3)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from liberatai_core.errors import ConfigError
-from liberatai_core.profile import form_of, parse_profile
+from liberatai_core.profile import form_of, is_assumed, numbers, parse_profile, source_of
 
 TEXT = """
 id: raspberry-pi-4
@@ -49,6 +49,9 @@ def test_a_fraction_of_a_kibibyte_is_rounded_down() -> None:
         ("id: raspberry-pi-4", 'id: "pi\\n"', "id: must be text like"),
         ("kind: microsd", "kind: floppy", "storage.kind: must be one of"),
         ("up_mbit: 5, ", "", "net.up_mbit: missing"),
+        ("source: {cores: data sheet}", "source: {core: data sheet}", "source, assumed: core: no number"),
+        ("source: {cores: data sheet}", "assumed: [net.up]", "source, assumed: net.up: no number"),
+        ("down_mbit: 20}", "down_mbit: 20, loss_percent: 100}", "net.loss_percent: must be >= 0 and < 100"),
     ],
 )
 def test_a_wrong_limit_is_refused_and_named(old: str, new: str, fault: str) -> None:
@@ -56,6 +59,16 @@ def test_a_wrong_limit_is_refused_and_named(old: str, new: str, fault: str) -> N
     with pytest.raises(ConfigError) as caught:
         parse_profile(TEXT.replace(old, new), "p.yaml")
     assert any(line.startswith(fault) for line in caught.value.faults)
+
+
+def test_every_number_says_whether_it_was_measured_and_where_it_comes_from() -> None:
+    profile = parse_profile(
+        TEXT.replace("}\nsource", ", assumed: false}\nassumed: [gflops]\nsource"), "p.yaml"
+    )
+    assert dict(numbers(profile))["storage.model_kb"] == 256
+    assert is_assumed(profile, "gflops")
+    assert not is_assumed(profile, "net.up_mbit")
+    assert (source_of(profile, "cores"), source_of(profile, "gflops")) == ("data sheet", "")
 
 
 SHIPPED = sorted((Path(__file__).parents[3] / "device_profiles").glob("*.yaml"))
