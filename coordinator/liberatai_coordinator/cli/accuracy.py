@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from liberatai_coordinator.cli.tables import Column, Output, clean, show
+from liberatai_coordinator.cli.tables import Column, Output, clean, screen_width, show, wrapped
 from liberatai_coordinator.client.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
 
 
@@ -44,7 +44,7 @@ def show_accuracy(job: JobView, output: Output) -> None:
     if not lines:
         return
     print()
-    print("; ".join(_sources(local, central, test)))
+    print(wrapped("; ".join(_sources(local, central, test)), screen_width()))
     show(lines, _columns(local, central, test), output)
 
 

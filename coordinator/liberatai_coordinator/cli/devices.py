@@ -12,11 +12,13 @@ from liberatai_coordinator.cli.tables import (
     Column,
     Output,
     OutputOption,
+    WatchOption,
     ago_text,
     clean,
     count_text,
     rate_text,
     show,
+    show_list,
     show_one,
     size_text,
 )
@@ -30,11 +32,15 @@ app = group("Devices of the fleet: who is there, who is let in.", "liberatai dev
 
 
 @app.command("list", epilog="Example: liberatai devices list -o wide")
-def devices_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
+def devices_list(
+    context: typer.Context, output: OutputOption = Output.TABLE, watch: WatchOption = False
+) -> None:
     """List all devices."""
     with client_of(context) as client:
+        if watch:
+            show_list(client.devices.list, DEVICE_COLUMNS, output, watch=True)
         devices, health = client.devices.list(), client.health()
-    show(devices, _DEVICE_COLUMNS, output)
+    show(devices, DEVICE_COLUMNS, output)
     for refused in (*health.get("faults", []), *health.get("broker_refuses", [])):
         print(f"liberatai: {clean(refused)}", file=sys.stderr)
     if not devices and output is Output.TABLE:
@@ -51,10 +57,7 @@ def devices_show(
     """Show everything that is known of one device."""
     with client_of(context) as client:
         view = client.devices.show(name)
-    if output in (Output.JSON, Output.YAML):
-        show_one(view, output)
-        return
-    if not view.contributions:
+    if not output.is_table or not view.contributions:
         show_one(view, output)
         return
     show_one(
@@ -118,7 +121,7 @@ def _counts(found: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
 
 
-_DEVICE_COLUMNS: list[Column[DeviceView]] = [
+DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("DEVICE", lambda row: row.id),
     Column("STATUS", lambda row: row.status),
     Column("STATE", lambda row: row.state),
@@ -142,7 +145,7 @@ _DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("UPDATES", lambda row: count_text(row.updates), wide=True, right=True),
     Column("VERSION", lambda row: row.agent_version, wide=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
-    Column("REASON", lambda row: row.reason, wide=True),
+    Column("REASON", lambda row: row.reason, wide=True, note=True),
 ]
 _CONTRIBUTION_COLUMNS: list[Column[ContributionView]] = [
     Column("JOB", lambda row: row.job),

@@ -140,5 +140,5 @@ def _check_socket(socket: Path) -> Finding:
 _COLUMNS: list[Column[Finding]] = [
     Column("CHECK", lambda row: row.check),
     Column("STATE", lambda row: row.state),
-    Column("DETAIL", lambda row: row.text),
+    Column("DETAIL", lambda row: row.text, note=True),
 ]

@@ -29,6 +29,7 @@ from liberatai_coordinator.cli.tables import (
     clean,
     count_text,
     dump,
+    duration_text,
     progress,
     share_text,
     show,
@@ -323,7 +324,10 @@ def _report(
 
 
 def _show_fit(report: FitReport, output: Output) -> None:
-    if output in (Output.JSON, Output.YAML):
+    if output is Output.NAME:
+        show([point for point in report.points if point.id], [Column("ID", lambda row: row.id)], output)
+        return
+    if not output.is_table:
         dump(report, output)
         return
     right = (
@@ -354,16 +358,16 @@ def _show_fit(report: FitReport, output: Output) -> None:
 
 
 _POINT_COLUMNS: list[Column[FitPoint]] = [
-    Column("BUDGET", lambda row: f"{row.budget_bytes} B", right=True),
-    Column("FILE", lambda row: f"{row.file_bytes} B", right=True),
+    Column("BUDGET", lambda row: f"{count_text(row.budget_bytes)} B", right=True),
+    Column("FILE", lambda row: f"{count_text(row.file_bytes)} B", right=True),
     Column("RATIO", lambda row: f"{row.ratio:.1f}x", right=True),
     Column("BITS/WEIGHT", lambda row: f"{row.bits_per_weight:.2f}", right=True),
     Column("DIVERGENCE", lambda row: "-" if row.divergence is None else f"{row.divergence:.4f}", right=True),
     Column("AGREEMENT", lambda row: share_text(row.agreement), right=True),
     Column("ACCURACY", lambda row: share_text(row.accuracy), right=True),
     Column("PARETO", lambda row: "yes" if row.pareto else "no"),
-    Column("METHOD", lambda row: row.method),
-    Column("SECONDS", lambda row: f"{row.seconds:.1f}", right=True),
+    Column("METHOD", lambda row: row.method, note=True),
+    Column("TIME", lambda row: duration_text(row.seconds), right=True),
     Column("ID", lambda row: row.id[:12] or "-"),
     Column("STRUCTURE", lambda row: row.structure, wide=True),
 ]

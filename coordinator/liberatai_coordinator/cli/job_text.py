@@ -48,7 +48,7 @@ ROUND_COLUMNS: list[Column[RoundView]] = [
     Column("UP", lambda row: size_text(row.up_bytes) if measured(row) else "", right=True),
     Column("DOWN", lambda row: size_text(row.down_bytes) if measured(row) else "", right=True),
     Column("ACCURACY", lambda row: percent(of_round(row)), right=True),
-    Column("REASON", lambda row: row.reason),
+    Column("REASON", lambda row: row.reason, note=True),
     Column(
         "TRAIN MAX",
         lambda row: duration_text(row.train_seconds_max) if measured(row) else "",
@@ -58,8 +58,8 @@ ROUND_COLUMNS: list[Column[RoundView]] = [
     Column(
         "TEACH", lambda row: duration_text(row.teach_seconds) if measured(row) else "", wide=True, right=True
     ),
-    Column("GUARD", lambda row: row.guard, wide=True),
-    Column("MERGED BY", lambda row: row.merged, wide=True),
+    Column("GUARD", lambda row: row.guard, wide=True, note=True),
+    Column("MERGED BY", lambda row: row.merged, wide=True, note=True),
 ]
 STRUCTURE_COLUMNS: list[Column[StructureView]] = [
     Column("STRUCTURE", lambda row: row.id),

@@ -12,10 +12,14 @@ from liberatai_coordinator.cli.tables import (
     Column,
     Output,
     OutputOption,
+    WatchOption,
     on_screen,
+    screen_width,
     show,
+    show_list,
     show_one,
     when_text,
+    wrapped,
 )
 from liberatai_coordinator.cli.watch import watch_lines, watch_screen
 from liberatai_coordinator.client.views import JobSummary, JobView
@@ -37,15 +41,17 @@ def jobs_create(
     with client_of(context) as client:
         job = client.jobs.create(text, file.absolute().parent)
     _show_job(job, output)
-    if output in (Output.TABLE, Output.WIDE):
+    if output.is_table:
         print(f"follow it: liberatai jobs watch {job.name}")
 
 
 @app.command("list", epilog="Example: liberatai jobs list -o json")
-def jobs_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
+def jobs_list(
+    context: typer.Context, output: OutputOption = Output.TABLE, watch: WatchOption = False
+) -> None:
     """List all jobs, oldest first."""
     with client_of(context) as client:
-        show(client.jobs.list(), _JOB_COLUMNS, output)
+        show_list(client.jobs.list, JOB_COLUMNS, output, watch=watch)
 
 
 @app.command("show", epilog="Example: liberatai jobs show digits")
@@ -98,13 +104,14 @@ def jobs_delete(context: typer.Context, name: JobArgument) -> None:
 
 
 def _show_job(job: JobView, output: Output) -> None:
-    if output in (Output.JSON, Output.YAML):
+    if not output.is_table:
         show_one(job, output)
         return
-    print(job_line(job))
-    print(bytes_line(job))
+    width = screen_width()
+    print(wrapped(job_line(job), width))
+    print(wrapped(bytes_line(job), width))
     for line in explained(job):
-        print(line)
+        print(wrapped(line, width))
     if job.structures:
         print()
         show(job.structures, STRUCTURE_COLUMNS, output)
@@ -114,12 +121,12 @@ def _show_job(job: JobView, output: Output) -> None:
         show(job.rounds, ROUND_COLUMNS, output)
 
 
-_JOB_COLUMNS: list[Column[JobSummary]] = [
+JOB_COLUMNS: list[Column[JobSummary]] = [
     Column("JOB", lambda row: row.name),
     Column("STATE", lambda row: row.state),
     Column("ROUNDS", lambda row: f"{row.rounds_done}/{row.rounds_total}", right=True),
     Column("VERSION", lambda row: str(row.version), right=True),
     Column("CREATED", lambda row: when_text(row.created_s)),
-    Column("REASON", lambda row: row.reason),
+    Column("REASON", lambda row: row.reason, note=True),
     Column("SHARE", lambda row: f"{row.share:g}", wide=True, right=True),
 ]

@@ -16,9 +16,10 @@ from liberatai_coordinator.cli.tables import (
     Column,
     Output,
     OutputOption,
+    WatchOption,
     count_text,
     progress,
-    show,
+    show_list,
     size_text,
     when_text,
 )
@@ -42,20 +43,24 @@ app = group("The model repository: versions, and variants for small storage.", "
 
 
 @app.command("list", epilog="Example: liberatai models list")
-def models_list(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
+def models_list(
+    context: typer.Context, output: OutputOption = Output.TABLE, watch: WatchOption = False
+) -> None:
     """List the newest version of every model."""
     with client_of(context) as client:
-        show(client.models.list(), _VERSION_COLUMNS, output)
+        show_list(client.models.list, _VERSION_COLUMNS, output, watch=watch)
 
 
 app.command("show", epilog="Example: liberatai models show digits --version 3")(show_version)
 
 
 @app.command("log", epilog="Example: liberatai models log digits -o wide")
-def models_log(context: typer.Context, name: Model, output: OutputOption = Output.TABLE) -> None:
+def models_log(
+    context: typer.Context, name: Model, output: OutputOption = Output.TABLE, watch: WatchOption = False
+) -> None:
     """List all versions of a model, newest first."""
     with client_of(context) as client:
-        show(client.models.log(name), _VERSION_COLUMNS, output)
+        show_list(lambda: client.models.log(name), _VERSION_COLUMNS, output, watch=watch)
 
 
 app.command(
@@ -154,5 +159,5 @@ _VERSION_COLUMNS: list[Column[VersionView]] = [
     Column("CREATED", lambda row: when_text(row.created_s)),
     Column("TAGS", lambda row: ", ".join(row.tags)),
     Column("PARENT", lambda row: (row.parent or "-")[:12], wide=True),
-    Column("GUARD", lambda row: row.guard, wide=True),
+    Column("GUARD", lambda row: row.guard, wide=True, note=True),
 ]

@@ -40,17 +40,17 @@ def plan_show(
 
 
 def _show_plan(plan: PlanView, output: Output) -> None:
-    if output in (Output.JSON, Output.YAML):
+    if not output.is_table:
         show_one(plan, output)
         return
     print(f"plan of {plan.job}{' (dry run: nothing is assigned)' if plan.dry_run else ''}")
     print()
-    show(plan.assignments, _ASSIGNMENT_COLUMNS, output)
+    show(plan.assignments, ASSIGNMENT_COLUMNS, output)
     print()
     show(plan.structures, STRUCTURE_COLUMNS, output)
 
 
-_ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
+ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
     Column("DEVICE", lambda row: row.device),
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
@@ -58,5 +58,5 @@ _ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
     Column("VARIANT", lambda row: size_text(row.variant_bytes), right=True),
     Column("BUDGET", lambda row: size_text(row.budget_bytes), right=True),
     Column("DENSITY", lambda row: f"{row.density:.2%}", right=True),
-    Column("WHY", lambda row: "; ".join(part for part in (row.why, row.link) if part)),
+    Column("WHY", lambda row: "; ".join(part for part in (row.why, row.link) if part), note=True),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.kit import Model, Version, budget_of, budget_of_profile, client_of
-from liberatai_coordinator.cli.tables import Output, OutputOption, clean, dump, progress
+from liberatai_coordinator.cli.tables import Output, OutputOption, clean, dump, progress, show_one
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import VariantDetail, VariantView
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
@@ -45,7 +45,10 @@ def pull(
             detail = client.variants.show(name, _best(client, name, version, room, structure).id)
         file = client.variants.file(detail.variant)
     _write_checked(detail, file, out)
-    if output in (Output.JSON, Output.YAML):
+    if output is Output.NAME:
+        show_one(detail.variant, output)
+        return
+    if not output.is_table:
         dump(detail, output)
         return
     print(f"{out}: {_variant_line(detail.variant)}")

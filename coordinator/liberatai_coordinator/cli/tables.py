@@ -1,8 +1,15 @@
-"""How the commands of `liberatai` write lists, records, sizes and times."""
+"""How the commands of `liberatai` write lists and records: the one place where tables are made.
+
+A list fits the screen: what is empty is left out first, then columns from the right; a remark that does not
+fit beside its row stands below it; where even the first columns do not fit, a row takes two lines. Names are
+never cut. `-o wide` shows every column in one line, however long. In a pipe nothing is left out either.
+"""
 
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +20,44 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 import msgspec
 import typer
 
+from liberatai_core.errors import LinkError
+from liberatai_core.units import (
+    ago_text,
+    count_text,
+    duration_text,
+    field_text,
+    rate_text,
+    share_text,
+    size_text,
+    when_text,
+)
+
+__all__ = [
+    "Column",
+    "Output",
+    "OutputOption",
+    "WatchOption",
+    "ago_text",
+    "clean",
+    "count_text",
+    "dump",
+    "duration_text",
+    "on_screen",
+    "patiently",
+    "progress",
+    "rate_text",
+    "redraw",
+    "rendered",
+    "screen_width",
+    "share_text",
+    "show",
+    "show_list",
+    "show_one",
+    "size_text",
+    "when_text",
+    "wrapped",
+]
+
 
 class Output(StrEnum):
     """How a result is written."""
@@ -21,77 +66,44 @@ class Output(StrEnum):
     WIDE = "wide"
     JSON = "json"
     YAML = "yaml"
+    NAME = "name"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is for people."""
+        return self in (Output.TABLE, Output.WIDE)
 
 
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, wide, json or yaml.")]
-
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, wide, json, yaml or name.")]
+WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Go on: show what changes, until Ctrl-C.")]
 
 Row = TypeVar("Row")
 
-MAX_DRAWN: Final = 200
-"""Rows that are drawn as a table on a screen: rich takes a second for each thousand of them."""
+LEAST: Final = 4
+"""Columns that a row keeps: where they do not fit into one line, it takes two."""
+GAP: Final = "  "
+INDENT: Final = "    "
+WATCH_S: Final = 2.0
+"""Between two looks of `--watch`."""
+PATIENCE_S: Final = 600.0
+"""How long a coordinator that went away is waited for: longer than any restart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[Row]):
-    """One column of a list; a wide one is left out of narrow tables."""
+    """One column of a list. The first one of a list is its name.
+
+    Attributes:
+        wide: only `-o wide` has it.
+        right: numbers stand at the right.
+        note: a sentence: where it does not fit, it stands below its row.
+    """
 
     title: str
     text: Callable[[Row], str]
     wide: bool = False
     right: bool = False
-
-
-def size_text(size_bytes: float) -> str:
-    """Return bytes in the unit that people read."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024 or unit == "GiB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    raise AssertionError
-
-
-def rate_text(bits_s: float | None) -> str:
-    """Return the speed of a link; "-" if nobody knows it."""
-    if bits_s is None:
-        return "-"
-    return f"{bits_s / 1e6:.1f} Mbit/s" if bits_s >= 1e6 else f"{bits_s / 1e3:.1f} kbit/s"
-
-
-def when_text(seconds: float) -> str:
-    """Return a Unix time as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def share_text(share: float | None) -> str:
-    """Return a share in per cent; "-" if nobody measured it."""
-    return "-" if share is None else f"{share:.2%}"
-
-
-def count_text(number: int) -> str:
-    """Return a number in groups of three digits."""
-    return f"{number:,}"
-
-
-def duration_text(seconds: float) -> str:
-    """Return how long something took."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def ago_text(seen_s: float) -> str:
-    """Return how long ago a Unix time was; "never" for 0."""
-    if not seen_s:
-        return "never"
-    seconds = max(0.0, time.time() - seen_s)
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    note: bool = False
 
 
 def clean(text: str) -> str:
@@ -106,6 +118,11 @@ def on_screen() -> bool:
     return sys.stdout.isatty()
 
 
+def screen_width() -> int | None:
+    """Return the number of columns of the screen; None: no screen, nothing needs to be left out."""
+    return shutil.get_terminal_size().columns if on_screen() else None
+
+
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Show that something is going on, on a screen only."""
@@ -118,80 +135,227 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> None:
+    """Write a list; `-o name` writes its first column, one name a line."""
+    for line in shown(rows, columns, output):
+        print(line)
+
+
+def shown(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> list[str]:
+    """Return a list as lines, in the form that was asked for."""
+    if output is Output.NAME:
+        return [clean(columns[0].text(row)) for row in rows]
+    if not output.is_table:
+        return [_encoded(rows, output)]
+    return rendered(rows, columns, wide=output is Output.WIDE, width=screen_width())
+
+
+def rendered(
+    rows: Sequence[Row], columns: Sequence[Column[Row]], *, wide: bool = False, width: int | None = None
+) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+        rows: of the list.
+        columns: the first one is the name, which is never cut.
+        wide: every column, in one line, however long.
+        width: of the screen, in characters; None: as long as it gets.
+    """
+    if wide:
+        return _lines([_Cells.of(rows, column) for column in columns])
+    cells = [_Cells.of(rows, column) for column in columns if not column.wide]
+    if width is None or _width(cells) <= width:
+        return _lines(cells)
+    name, *others = [one for one in cells if one.said or one is cells[0]]
+    notes = [one for one in others if one.column.note]
+    if not notes or _width([name, *others]) <= width:
+        return _fitted(name, others, width)
+    return _with_notes(_fitted(name, [one for one in others if one not in notes], width), notes, width)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """One column of a table, written: its title, then a cell per row."""
+
+    column: Column[Any]
+    texts: tuple[str, ...]
+    width: int
+    said: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], column: Column[Any]) -> "_Cells":
+        texts = [clean(column.text(row)) or "-" for row in rows]
+        return cls(
+            column=column,
+            texts=(column.title, *texts),
+            width=max(map(len, (column.title, *texts))),
+            said=any(text != "-" for text in texts) or not rows,
+        )
+
+    def placed(self) -> list[str]:
+        """Return the cells, each as wide as the column."""
+        right = self.column.right
+        return [text.rjust(self.width) if right else text.ljust(self.width) for text in self.texts]
+
+
+def _width(cells: Sequence[_Cells]) -> int:
+    return sum(one.width for one in cells) + len(GAP) * (len(cells) - 1)
+
+
+def _lines(cells: Sequence[_Cells]) -> list[str]:
+    return [GAP.join(line).rstrip() for line in zip(*(one.placed() for one in cells), strict=True)]
+
+
+def _fitted(name: _Cells, others: Sequence[_Cells], width: int) -> list[str]:
+    """Return lines that fit; columns are left out from the right, or a row takes two lines."""
+    for count in range(len(others), min(LEAST - 1, len(others)) - 1, -1):
+        if _width([name, *others[:count]]) <= width:
+            return _lines([name, *others[:count]])
+    room = width - len(GAP)
+    count = max([n for n in range(1, len(others) + 1) if _width(others[:n]) <= room], default=1)
+    second = _lines(others[:count])
+    return [f"{first}\n{GAP}{rest}" for first, rest in zip(name.texts, second, strict=True)]
+
+
+def _with_notes(lines: Sequence[str], notes: Sequence[_Cells], width: int) -> list[str]:
+    """Return lines with what is remarked on a row below it."""
+    found = [lines[0]]
+    for place, line in enumerate(lines[1:], 1):
+        told = [one.texts[place] for one in notes if one.texts[place] != "-"]
+        found.append("\n".join([line, *(wrapped(text, width, INDENT) for text in told)]))
+    return found
+
+
+def wrapped(text: str, width: int | None, indent: str = "") -> str:
+    """Return a sentence in lines of the screen's width; long words, such as names, are never cut."""
+    if width is None:
+        return indent + text
+    return textwrap.fill(
+        text,
+        max(20, width),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+# --- records and other forms ----------------------------------------------------------------------
+
+
 def show_one(view: Any, output: Output) -> None:
-    """Write all fields of one record."""
-    if output in (Output.JSON, Output.YAML):
+    """Write all fields of one record; `-o name` writes its name."""
+    fields = msgspec.to_builtins(view)
+    if output is Output.NAME:
+        print(clean(str(fields.get("name") or fields.get("id") or next(iter(fields.values()), ""))))
+        return
+    if not output.is_table:
         dump(view, output)
         return
-    fields = msgspec.to_builtins(view).items()
-    width = max(len(name) for name, _ in fields)
-    for name, value in fields:
-        print(f"{name:<{width}}  {_field(name, value, width)}")
+    width = max(map(len, fields), default=0)
+    screen = None if output is Output.WIDE else screen_width()
+    for name, value in fields.items():
+        text = _field(name, value, width)
+        if screen is not None and "\n" not in text and width + 2 + len(text) > screen:
+            text = wrapped(text, screen, " " * (width + 2)).lstrip()
+        print(f"{name:<{width}}  {text}")
 
 
 def _field(name: str, value: Any, width: int) -> str:
     if isinstance(value, dict):
-        lines = [f"{key}: {_field(name, inner, 0)}" for key, inner in value.items()]
+        lines = [f"{key}: {_field(key, inner, 0)}" for key, inner in value.items()]
         return ("\n" + " " * (width + 2)).join(lines) or "-"
     if isinstance(value, list | tuple):
-        return ", ".join(str(inner) for inner in value) or "-"
-    if name.endswith("_bits_s"):
-        return rate_text(value)
-    if name.endswith("_s") and isinstance(value, int | float):
-        return when_text(value) if value else "never"
-    if name.rsplit("_", maxsplit=1)[-1] == "bytes" and isinstance(value, int):
-        return f"{value} ({size_text(value)})"
-    return "-" if value is None or value == "" else clean(str(value))
-
-
-def show(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> None:
-    """Write a list."""
-    if output in (Output.JSON, Output.YAML):
-        dump(rows, output)
-        return
-    shown = list(columns) if output is Output.WIDE else plain(columns)
-    if on_screen() and len(rows) <= MAX_DRAWN:
-        from rich.console import Console
-
-        Console().print(rich_table(rows, shown))
-        return
-    print("\n".join(_lines(rows, shown)))
-
-
-def _lines(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> Iterator[str]:
-    """Yield the lines of a list in plain columns."""
-    places = []
-    for column in columns:
-        cells = [column.title, *(clean(column.text(row)) or "-" for row in rows)]
-        width = max(map(len, cells))
-        places.append([cell.rjust(width) if column.right else cell.ljust(width) for cell in cells])
-    for line in zip(*places, strict=True):
-        yield "  ".join(line).rstrip()
-
-
-def plain(columns: Sequence[Column[Row]]) -> list[Column[Row]]:
-    """Return the columns of a narrow table."""
-    return [column for column in columns if not column.wide]
-
-
-def rich_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> Any:
-    """Return a list as rich draws it."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
-    for row in rows:
-        # Text, not str: a name in square brackets is no markup
-        table.add_row(*(Text(clean(column.text(row)) or "-") for column in columns))
-    return table
+        return ", ".join(clean(str(inner)) for inner in value) or "-"
+    return clean(field_text(name, value))
 
 
 def dump(value: Any, output: Output) -> None:
     """Write a value for programs."""
+    print(_encoded(value, output))
+
+
+def _encoded(value: Any, output: Output) -> str:
     if output is Output.YAML:
-        print(msgspec.yaml.encode(value).decode(), end="")
+        return msgspec.yaml.encode(value).decode().rstrip("\n")
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
+# --- following ------------------------------------------------------------------------------------
+
+
+def show_list(
+    look: Callable[[], Sequence[Row]], columns: Sequence[Column[Row]], output: Output, *, watch: bool
+) -> None:
+    """Write a list; with `watch` again whenever it changes.
+
+    Args:
+        look: asks for the list.
+        columns: the first one is the name.
+        output: how to write it.
+        watch: go on until Ctrl-C.
+    """
+    if not watch:
+        show(look(), columns, output)
         return
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    for lines in patiently(lambda: shown(look(), columns, output), every_s=WATCH_S):
+        redraw(lines)
+
+
+Found = TypeVar("Found")
+
+
+def patiently(look: Callable[[], Found], *, every_s: float) -> Iterator[Found]:
+    """Yield what is seen, again and again; a coordinator that restarts is waited for.
+
+    Args:
+        look: asks the coordinator.
+        every_s: seconds between two looks.
+
+    Raises:
+        LinkError: nobody answered the first question, or for `PATIENCE_S`.
+    """
+    heard_s: float | None = None
+    silent = False
+    while True:
+        try:
+            found = look()
+        except LinkError as error:
+            if heard_s is None or time.monotonic() - heard_s > PATIENCE_S:
+                raise
+            if not silent:
+                print(f"liberatai: {error.code}: {error}; waiting for it", file=sys.stderr, flush=True)
+            silent = True
+        else:
+            heard_s, silent = time.monotonic(), False
+            yield found
+        time.sleep(every_s)
+
+
+class _Drawn:
+    """What `redraw` wrote last, and how many lines of the screen that took."""
+
+    lines: Sequence[str] | None = None
+    taken = 0
+
+
+def redraw(lines: Sequence[str]) -> None:
+    """Write lines if they are not those of the last call; on a screen they take the place of those."""
+    if lines == _Drawn.lines:
+        return
+    _Drawn.lines = list(lines)
+    if on_screen():
+        size = shutil.get_terminal_size()
+        rows = [part for line in lines for part in line.split("\n")]
+        fitting = rows[: max(1, size.lines - 2)]
+        if len(fitting) < len(rows):
+            fitting[-1] = f"… {len(rows) - len(fitting) + 1} lines more"
+        if _Drawn.taken:
+            sys.stdout.write(f"\x1b[{_Drawn.taken}A\r\x1b[J")
+        _Drawn.taken = sum(max(1, -(-len(row) // size.columns)) for row in fitting)
+        lines = fitting
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

@@ -77,7 +77,10 @@ def show_version(
         ensemble = client.models.ensemble(name, str(view.version))
         sizes = tuple(client.models.sizes(name, str(view.version), one) for one in sorted(view.digests))
         variants = tuple(client.variants.list(name, str(view.version)))
-    if output in (Output.JSON, Output.YAML):
+    if output is Output.NAME:
+        show_one({"name": f"{view.model} {view.version}"}, output)
+        return
+    if not output.is_table:
         fields = {field: getattr(view, field) for field in view.__struct_fields__}
         dump(VersionDetail(**fields, weights=ensemble, sizes=sizes, variants=variants), output)
         _draw(ensemble, view, heat_map)
@@ -139,7 +142,10 @@ def _weight_column(title: str, place: int) -> Column[_Weights]:
 
 
 def _show_variant(detail: VariantDetail, output: Output, *, whole: bool) -> None:
-    if output in (Output.JSON, Output.YAML):
+    if output is Output.NAME:
+        show_one(detail.variant, output)
+        return
+    if not output.is_table:
         dump(detail, output)
         return
     show_one(detail.variant, output)
@@ -203,7 +209,7 @@ _PART_COLUMNS: list[Column[_Part]] = [
     Column("SHAPE", lambda row: row.shape),
     Column("WEIGHTS", lambda row: _optional(row, lambda one: count_text(one.weights)), right=True),
     Column("KIND", lambda row: row.kind),
-    Column("BYTES", lambda row: str(row.size_bytes), right=True),
+    Column("BYTES", lambda row: count_text(row.size_bytes), right=True),
     Column(
         "BITS/WEIGHT",
         lambda row: _optional(row, lambda one: f"{8 * one.size_bytes / one.weights:.2f}"),
@@ -221,13 +227,13 @@ _SPREAD_COLUMNS: list[Column[_Weights]] = [
 _VARIANT_COLUMNS: list[Column[VariantView]] = [
     Column("VARIANT", lambda row: row.id[:12]),
     Column("STRUCTURE", lambda row: row.structure),
-    Column("FILE", lambda row: f"{row.bytes} B", right=True),
-    Column("BUDGET", lambda row: f"{row.budget_bytes} B", right=True),
+    Column("FILE", lambda row: f"{count_text(row.bytes)} B", right=True),
+    Column("BUDGET", lambda row: f"{count_text(row.budget_bytes)} B", right=True),
     Column("BITS/WEIGHT", lambda row: f"{8 * row.bytes / row.parameters:.2f}", right=True),
     Column("DIVERGENCE", lambda row: "-" if row.divergence is None else f"{row.divergence:.4f}", right=True),
     Column("AGREEMENT", lambda row: share_text(row.agreement), right=True),
     Column("ACCURACY", lambda row: share_text(row.accuracy), right=True),
-    Column("METHOD", lambda row: row.method),
+    Column("METHOD", lambda row: row.method, note=True),
     Column("FROM", lambda row: row.parent_structure, wide=True),
-    Column("WHY", lambda row: row.why, wide=True),
+    Column("WHY", lambda row: row.why, wide=True, note=True),
 ]

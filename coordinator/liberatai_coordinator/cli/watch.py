@@ -1,12 +1,11 @@
-"""`liberatai jobs watch`: a job as it goes on."""
+"""`liberatai jobs watch`: a job as it goes on, over restarts of the coordinator too."""
 
-# ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
-
-import time
+import shutil
+from collections.abc import Iterator
 from typing import Final
 
 from liberatai_coordinator.cli.job_text import ROUND_COLUMNS, job_line, round_line
-from liberatai_coordinator.cli.tables import plain, rich_table
+from liberatai_coordinator.cli.tables import patiently, redraw, rendered, wrapped
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import JobView
 
@@ -17,8 +16,7 @@ def watch_lines(client: Client, name: str, interval_s: float) -> JobView:
     """Print one line per change of state; the numbers of an open round are left to the screen."""
     said: dict[int, str] = {}
     said_job: tuple[str, str] | None = None
-    while True:
-        job = client.jobs.show(name)
+    for job in _looks(client, name, interval_s):
         for view in job.rounds:
             if said.get(view.round) != view.state:
                 said[view.round] = view.state
@@ -28,20 +26,20 @@ def watch_lines(client: Client, name: str, interval_s: float) -> JobView:
             print(job_line(job), flush=True)
         if job.state in ENDED:
             return job
-        time.sleep(interval_s)
+    raise AssertionError
 
 
 def watch_screen(client: Client, name: str, interval_s: float) -> JobView:
     """Draw the newest rounds until the job ends."""
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
+    for job in _looks(client, name, interval_s):
+        size = shutil.get_terminal_size()
+        rows = job.rounds[-max(3, size.lines - 6) :]
+        lines = [wrapped(job_line(job), size.columns)]
+        redraw([*lines, *rendered(rows, ROUND_COLUMNS, width=size.columns)] if rows else lines)
+        if job.state in ENDED:
+            return job
+    raise AssertionError
 
-    with Live(refresh_per_second=4) as live:
-        while True:
-            job = client.jobs.show(name)
-            rows = job.rounds[-max(3, live.console.height - 6) :]
-            live.update(Group(Text(job_line(job)), rich_table(rows, plain(ROUND_COLUMNS))), refresh=True)
-            if job.state in ENDED:
-                return job
-            time.sleep(interval_s)
+
+def _looks(client: Client, name: str, interval_s: float) -> Iterator[JobView]:
+    return patiently(lambda: client.jobs.show(name), every_s=interval_s)
