@@ -7,13 +7,13 @@ offers each have one owner; jobs run by themselves (`jobs.queue`).
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Device, Fleet, Status
 from liberatai_coordinator.intake.fencing import Fencing
@@ -81,7 +81,7 @@ class Service:
     fencing: Fencing = field(init=False)
     connected: str = ""
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
-    started_s: float = field(default_factory=time.time)
+    started_s: float = field(default_factory=clock.wall)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _said_refusals: set[tuple[str, str]] = field(default_factory=set)
     _behind: asyncio.Event = field(default_factory=asyncio.Event)
@@ -169,7 +169,7 @@ class Service:
             await self._stop(presence)
 
     async def _listen(self) -> None:
-        breath_s = time.monotonic()
+        breath_s = clock.monotonic()
         async for event in self.link.events():
             match event:
                 case Received():
@@ -189,9 +189,9 @@ class Service:
                     self.link.urgent(any(job.open_round is not None for job in self.runners.values()))
                 case Refused():
                     self._broker_refused(event)
-            if time.monotonic() - breath_s > BREATH_S:
+            if clock.monotonic() - breath_s > BREATH_S:
                 await asyncio.sleep(0)
-                breath_s = time.monotonic()
+                breath_s = clock.monotonic()
 
     def _broker_refused(self, event: Refused) -> None:
         """Say once in words what the broker does not do; cut blobs smaller if they are too long for it."""
@@ -236,7 +236,7 @@ class Service:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_S)
-            self.updates.uploads.expire(time.monotonic())
+            self.updates.uploads.expire(clock.monotonic())
 
     # --- what comes in -------------------------------------------------------------------------
 

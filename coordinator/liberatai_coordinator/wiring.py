@@ -56,20 +56,23 @@ def mqtt_link(config: CoordinatorConfig, will: Will) -> Link:
 
 
 @contextmanager
-def build(config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, jumps: int = 0) -> Iterator[Service]:
+def build(
+    config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, jumps: int = 0, threaded: bool = True
+) -> Iterator[Service]:
     """Put a coordinator together; its ledger is closed at the end.
 
     Args:
         config: settings.
         make_link: makes its link.
         jumps: see `Fencing`.
+        threaded: see `Ledger.open`.
 
     Raises:
         LockedError: another coordinator uses the state folder.
         ConfigError, DiskError: a file is missing, unreadable or wrong.
     """
     folder = Path(config.state_dir)
-    ledger = Ledger.open(folder)
+    ledger = Ledger.open(folder, threaded=threaded)
     try:
         signer = Signer.from_seed(load_key(folder / "coordinator.key"), config.fleet)
         topics = Topics(fleet=config.fleet)

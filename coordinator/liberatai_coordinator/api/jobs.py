@@ -2,13 +2,13 @@
 
 import asyncio
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.api import present
 from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import EndedRounds
@@ -37,7 +37,7 @@ class JobOperations:
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(materials.check, job, Path(base_dir))
         ledger.jobs.create(
-            job.name, msgspec.json.encode(job), base_dir, time.time(), {RUN: os.urandom(RUN_BYTES)}
+            job.name, msgspec.json.encode(job), base_dir, clock.wall(), {RUN: os.urandom(RUN_BYTES)}
         )
         self.service.jobs.start(ledger.jobs.get(job.name))
         return await self.show(job.name)

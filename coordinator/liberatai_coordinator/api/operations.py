@@ -3,10 +3,10 @@
 Unknown names raise NotFoundError; settings with faults raise ConfigError.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any, Self
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.api.devices import DeviceOperations
 from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.models import ModelOperations
@@ -54,5 +54,5 @@ class Operations:
             "protocol": service.connected,
             "broker_refuses": list(service.broker_refuses.values()),
             "devices_online": service.fleet.ready_count,
-            "uptime_s": time.time() - service.started_s,
+            "uptime_s": clock.wall() - service.started_s,
         }

@@ -7,7 +7,6 @@ devices or jobs: what changed is told to the jobs together, a moment later.
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
@@ -98,10 +98,10 @@ class Presence:
 
     async def run(self) -> None:
         """Notice silence, and save what devices' sockets carried now and then, until cancelled."""
-        saved_s = time.monotonic()
+        saved_s = clock.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
-            now_s = time.monotonic()
+            now_s = clock.monotonic()
             silent = self.fleet.expire(now_s)
             if silent:
                 self._note_changed(*silent)
@@ -124,9 +124,9 @@ class Presence:
         Raises:
             LiberataiError: refused; see `Fleet.hear`.
         """
-        now_s = time.monotonic()
+        now_s = clock.monotonic()
         try:
-            heard = self.fleet.hear(message, key, now_s, wall_s=time.time(), retained=retained)
+            heard = self.fleet.hear(message, key, now_s, wall_s=clock.wall(), retained=retained)
         except ReplayError:
             if not retained:
                 await self._answer_replay(message, now_s)
@@ -146,17 +146,17 @@ class Presence:
 
     def note_alive(self, device: str) -> None:
         """Take an update, an offer or a part of an upload as a sign of life."""
-        if device in self.fleet.devices and self.fleet.note_alive(device, time.monotonic(), time.time()):
+        if device in self.fleet.devices and self.fleet.note_alive(device, clock.monotonic(), clock.wall()):
             self._note_changed(self.fleet.devices[device])
 
     def set_connected(self, connected: bool) -> None:
         """Note that the broker is there, or went away."""
         before = self.fleet.connected
-        self.fleet.set_connected(connected, time.monotonic())
+        self.fleet.set_connected(connected, clock.monotonic())
         if before == connected:
             return
         if connected:
-            self.jobs.connected_again(time.monotonic())
+            self.jobs.connected_again(clock.monotonic())
         # After a restart nobody has said anything yet: who does not in a while is away.
         quiet = [device for device in self.fleet.devices.values() if device.said == "unknown"]
         self._note_changed(*(quiet if connected else []))
@@ -204,7 +204,7 @@ class Presence:
         changed, self._changed = self._changed, {}
         # As they are now: what was changed twice is told once.
         known = [self.fleet.devices[name] for name in changed if name in self.fleet.devices]
-        self.jobs.devices_changed(known, time.monotonic())
+        self.jobs.devices_changed(known, clock.monotonic())
 
     async def _forget(self) -> None:
         names, self.fleet.forgotten = self.fleet.forgotten, []
@@ -239,7 +239,7 @@ def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
         capability=_capability(row),
         session=row.session,
         last_seen_s=row.last_seen_s,
-        alive_s=time.monotonic(),
+        alive_s=clock.monotonic(),
         reason=row.reason,
         traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
         updates=updates,

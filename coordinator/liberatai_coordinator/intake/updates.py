@@ -12,11 +12,11 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.intake.frames import Frame, Opened
@@ -188,7 +188,7 @@ class Updates:
             samples=update.samples,
             sha256=hashlib.sha256(frame).digest(),
             frame=frame,
-            received_s=time.time(),
+            received_s=clock.wall(),
             path=runner.tasks.path_after(update.device),
         )
         try:
@@ -248,7 +248,7 @@ class Updates:
                     code = DuplicateError.code if stored else RoundUnknownError.code
                     await self._receipt(offer.device, offer.update_id, accepted=stored, code=code)
                 else:
-                    await self._credit(self.uploads.offer(offer, time.monotonic()))
+                    await self._credit(self.uploads.offer(offer, clock.monotonic()))
         except LiberataiError as error:
             self.refused(offer.device, error)
             log.info("offer of %s refused: %s %s", offer.device, error.code, error)
@@ -262,7 +262,7 @@ class Updates:
         """
         place = frame.place
         found = self.uploads.chunk(
-            place.owner, place.transfer or "", place.part or 0, frame.payload, time.monotonic()
+            place.owner, place.transfer or "", place.part or 0, frame.payload, clock.monotonic()
         )
         if isinstance(found, bytes):
             self.again(replace(frame, place=replace(place, part=None), payload=found))

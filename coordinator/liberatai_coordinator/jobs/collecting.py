@@ -1,12 +1,12 @@
 """The open round of a job: does what `round` decides, and answers devices that lack what they go on from."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.jobs.tasks import Tasks
 from liberatai_coordinator.models.updates import Kept
 from liberatai_coordinator.rounds import round as deciding
@@ -59,7 +59,7 @@ class Collecting:
             event = deciding.UpdateStored(device=device, update_id=update_id, outcome="stored")
             self._note(opened.handle(event))
         # Devices that were gone before are heard of by the fleet; what nobody can answer ends at once.
-        self._note(opened.handle(deciding.Tick(now_s=time.monotonic())))
+        self._note(opened.handle(deciding.Tick(now_s=clock.monotonic())))
         self.resumed.set()
 
     async def ended(
@@ -77,7 +77,7 @@ class Collecting:
             try:
                 await asyncio.wait_for(self._ended.wait(), TICK_S)
             except TimeoutError:
-                self._note(now.handle(deciding.Tick(now_s=time.monotonic())))
+                self._note(now.handle(deciding.Tick(now_s=clock.monotonic())))
         if self._end is None:
             raise DataError("a round ended without a decision")
         return self._end

@@ -1,13 +1,13 @@
 """How a closed round becomes a version: once, whatever crashed in between."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs import judging
@@ -146,7 +146,7 @@ class Merging:
             judged = msgspec.structs.replace(
                 told,
                 **{name: getattr(judged, name) for name in JUDGED},
-                seconds=0.0 if started is None else time.monotonic() - started,
+                seconds=0.0 if started is None else clock.monotonic() - started,
             )
         # If the disk refuses, the round is counted from the same counters again.
         known = msgspec.msgpack.encode({**self.counters, **counters})

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.roster import Roster
@@ -84,7 +84,7 @@ class Opening:
             round=number,
             epoch=self.ledger.epoch,
             state="open",
-            opened_s=time.time(),
+            opened_s=clock.wall(),
             invited=msgspec.msgpack.encode(invitations),
         )
         self.ledger.rounds.open(row)
@@ -111,7 +111,7 @@ class Opening:
                 share=self.job.share,
                 hold_s=rounds.deadline_s,
             )
-            granted = self.sharing.ask(claim, time.monotonic())
+            granted = self.sharing.ask(claim, clock.monotonic())
             if isinstance(granted, Grant) or standing:
                 break
             await self._wait(self._reason(granted.behind, len(able)))
@@ -125,7 +125,7 @@ class Opening:
             await self.work.do(self.roster.remember, number)
         ready = [able[name] for name in sorted(free)]
         chosen = [device.id for device in self.roster.choose(number, ready, min(wanted, most))]
-        self.sharing.take(self.job.name, chosen, time.monotonic() + rounds.deadline_s)
+        self.sharing.take(self.job.name, chosen, clock.monotonic() + rounds.deadline_s)
         return chosen, standing
 
     def standing(self, ready: set[str]) -> list[Invitation]:

@@ -4,13 +4,13 @@ What must outlive a restart is in the ledger: the plan, the sizes of keyframes, 
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.devices import Device, Fleet
@@ -172,7 +172,7 @@ class Roster:
     def spacing_s(self, device: str) -> float:
         """Return the time between two participations of a device, for its quota: measured if it took part."""
         times = self._invited_s.get(device)
-        gap_s = max(0.0, time.time() - times[0]) / len(times) if times else None
+        gap_s = max(0.0, clock.wall() - times[0]) / len(times) if times else None
         # A gap of no time at all is none that was measured.
         return plan.spacing_s(self.job, self.job.rounds.count - self.published(), gap_s or None)
 
@@ -221,7 +221,7 @@ class Roster:
 
         Warm-up does not matter: it only raises densities.
         """
-        now_s = time.monotonic()
+        now_s = clock.monotonic()
         return [device for device in self.fleet.ready() if self._takes_part(device, number, now_s)]
 
     def _takes_part(self, device: Device, number: int, now_s: float) -> bool:
@@ -265,8 +265,8 @@ class Roster:
         unmetered = msgspec.structs.replace(known, day_quota_bytes=0)
         if plan.density(self.job, candidate, unmetered)[0] > 0:
             return False  # the quota is too small, not the link
-        since, since_s = self._tried.setdefault(device, (number, time.monotonic()))
-        return number - since >= LINK_ROUNDS or time.monotonic() - since_s >= LINK_S
+        since, since_s = self._tried.setdefault(device, (number, clock.monotonic()))
+        return number - since >= LINK_ROUNDS or clock.monotonic() - since_s >= LINK_S
 
     def remember(self, number: int) -> None:
         """Add the rounds before this one to the history, from what the ledger has of them."""
@@ -296,7 +296,7 @@ class Roster:
             preferred_s=self.job.rounds.deadline_s * plan.DEADLINE_SHARE,
         )
         self.trying = {name for name in names if name in self._tried}
-        self._tried |= dict.fromkeys(self.trying, (number, time.monotonic()))
+        self._tried |= dict.fromkeys(self.trying, (number, clock.monotonic()))
         return [self.fleet.devices[name] for name in names]
 
     def _forgive(self) -> None:
@@ -330,14 +330,14 @@ class Roster:
             version=version,
             max_staleness=self.job.rounds.max_staleness,
             free=ready,
-            opened_after_s=time.time() - self.job.rounds.deadline_s,
+            opened_after_s=clock.wall() - self.job.rounds.deadline_s,
         )
 
     def waiting(self, able: int = 0) -> str:
         """Return why no round opens where so many devices could take part, and what speaks against others."""
         if self._unsaved:
             self._store()
-        told, now_s = [], time.monotonic()
+        told, now_s = [], clock.monotonic()
         for device in self.fleet.ready():
             if against := self._against(device, now_s):
                 told.append(f"{device.id}: {against}")

@@ -6,13 +6,13 @@ crash the runner reads where it was and goes on from there. See `docs/architectu
 
 import asyncio
 import logging
-import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path as Folder
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.collecting import Collecting
@@ -232,7 +232,7 @@ class Runner:
     # --- rounds --------------------------------------------------------------------------------
 
     async def _round(self, unfinished: RoundRow | None) -> None:
-        started = time.monotonic()
+        started = clock.monotonic()
         row = await self.opening.open() if unfinished is None else unfinished
         if row.state == "open":
             end = await self._collect(row)
@@ -280,7 +280,7 @@ class Runner:
         """Let a round of the ledger take updates."""
         invitations = msgspec.msgpack.decode(row.invited, type=list[Invitation])
         # A restart gives the whole deadline again: the coordinator was away, not the devices.
-        closes_s = time.monotonic() + self.job.rounds.deadline_s
+        closes_s = clock.monotonic() + self.job.rounds.deadline_s
         opened = deciding.Round(
             job=self.job.name,
             number=row.round,

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.jobs.materials import spec_of
 from liberatai_coordinator.jobs.publisher import Publisher
@@ -193,7 +193,7 @@ class Tasks:
     def lasting(self, number: int, invitation: Invitation, way: Way) -> Invitation:
         """Return an invitation that can stand over: with the version, and what the device shall fetch."""
         return msgspec.structs.replace(
-            invitation, round=number, version=self.versions.now.number, opened_s=time.time(), way=way
+            invitation, round=number, version=self.versions.now.number, opened_s=clock.wall(), way=way
         )
 
     async def tell(self, number: int, invitations: Iterable[Invitation]) -> None:

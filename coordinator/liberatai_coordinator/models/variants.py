@@ -7,8 +7,8 @@ verifiable, or absent (promise P3).
 """
 
 import hashlib
-import time
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import Manifest, VariantManifest, decode_manifest, decode_variant
 from liberatai_coordinator.store.repository import Repository
@@ -68,7 +68,7 @@ def commit(
             structure=manifest.structure.id,
             size_bytes=manifest.size,
             manifest=encoded,
-            created_s=time.time() if now_s is None else now_s,
+            created_s=clock.wall() if now_s is None else now_s,
         )
         ledger.versions.add_variant(row)
     return ledger.versions.variant(model, found)

@@ -4,13 +4,13 @@ Blobs first, then one row in the ledger: a version is complete and verifiable, o
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models import aggregation, ensembles, members
 from liberatai_coordinator.models.aggregation import Advanced
@@ -246,7 +246,7 @@ class Versions:
             id=version_id(manifest),
             parent=parent,
             manifest=content,
-            created_s=time.time(),
+            created_s=clock.wall(),
         )
         self.ledger.versions.add(row)
         made.id = row.id

@@ -31,12 +31,13 @@ class Ledger:
     refusals: RefusalStore
 
     @classmethod
-    def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES) -> "Ledger":
+    def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES, threaded: bool = True) -> "Ledger":
         """Lock the folder, check the database, and begin a new epoch.
 
         Args:
             folder: made if it is not there.
             reserve_bytes: free space that updates leave on the disk.
+            threaded: a thread writes; without one, whoever opened it calls `writer.write_queued`.
 
         Raises:
             LockedError: another coordinator uses the folder.
@@ -59,7 +60,8 @@ class Ledger:
         except BaseException:
             database.close()
             raise
-        writer.start()
+        if threaded:
+            writer.start()
         return ledger
 
     @property

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.store.database import SETTLE_BYTES, Database, again
 from liberatai_core.errors import BusyError, DiskError, LiberataiError
 
@@ -143,8 +143,20 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
     def start(self) -> None:
-        """Begin to write."""
+        """Begin to write, in a thread."""
         self._thread.start()
+
+    def write_queued(self) -> bool:
+        """Write what waits, in the thread that calls; False: nothing did. Instead of `start`."""
+        try:
+            item: _Item | None = self._queue.get_nowait()
+        except queue.Empty:
+            item = None
+        batch, _ = self._gathered(item)
+        if batch:
+            self._settle(batch)
+        self._write_latest(now=False)
+        return bool(batch)
 
     def stop(self) -> None:
         """Write what is queued, then end; idempotent."""
@@ -153,7 +165,10 @@ class Writer:
                 return
             self._pending.closed = True
             self._queue.put(_Stop())
-        self._thread.join()
+        if self._thread.ident is None:
+            self._run()
+        else:
+            self._thread.join()
 
     def look_after(self, latest: Latest[Any, Any]) -> None:
         """Write these rows from time to time; call it before `start`."""
@@ -196,7 +211,7 @@ class Writer:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            batch, stopping = self._next_batch()
+            batch, stopping = self._gathered(self._wait())
             if batch:
                 self._settle(batch)
             self._write_latest(now=stopping)
@@ -206,11 +221,10 @@ class Writer:
                 except Exception as error:  # noqa: BLE001 - it is tried again; in the end whoever commits does it
                     log.warning("the write-ahead log stays as it is: %s", error)
 
-    def _next_batch(self) -> tuple[list[_Waiting], bool]:
-        """Wait for something, then take whatever else is there already."""
+    def _gathered(self, item: _Item | None) -> tuple[list[_Waiting], bool]:
+        """Return what is written together with an item: whatever else is there already."""
         batch: list[_Waiting] = []
         size_bytes = 0
-        item = self._wait()
         while item is not None:
             if isinstance(item, _Stop):
                 return batch, True
@@ -229,7 +243,7 @@ class Writer:
         """Return the next item; None when it is time to write the rows of which only the newest counts."""
         wait_s: float | None = None
         if any(self._latest):
-            wait_s = max(0.0, self._latest_s - time.monotonic())
+            wait_s = max(0.0, self._latest_s - clock.monotonic())
         with suppress(queue.Empty):
             return self._queue.get(timeout=wait_s)
         return None
@@ -276,16 +290,16 @@ class Writer:
         return results
 
     def _write_latest(self, *, now: bool) -> None:
-        if not any(self._latest) or (not now and time.monotonic() < self._latest_s):
+        if not any(self._latest) or (not now and clock.monotonic() < self._latest_s):
             return
-        self._latest_s = time.monotonic() + LATEST_S
+        self._latest_s = clock.monotonic() + LATEST_S
         for latest in self._latest:
             try:
                 if latest:
                     latest.flush()
             except LiberataiError as error:
                 log.debug("tried again in %.1f s: %s %s", RETRY_S, error.code, error)
-                self._latest_s = time.monotonic() + RETRY_S
+                self._latest_s = clock.monotonic() + RETRY_S
 
 
 def _resolve(answers: list[tuple["asyncio.Future[Any]", Any]]) -> None:

@@ -15,7 +15,8 @@ from typing import Literal
 from liberatai_core.errors import BrokerRefusedError, LinkError, TooLargeError
 from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Received, Refused, Traffic, Will
 from liberatai_core.link.mailbox import Mailbox
-from liberatai_core.link.packet import check_filter, check_topic, matches, publish_bytes
+from liberatai_core.link.packet import check_filter, check_topic, publish_bytes
+from liberatai_core.link.topic_tree import TopicTree
 
 MAX_PACKET_BYTES = (
     266_240  # the largest chunk (256 KiB) and 4 KiB of headers: what agents announce to brokers
@@ -28,7 +29,9 @@ TAKEOVER_RETRY_S = 0.1  # two links with one identity would otherwise throw each
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
+class Packet:
+    """One message on its way."""
+
     topic: str
     payload: bytes
     qos: int
@@ -40,12 +43,12 @@ class _Session:
     """What the broker remembers of one client id, connected or not."""
 
     filters: dict[str, None] = field(default_factory=dict)
-    unacknowledged: dict[int, _Message] = field(default_factory=dict)
-    waiting: deque[_Message] = field(default_factory=deque)
+    unacknowledged: dict[int, Packet] = field(default_factory=dict)
+    waiting: deque[Packet] = field(default_factory=deque)
     last_token: int = 0
     lost_messages: int = 0
 
-    def pump(self, connection: "_Connection | None", max_inflight: int) -> None:
+    def pump(self, connection: "Connection | None", max_inflight: int) -> None:
         """Hand over what waits, as far as acknowledgements allow; without a connection it goes on waiting."""
         while connection is not None and self.waiting and len(self.unacknowledged) < max_inflight:
             message = self.waiting.popleft()
@@ -54,10 +57,10 @@ class _Session:
             connection.receive(message, self.last_token)
 
 
-class _Connection:
+class Connection:
     """One live connection of one client."""
 
-    def __init__(self, client_id: str, will: Will | None, receive: Callable[[_Message, int], None]) -> None:
+    def __init__(self, client_id: str, will: Will | None, receive: Callable[[Packet, int], None]) -> None:
         self.client_id, self.will, self.receive = client_id, will, receive
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -89,9 +92,10 @@ class MemoryBroker:
         self.lose_puback: Callable[[str, str], bool] | None = None
         self.allow: Callable[[str, Literal["publish", "subscribe"], str], bool] | None = None
         self._max_inflight, self._max_queued = max_inflight, max_queued
-        self._retained: dict[str, bytes] = {}
+        self._retained: TopicTree[bytes] = TopicTree()
+        self._subscribers: TopicTree[dict[str, None]] = TopicTree()
         self._sessions: dict[str, _Session] = {}
-        self._connections: dict[str, _Connection] = {}
+        self._connections: dict[str, Connection] = {}
         self._blocked: set[str] = set()
         self._running = True
         self._changed = asyncio.Event()
@@ -105,7 +109,7 @@ class MemoryBroker:
             self.end(connection, reason)
             if connection.will is not None:
                 will = connection.will
-                self._route(_Message(will.topic, will.payload, 1), retain=will.retain)
+                self._route(Packet(will.topic, will.payload, 1), retain=will.retain)
 
     def block(self, client_id: str) -> None:
         """Cut a client off until `unblock`."""
@@ -124,6 +128,7 @@ class MemoryBroker:
             self.end(connection, "broker stopped")
         if forget:
             self._sessions.clear()
+            self._subscribers.clear()
             self._retained.clear()
 
     def start(self) -> None:
@@ -134,7 +139,7 @@ class MemoryBroker:
     @property
     def retained(self) -> dict[str, bytes]:
         """A copy of all retained messages by topic."""
-        return dict(self._retained)
+        return dict(self._retained.items())
 
     @property
     def connected(self) -> set[str]:
@@ -159,7 +164,7 @@ class MemoryBroker:
             return "the broker is down"
         return "the broker is out of reach" if client_id in self._blocked else None
 
-    def connect(self, connection: _Connection) -> bool:
+    def connect(self, connection: Connection) -> bool:
         """Open a connection; True: the session was known. An older connection of the same id ends."""
         older = self._connections.get(connection.client_id)
         if older is not None:
@@ -169,34 +174,44 @@ class MemoryBroker:
         self._connections[connection.client_id] = connection
         return known
 
-    def resume(self, connection: _Connection) -> None:
+    def resume(self, connection: Connection) -> None:
         """Send again what was never acknowledged, then what waited."""
         session = self._sessions[connection.client_id]
         for token, message in list(session.unacknowledged.items()):
             connection.receive(message, token)
         self._sessions[connection.client_id].pump(connection, self._max_inflight)
 
-    def end(self, connection: _Connection, reason: str) -> None:
+    def end(self, connection: Connection, reason: str) -> None:
         """Close a connection; without a will, as on request of its client."""
         if self._connections.get(connection.client_id) is connection:
             del self._connections[connection.client_id]
         if not connection.lost.done():
             connection.lost.set_result(reason)
 
-    def subscribe(self, connection: _Connection, topic_filter: str) -> None:
+    def subscribe(self, connection: Connection, topic_filter: str) -> None:
         """Add a subscription and deliver what is retained for it."""
         if self.allow is not None and not self.allow(connection.client_id, "subscribe", topic_filter):
             raise BrokerRefusedError(f"{topic_filter}: subscription refused: Not authorized")
-        self._sessions[connection.client_id].filters[topic_filter] = None
-        for topic, payload in list(self._retained.items()):
-            if matches(topic_filter, topic):
-                self._deliver(connection.client_id, _Message(topic, payload, 1, retained=True))
+        client = connection.client_id
+        self._sessions[client].filters[topic_filter] = None
+        clients = self._subscribers.get(topic_filter)
+        if clients is None:
+            self._subscribers.put(topic_filter, {client: None})
+        else:
+            clients[client] = None
+        for topic, payload in list(self._retained.selected(topic_filter)):
+            self._deliver(client, Packet(topic, payload, 1, retained=True))
 
-    def unsubscribe(self, connection: _Connection, topic_filter: str) -> None:
+    def unsubscribe(self, connection: Connection, topic_filter: str) -> None:
         """Remove a subscription."""
         self._sessions[connection.client_id].filters.pop(topic_filter, None)
+        clients = self._subscribers.get(topic_filter)
+        if clients is not None:
+            clients.pop(connection.client_id, None)
+            if not clients:
+                self._subscribers.pop(topic_filter)
 
-    def publish(self, connection: _Connection, message: _Message, *, retain: bool) -> None:
+    def publish(self, connection: Connection, message: Packet, *, retain: bool) -> None:
         """Route one message; raises LinkError when the access list forbids it."""
         if self.allow is not None and not self.allow(connection.client_id, "publish", message.topic):
             raise BrokerRefusedError(f"{message.topic}: refused by the broker: Not authorized")
@@ -204,23 +219,25 @@ class MemoryBroker:
         if self.lose_puback is not None and self.lose_puback(connection.client_id, message.topic):
             self.kill(connection.client_id)
 
-    def acknowledge(self, connection: _Connection, token: int) -> None:
+    def acknowledge(self, connection: Connection, token: int) -> None:
         """Forget a message that its client holds now."""
         if self._sessions[connection.client_id].unacknowledged.pop(token, None) is not None:
             self._sessions[connection.client_id].pump(connection, self._max_inflight)
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _route(self, message: _Message, *, retain: bool) -> None:
+    def _route(self, message: Packet, *, retain: bool) -> None:
         if retain and message.payload:
-            self._retained[message.topic] = message.payload
+            self._retained.put(message.topic, message.payload)
         elif retain:
-            self._retained.pop(message.topic, None)
-        for client_id, session in self._sessions.items():
-            if any(matches(topic_filter, message.topic) for topic_filter in session.filters):
-                self._deliver(client_id, message)
+            self._retained.pop(message.topic)
+        found: dict[str, None] = {}
+        for clients in list(self._subscribers.selecting(message.topic)):
+            found |= clients  # once each, whatever its filters have in common
+        for client_id in found:
+            self._deliver(client_id, message)
 
-    def _deliver(self, client_id: str, message: _Message) -> None:
+    def _deliver(self, client_id: str, message: Packet) -> None:
         if self.drop is not None and self.drop(client_id, message.topic):
             return
         twice = self.duplicate is not None and self.duplicate(client_id, message.topic)
@@ -253,7 +270,7 @@ class MemoryLink:
         self._mailbox = Mailbox()
         self._filters: dict[str, None] = {}
         self._forgotten: dict[str, None] = {}
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._sent = self._received = 0
@@ -294,7 +311,7 @@ class MemoryLink:
         await asyncio.sleep(0)  # a broker answers later, never at once
         if not connection.lost.done():
             try:
-                self._broker.publish(connection, _Message(topic, bytes(payload), qos), retain=retain)
+                self._broker.publish(connection, Packet(topic, bytes(payload), qos), retain=retain)
             except BrokerRefusedError:
                 self._refused("publish", topic, size)
                 raise
@@ -347,7 +364,7 @@ class MemoryLink:
         """The bytes of the packets that MQTT 5 would have carried."""
         return Traffic(sent_bytes=self._sent, received_bytes=self._received)
 
-    def _subscribe(self, connection: _Connection, topic_filter: str) -> None:
+    def _subscribe(self, connection: Connection, topic_filter: str) -> None:
         self._sent += SUBSCRIBE_BYTES + len(topic_filter.encode())
         try:
             self._broker.subscribe(connection, topic_filter)
@@ -358,7 +375,7 @@ class MemoryLink:
     def _refused(self, what: Literal["publish", "subscribe"], topic: str, size: int = 0) -> None:
         self._mailbox.put(Refused(what=what, topic=topic, reason="Not authorized", size_bytes=size))
 
-    def _receive(self, message: _Message, number: int) -> None:
+    def _receive(self, message: Packet, number: int) -> None:
         self._received += publish_bytes(message.topic, len(message.payload), qos=message.qos)
         token = (self._generation << 32) + number if number else 0
         event = Received(topic=message.topic, payload=message.payload, retained=message.retained, token=token)
@@ -380,7 +397,7 @@ class MemoryLink:
 
     async def _connect_once(self) -> str:
         self._generation += 1
-        connection = _Connection(self._client_id, self._will, self._receive)
+        connection = Connection(self._client_id, self._will, self._receive)
         held: list[Received] = []
         self._held = held
         try:
@@ -401,7 +418,7 @@ class MemoryLink:
         finally:
             self._connection = None
 
-    def _restore(self, connection: _Connection) -> None:
+    def _restore(self, connection: Connection) -> None:
         for topic_filter in self._forgotten:
             self._broker.unsubscribe(connection, topic_filter)
         self._forgotten.clear()
