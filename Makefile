@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 CALM := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ORT_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-aarch64 check format clean
+.PHONY: help setup demo test test-slow test-system test-aarch64 check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,14 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## eight unlike devices train one model on this machine; writes demo-report/
 	$(CALM) $(BIN)/liberatai demo $(ARGS)
 
-test: $(STAMP) ## all tests but the slow ones
-	$(CALM) $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+test: $(STAMP) ## all tests but the slow ones and those of the system
+	$(CALM) $(BIN)/python -m pytest -m "not slow and not system" -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP) ## kill and load tests
-	$(CALM) $(BIN)/python -m pytest -m slow $(ARGS)
+	$(CALM) $(BIN)/python -m pytest -m "slow and not system" $(ARGS)
+
+test-system: $(STAMP) ## tests with a booted systemd, packages, other servers; skips where these are missing
+	$(CALM) $(BIN)/python -m pytest -m system $(ARGS)
 
 test-aarch64: $(STAMP) ## the devices' code on an emulated aarch64; skips where there is no emulator
 	sh tests/aarch64/run.sh $(BIN)/python

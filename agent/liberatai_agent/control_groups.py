@@ -1,6 +1,7 @@
-"""What the control groups (versions 1 and 2) that this process is in allow and use.
+"""What the control groups (versions 1 and 2) that trainings run in allow and use.
 
-psutil reports the host even inside a container.
+They are those of this process, or, where a service manager starts the trainings, the group that it names
+(LIBERATAI_TRAINING_GROUP). psutil reports the host even inside a container.
 """
 
 import contextlib
@@ -11,11 +12,13 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+TRAINING = "LIBERATAI_TRAINING_GROUP"
+"""Environment variable: path of the control group of the trainings; set by the unit of the agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Limits of the control groups that this process is in; None: no limit.
+    """Limits of the control groups that trainings run in; None: no limit.
 
     Attributes:
         memory_bytes: memory.
@@ -32,7 +35,7 @@ class Group:
 
 
 def limits(root: Path = ROOT, own: str | None = None) -> Group:
-    """Return the tightest limits on the way from this process's group to the root.
+    """Return the tightest limits on the way from the group of the trainings to the root.
 
     Args:
         root: where control groups are mounted.
@@ -53,10 +56,12 @@ def limits(root: Path = ROOT, own: str | None = None) -> Group:
 
 
 def _folders(root: Path, own: str | None) -> Iterator[Path]:
-    """Yield the folders of all groups that this process is in, and those of their parents."""
+    """Yield the folders of all groups that trainings are in, and those of their parents."""
+    named = os.environ.get(TRAINING, "")
     for line in (_text(OWN) if own is None else own).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
+        path = named or path
         for base in _mounts(root, controllers.split(",") if controllers else []):
             yield from _upwards(base, path)
 

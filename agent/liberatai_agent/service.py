@@ -36,7 +36,7 @@ from liberatai_agent.probe import promised_bits_s
 from liberatai_agent.saying import Saying
 from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.state_folder import StateLock
-from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, notify
+from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back
 from liberatai_agent.training import Training
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
@@ -44,6 +44,7 @@ from liberatai_core.contract.messages import Telemetry, Update
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import DamagedError, LiberataiError
 from liberatai_core.link.link import Link, Received
+from liberatai_core.sd_notify import notify
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Service:
         self._timer: asyncio.TimerHandle | None = None
         self._supervisor = Supervisor(self._signs)
         self._started_at = time.time()
+        self._said = ""
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -259,6 +261,7 @@ class Service:
         finally:
             self._handling = False
         self._wait_for_due()
+        self._tell_service_manager()
         self._connection.link.urgent(bool(self._session.pending) or self._session.task is not None)
         self._status.changed()
 
@@ -274,6 +277,14 @@ class Service:
             except LiberataiError as error:
                 # Disk trouble: what matters is tried again, by the next receipt, task or start.
                 self._failed(error.code, str(error))
+
+    def _tell_service_manager(self) -> None:
+        """Show in one line how the agent is: `systemctl status` prints it."""
+        where = "connected" if self._connection.connected is not None else "no broker"
+        line = f"{where} · {_line(s.report_of(self._session))}"
+        if line != self._said:
+            self._said = line
+            notify(f"STATUS={line}")
 
     def _wait_for_due(self) -> None:
         if self._timer is not None:

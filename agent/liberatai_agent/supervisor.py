@@ -10,17 +10,15 @@ import asyncio
 import contextlib
 import ctypes
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from liberatai_core.sd_notify import notify, pause_s
+
 log = logging.getLogger(__name__)
 
-CHECK_S = 20.0
-"""Between two checks where no service manager asks for more: a third of the shortest patience."""
 PUBLISH_S = 180.0
 """A message of 256 KiB takes 84 s at 25 kbit/s, and a dead connection is noticed in 90 s."""
 STOP_S = 60.0
@@ -121,7 +119,7 @@ class Supervisor:
 
     async def watch(self) -> None:
         """Tell the service manager that all is well, as long as it is."""
-        pause_s, suspected = _watchdog_s(), 0
+        rest_s, suspected = pause_s(), 0
         while True:
             what = stands_still(self._signs(), time.monotonic())
             # Twice, with time for everybody in between: the whole process may have been stopped for a while.
@@ -131,28 +129,12 @@ class Supervisor:
                 raise StandstillError(what)
             if not what:
                 notify("WATCHDOG=1")
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(rest_s)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._parts.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.crashed(error)
-
-
-def _watchdog_s() -> float:
-    """Return how often the service manager wants to hear of us: twice in its patience (WATCHDOG_USEC)."""
-    asked = os.environ.get("WATCHDOG_USEC", "")
-    return max(0.1, min(CHECK_S, int(asked) / 2e6)) if asked.isdigit() and int(asked) else CHECK_S
-
-
-def notify(text: str) -> None:
-    """Tell systemd how the agent is, if it asked (NOTIFY_SOCKET)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
-        client.connect("\0" + address[1:] if address.startswith("@") else address)
-        client.sendall(text.encode())
 
 
 def give_memory_back() -> None:

@@ -27,6 +27,7 @@ from liberatai_core.errors import ConfigError, DiskError, MissingExtraError
 from liberatai_core.learning.families import require_torch
 from liberatai_core.link.link import Link, Will
 from liberatai_core.link.mqtt import MqttLink, MqttSettings
+from liberatai_core.sd_notify import notify, pause_s
 
 log = logging.getLogger(__name__)
 
@@ -214,17 +215,38 @@ async def _run(service: Service) -> int:
     running = asyncio.create_task(service.run())
     socket = Path(config.state_dir) / config.socket
     api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))
+    # Its first step comes after those of the two: whoever is told that we are ready can ask at once.
+    beat = asyncio.create_task(_beat(service))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, api, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    parts = (running, api, beat, stopping)
+    await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     code = 0 if stop.is_set() else 1
-    for task in (running, api, stopping):
+    if not service.fencing.behind or stop.is_set():
+        notify("STOPPING=1")
+    for task in parts:
         task.cancel()
-    results = await asyncio.gather(running, api, stopping, return_exceptions=True)
+    results = await asyncio.gather(*parts, return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):
             raise result
     return code
+
+
+async def _beat(service: Service) -> None:
+    """Tell the service manager that we are ready, and as long as the loop turns, that we live."""
+    notify("READY=1")
+    while True:
+        notify("WATCHDOG=1", f"STATUS={_status(service)}")
+        await asyncio.sleep(pause_s())
+
+
+def _status(service: Service) -> str:
+    broker = "connected" if service.connected else "no broker"
+    return (
+        f"epoch {service.ledger.epoch} · {broker} · devices ready: {service.fleet.ready_count}"
+        f" · jobs: {len(service.runners)}"
+    )

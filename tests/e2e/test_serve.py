@@ -1,5 +1,6 @@
 """`liberatai serve` as a process: without a broker, twice on one folder, with faulty settings."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def command(path: Path) -> list[str]:
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[tuple[subprocess.Popen[str], Client]]:
-    with subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True) as process:
+def serving(path: Path, **more: str) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    environment = {**os.environ, **more}
+    with subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=environment) as process:
         client = Client(path.parent / "state" / "api.sock")
         try:
             ends = time.monotonic() + 60
@@ -87,3 +89,27 @@ def test_faulty_settings_are_all_told_and_the_exit_code_is_2(tmp_path: Path) -> 
     for key in ("fleet", "enrolment", "brokr"):
         assert f"{key}: " in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_service_manager_hears_that_it_is_ready_alive_and_stopping(
+    tmp_path: Path, closed_port: int
+) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(60)
+        with serving(settings(tmp_path, closed_port), NOTIFY_SOCKET=address, WATCHDOG_USEC="400000") as (
+            process,
+            client,
+        ):
+            assert manager.recv(1000) == b"READY=1"
+            assert client.health()["protocol"] == "", "who is told so can ask at once"
+            for _ in range(2):
+                alive, status = manager.recv(1000).split(b"\n")
+                assert (alive, status[:7]) == (b"WATCHDOG=1", b"STATUS=")
+            assert b"no broker" in status
+            process.terminate()
+            heard = b""
+            while heard != b"STOPPING=1":
+                heard = manager.recv(1000)
+            assert process.wait(60) == 0

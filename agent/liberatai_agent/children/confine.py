@@ -5,7 +5,9 @@ import ctypes
 import math
 import os
 import resource
+import select
 import signal
+import threading
 from pathlib import Path
 
 NICE = 10
@@ -27,7 +29,14 @@ def confine(parent: int) -> None:
     if os.getppid() != parent:
         # It died before the line above.
         os._exit(1)
-    os.nice(NICE)
+    be_small()
+
+
+def be_small() -> None:
+    """Be nice and stay inside small limits."""
+    with contextlib.suppress(OSError):
+        # A service manager may forbid it, and has said how nice the process is.
+        os.nice(NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     for what, limit in (
@@ -38,6 +47,19 @@ def confine(parent: int) -> None:
         hard = resource.getrlimit(what)[1]
         wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (wanted, wanted))
+
+
+def die_with(channel: int) -> None:
+    """End this process when the other side of a socket is gone, whatever it is doing then."""
+
+    def wait() -> None:
+        watch = select.poll()
+        watch.register(channel, select.POLLRDHUP | select.POLLHUP)
+        while not watch.poll():
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="die-with-agent", daemon=True).start()
 
 
 def limit(memory_bytes: int, cpu_seconds: float) -> None:

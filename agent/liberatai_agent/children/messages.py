@@ -11,6 +11,8 @@ from liberatai_core.errors import TooLargeError
 from liberatai_core.structure import DataContract, Structure
 
 LENGTH = struct.Struct(">I")
+HELLO = struct.Struct(">I")
+"""What a training process that a service manager started says first: its process id."""
 MAX_MESSAGE_BYTES = 16 * MAX_OBJECT_BYTES
 """1 GiB: the residual of the largest structure. Both ends are ours; this bounds a bug, not an enemy."""
 

@@ -2,6 +2,7 @@
 
 `python -m liberatai_agent.children.trainer_child PARENT_PID SOCKET` reads Work from the socket (a file
 descriptor that it inherits) and writes Done or Failed to it, until it is closed. It dies with its parent.
+Without arguments it serves the connection that a service manager accepted, and dies with that.
 Everything is a function of (task, device, round, data, left-overs), so a training repeated after a crash
 gives the same bytes. P9: only sums, counts and the sparse difference leave this process.
 """
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from liberatai_agent.children import residual
-from liberatai_agent.children.confine import confine, limit
+from liberatai_agent.children import residual, start
+from liberatai_agent.children.confine import be_small, confine, die_with, limit
 from liberatai_agent.children.messages import (
+    HELLO,
     LENGTH,
     Answer,
     Done,
@@ -43,6 +45,7 @@ from liberatai_core.errors import (
     LiberataiError,
     MemoryLimitError,
     NonFiniteError,
+    TaskLimitError,
     TooLargeError,
     TrainingError,
 )
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
     from liberatai_core.sparsifier.top_k import State
     from liberatai_core.structure import Structure
     from liberatai_core.weights import Vector
+
+FIRST_PASSED = 3
+"""Descriptors that a service manager passes begin here (SD_LISTEN_FDS_START)."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
 """What torch and the C++ library say when an allocation fails."""
@@ -378,10 +384,18 @@ def _with_files(task: Work, memory: Memory) -> Answer:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Confine the process, load torch while the agent still downloads, then serve."""
+    """Confine the process, load torch while the agent still downloads, then serve.
+
+    Args:
+        argv: process id of the agent that started it, and the socket to it; none if a service manager did,
+            for a connection of the agent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    confine(int(argv[0]))
-    channel = int(argv[1])
+    if argv:
+        confine(int(argv[0]))
+        channel = int(argv[1])
+    else:
+        channel = _accepted()
     os.set_inheritable(channel, False)
     try:
         from liberatai_core.learning.families import require_torch  # noqa: PLC0415
@@ -393,6 +407,30 @@ def main(argv: Sequence[str]) -> int:
     with os.fdopen(channel, "rb") as source, os.fdopen(os.dup(channel), "wb") as sink:
         serve(source, sink)
     return 0
+
+
+def _accepted() -> int:
+    """Return the connection that systemd accepted for this process, see sd_listen_fds(3).
+
+    The agent is not the parent: it is told the process id, and when it is gone, so is this process.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        sys.stderr.write("E_STATE: the training process is started by the agent or by its socket unit\n")
+        sys.exit(2)
+    be_small()
+    if state := os.environ.get("STATE_DIRECTORY"):
+        folder = start.fresh_folder(Path(state), "trainer")
+        os.environ.update(start.environment(folder))
+        os.chdir(folder)
+    signal.signal(signal.SIGXCPU, _too_long)
+    with os.fdopen(os.dup(FIRST_PASSED), "wb") as sink:
+        sink.write(HELLO.pack(os.getpid()))
+    die_with(FIRST_PASSED)
+    return FIRST_PASSED
+
+
+def _too_long(_number: int, _frame: object) -> None:
+    raise TaskLimitError("the training took more processor time than its deadline allows")
 
 
 if __name__ == "__main__":

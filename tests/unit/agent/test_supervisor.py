@@ -44,7 +44,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, *found: Signs) -> tuple[list[str], Ba
         return left.pop(0)
 
     monkeypatch.setattr(supervisor, "notify", told.append)
-    monkeypatch.setattr(supervisor, "_watchdog_s", lambda: 0.0)
+    monkeypatch.setattr(supervisor, "pause_s", lambda: 0.0)
     monkeypatch.setattr("liberatai_agent.supervisor.time.monotonic", lambda: 2000.0)
     try:
         asyncio.run(Supervisor(next_signs).watch())
@@ -80,10 +80,3 @@ def test_a_part_that_crashes_ends_the_agent() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         asyncio.run(play())
-
-
-def test_systemd_is_told_twice_in_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
-    assert supervisor._watchdog_s() == 5.0
-    monkeypatch.setenv("WATCHDOG_USEC", "nonsense")
-    assert supervisor._watchdog_s() == supervisor.CHECK_S
