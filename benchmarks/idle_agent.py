@@ -12,11 +12,9 @@ the shipped Mosquitto settings. Baseline in the same run: a bare interpreter's m
 import argparse
 import asyncio
 import contextlib
-import getpass
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from liberatai_coordinator.brokers.start import find_mosquitto, start_broker
+from liberatai_coordinator.brokers.secure import start_secure_broker
+from liberatai_coordinator.brokers.start import start_broker
 from liberatai_core.contract.frame import Signer
+from liberatai_core.errors import NotFoundError
 from liberatai_core.link.mqtt import broker_address
 
-CONFIG = Path(__file__).resolve().parent.parent / "broker_config"
-INSTALLED = "/etc/mosquitto/liberatai"
 FLEET, DEVICE = "default", "dev-a"
 USERS = {"coordinator": "coordinator-password", DEVICE: "device-password"}
 SETTLE_S = 45.0
@@ -113,41 +111,21 @@ def plain_broker(folder: Path, kind: str) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def tls_broker(folder: Path) -> Iterator[Place]:
-    """Run Mosquitto with the shipped settings and certificates of its own."""
-    program = find_mosquitto()
-    if program is None:
-        raise SystemExit("--tls needs mosquitto: apt install mosquitto")
-    certs = folder / "certs"
-    for words in (["init"], ["server", "localhost", "127.0.0.1"], ["client", *USERS]):
-        command = [sys.executable, str(CONFIG / "make_certs.py"), str(certs), *words]
-        subprocess.run(command, check=True, capture_output=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    text = (CONFIG / "mosquitto.conf").read_text()
-    for shipped, here in (
-        (INSTALLED, str(folder)),
-        ("/var/lib/mosquitto/", f"{folder}/"),
-        ("listener 8883", f"listener {port} 127.0.0.1"),
-        ("user mosquitto", f"user {getpass.getuser()}"),
-    ):
-        text = text.replace(shipped, here)
-    (folder / "mosquitto.conf").write_text(text)
-    (folder / "acl").write_text((CONFIG / "acl").read_text())
+    """Run Mosquitto as a fleet has it, with certificates of its own."""
+    try:
+        broker = start_secure_broker(folder, FLEET, "coordinator")
+    except NotFoundError as error:
+        raise SystemExit(f"--tls needs mosquitto: {error}") from None
+    roles = {name: "coordinator" if name == "coordinator" else "device" for name in USERS}
+    files = {name: str(broker.credential(name, role)) for name, role in roles.items()}
 
     def settings(name: str) -> dict[str, str]:
-        files = {"ca_file": "ca.crt", "cert_file": f"{name}.crt", "key_file": f"{name}.key"}
-        return {key: str(certs / file) for key, file in files.items()}
+        return {"ca_file": str(broker.ca_file), "cert_file": files[name], "key_file": files[name]}
 
-    with (folder / "broker.log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(program), "-c", str(folder / "mosquitto.conf")], stdout=log, stderr=log
-        )
-        try:
-            yield Place("mosquitto", "127.0.0.1", port, settings, "mqtts")
-        finally:
-            process.terminate()
-            process.wait(10)
+    try:
+        yield Place(broker.kind, broker.host, broker.port, settings, "mqtts")
+    finally:
+        broker.stop()
 
 
 class Relay:

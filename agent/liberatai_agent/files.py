@@ -4,24 +4,12 @@ import contextlib
 import os
 from pathlib import Path
 
+from liberatai_core.files import sync_folder, write_durably
+
+__all__ = ["DAMAGED", "replace_quickly", "set_aside", "sync_folder", "write_durably"]
+
 DAMAGED = ".damaged"
 """Ending of what was set aside; a later one of the same name replaces it, so that they do not gather."""
-
-
-def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Write a file so that after any crash it is whole, or not there: fsync, rename, fsync of the folder."""
-    part = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def replace_quickly(path: Path, content: bytes) -> None:
@@ -39,15 +27,6 @@ def replace_quickly(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def set_aside(path: Path) -> Path:

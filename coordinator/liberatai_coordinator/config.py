@@ -301,6 +301,22 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         return max(fitting, key=lambda choice: len(choice.params), default=None)
 
 
+class Joining(Settings, frozen=True, kw_only=True):
+    """How devices get their certificates.
+
+    Attributes:
+        broker: mqtts:// URL by which devices reach the broker; None: the coordinator's own.
+        claim_port: of the broker's door for claims, where nothing can be done but to ask for a certificate.
+        certificate_days: how long a device's certificate is valid; renewed when two thirds are over.
+        rejoin_days: for so long after its end a device that slept gets a new one with its own key.
+    """
+
+    broker: str | None = None
+    claim_port: Annotated[int, Meta(ge=1, le=65_535)] = 8884
+    certificate_days: Annotated[float, Meta(gt=0, le=3650)] = 90.0
+    rejoin_days: Annotated[float, Meta(ge=0, le=3650)] = 30.0
+
+
 class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     """Settings of `liberatai serve`.
 
@@ -315,6 +331,10 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
+        ca_dir: the fleet's authority (`liberatai ca init`): devices join by token, certificates are renewed;
+            None: neither.
+        broker_dir: folder that `liberatai broker init` wrote, kept up to date; None: a broker elsewhere.
+        joining: how devices get their certificates.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -329,10 +349,13 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     socket: str = "api.sock"
     enrolment: Literal["approve", "allowlist", "open"] = "approve"
     devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]] = {}
+    ca_dir: str | None = None
+    broker_dir: str | None = None
+    joining: Joining = Joining()
 
     def relative_to(self, folder: PurePath) -> "CoordinatorConfig":
         """Return the settings with their paths taken from `folder`, where the settings file lies."""
-        names = ("password_file", "ca_file", "cert_file", "key_file", "state_dir")
+        names = ("password_file", "ca_file", "cert_file", "key_file", "state_dir", "ca_dir", "broker_dir")
         given = {name: getattr(self, name) for name in names}
         return msgspec.structs.replace(
             self, **{name: str(folder / path) for name, path in given.items() if path is not None}

@@ -51,6 +51,24 @@ class RevokedError(LiberataiError):
     code = "E_REVOKED"
 
 
+class TokenError(LiberataiError):
+    """An invitation that nobody made, that is used up, or that was made elsewhere."""
+
+    code = "E_TOKEN"
+
+
+class CertificateError(LiberataiError, ValueError):
+    """A certificate, or a request for one, is not what it must be: name, key, signature, authority."""
+
+    code = "E_CERT"
+
+
+class ExpiredError(LiberataiError):
+    """The time of a certificate, an invitation or a grace period is over."""
+
+    code = "E_EXPIRED"
+
+
 class TopicError(LiberataiError, ValueError):
     """The topic is malformed, or belongs to somebody else than the signer."""
 

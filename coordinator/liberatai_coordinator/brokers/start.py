@@ -4,7 +4,7 @@ The broker is a process of its own on a port of this machine, with a password fo
 list, and dies with the process that started it. Nobody is ever anonymous: amqtt drops the waiting messages of
 nameless clients.
 
-Not for production: see `broker_config/README.md`.
+Not for production: see `docs/broker.md`.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from liberatai_coordinator.authority.mosquitto import device_acl
 from liberatai_core import processes
 from liberatai_core.errors import ConfigError, LinkError, MissingExtraError, NotFoundError
 
@@ -45,7 +46,7 @@ BrokerKind = Literal["auto", "mosquitto", "amqtt"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class Recipe:
     """How to start one kind of broker on a port: `prepare` writes its files and returns the command."""
 
     kind: Literal["mosquitto", "amqtt"]
@@ -66,7 +67,7 @@ class RunningBroker:
         port: the port; stays the same over `restart`.
     """
 
-    def __init__(self, recipe: _Recipe, folder: Path, port: int) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, port: int) -> None:
         self.kind, self.version, self.lost = recipe.kind, recipe.version, recipe.lost
         self.folder, self.host, self.port = folder, HOST, port
         self._command = recipe.prepare(port)
@@ -168,7 +169,7 @@ def start_broker(
         recipe = _amqtt(folder, credentials, fleet, coordinator_user)
     for attempt in range(PORT_TRIES):
         try:
-            return RunningBroker(recipe, folder, port if port is not None else _free_port())
+            return RunningBroker(recipe, folder, port if port is not None else free_port())
         except LinkError as error:
             if port is not None or attempt == PORT_TRIES - 1 or "in use" not in str(error):
                 raise
@@ -214,36 +215,19 @@ def _mosquitto(
     coordinator_user: str,
     *,
     persistence: bool,
-) -> _Recipe:
+) -> Recipe:
     _write(folder / "passwords", "".join(f"{user}:{word}\n" for user, word in credentials.items()))
     hasher = _find("mosquitto_passwd")
     if hasher is None:
         raise NotFoundError("mosquitto_passwd is not installed: it belongs to mosquitto")
     subprocess.run([hasher, "-U", folder / "passwords"], check=True, capture_output=True)
-    _write(folder / "acl", mosquitto_acl(fleet, coordinator_user))
+    _write(folder / "acl", device_acl(fleet, coordinator_user))
 
     def prepare(port: int) -> list[str]:
         _write(folder / "mosquitto.conf", _mosquitto_conf(folder, port, persistence=persistence))
         return [str(program), "-c", str(folder / "mosquitto.conf")]
 
-    return _Recipe("mosquitto", _mosquitto_version(program), "", prepare)
-
-
-def mosquitto_acl(fleet: str, coordinator_user: str) -> str:
-    """Return the access list: a device writes below its own name, and reads its own and the public topics.
-
-    The lines are patterns even without `%u`, because Mosquitto applies a plain `topic` line outside of a
-    `user` block to anonymous clients only; it warns about them, and they work.
-    """
-    return (
-        f"user {coordinator_user}\n"
-        f"topic readwrite lai/v1/{fleet}/#\n"
-        "\n"
-        f"pattern write lai/v1/{fleet}/up/%u/#\n"
-        f"pattern read lai/v1/{fleet}/dn/%u/#\n"
-        f"pattern read lai/v1/{fleet}/pub/#\n"
-        f"pattern read lai/v1/{fleet}/co/#\n"
-    )
+    return Recipe("mosquitto", mosquitto_version(program), "", prepare)
 
 
 def _mosquitto_conf(folder: Path, port: int, *, persistence: bool) -> str:
@@ -273,7 +257,8 @@ def _mosquitto_conf(folder: Path, port: int, *, persistence: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mosquitto_version(program: Path) -> str:
+def mosquitto_version(program: Path) -> str:
+    """Return the release of a Mosquitto program."""
     # `-h` ends with code 1 or 0, depending on the version.
     shown = subprocess.run([program, "-h"], check=False, capture_output=True, text=True).stdout
     found = re.search(r"mosquitto version (\S+)", shown)
@@ -283,7 +268,7 @@ def _mosquitto_version(program: Path) -> str:
 # --- amqtt ---------------------------------------------------------------------------------------
 
 
-def _amqtt(folder: Path, credentials: dict[str, str], fleet: str, coordinator_user: str) -> _Recipe:
+def _amqtt(folder: Path, credentials: dict[str, str], fleet: str, coordinator_user: str) -> Recipe:
     if importlib.util.find_spec("amqtt") is None:
         raise MissingExtraError("no broker here: apt install mosquitto, or pip install 'liberatai[demo]'")
     from pwdlib.hashers.argon2 import Argon2Hasher  # noqa: PLC0415 - comes with amqtt
@@ -312,7 +297,7 @@ def _amqtt(folder: Path, credentials: dict[str, str], fleet: str, coordinator_us
         _write(folder / "amqtt.json", json.dumps({"listeners": listeners, "plugins": plugins}, indent=1))
         return processes.command("liberatai_coordinator.brokers.amqtt_broker", str(folder / "amqtt.json"))
 
-    return _Recipe("amqtt", importlib.metadata.version("amqtt"), AMQTT_LOST, prepare)
+    return Recipe("amqtt", importlib.metadata.version("amqtt"), AMQTT_LOST, prepare)
 
 
 # --- processes and files -------------------------------------------------------------------------
@@ -363,7 +348,8 @@ def _answers(port: int) -> bool:
         return probe.connect_ex((HOST, port)) == 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

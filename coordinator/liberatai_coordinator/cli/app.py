@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import typer
 
-from liberatai_coordinator.cli import devices, doctor, jobs, models, plan, profiles, programs
+from liberatai_coordinator.cli import broker, ca, devices, doctor, jobs, models, plan, profiles, programs
 from liberatai_coordinator.cli.kit import FAILED, complain, group
 from liberatai_core.errors import LiberataiError
 
@@ -21,6 +21,8 @@ DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
 
 
 app = group("Train one model together on devices that differ.", "liberatai devices list")
+app.add_typer(broker.app, name="broker")
+app.add_typer(ca.app, name="ca")
 app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
