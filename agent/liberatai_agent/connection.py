@@ -115,6 +115,7 @@ class Connection:
             case Connected():
                 log.info("connected to %s (%s)", self._broker, event.protocol)
                 self.connected = event
+                self._faults.heal("E_LINK")
                 size = event.max_packet_bytes
                 self._happened(LinkUp(session_present=event.session_present, packet_bytes=size))
             case Disconnected(reason=reason, retry_in_s=retry):

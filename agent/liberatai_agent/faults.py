@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 
 from liberatai_agent.counters import Counters
 from liberatai_core.errors import LiberataiError
@@ -16,7 +17,8 @@ class Faults:
         counters: keep them.
 
     Attributes:
-        last: the newest error, "E_DISK: full".
+        last: the newest error, "E_DISK: full"; "" once it no longer matters.
+        last_at: when it was met last, Unix seconds.
         refused: refused frames by code, ever.
     """
 
@@ -24,7 +26,7 @@ class Faults:
         self._counters = counters
         self._unsaved: dict[str, int] = {}
         self.refused = counters.refusals()
-        self.last = ""
+        self.last, self.last_at = "", 0.0
 
     def refuse(self, code: str, text: str) -> None:
         """Count a frame that was not believed."""
@@ -39,7 +41,12 @@ class Faults:
         line = f"{code}: {text}"
         if line != self.last and not quiet:
             log.warning("%s", line)
-        self.last = line
+        self.last, self.last_at = line, time.time()
+
+    def heal(self, code: str) -> None:
+        """Forget the newest error if it is of this kind: what it hindered works again."""
+        if self.last.startswith(f"{code}:"):
+            self.last, self.last_at = "", 0.0
 
     def save(self) -> None:
         """Store the counters; what the disk refuses is stored later."""

@@ -21,7 +21,7 @@ from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.session import Session, report_of
 from liberatai_agent.session.state import final_of, missing_of
-from liberatai_agent.status import FILE
+from liberatai_agent.status import FILE, last_error
 from liberatai_core import __version__
 from liberatai_core.contract.messages import Capability, Step
 from liberatai_core.link.link import Connected, Traffic
@@ -30,7 +30,7 @@ PAUSE_S = 1.0
 """Between two writes: several things change at once."""
 REFRESH_S = 3600.0
 """For the counters, and so that an old file is a dead agent's."""
-MOVING = frozenset({"updated_at", "sent_bytes", "received_bytes", "link", "refusals"})
+MOVING = frozenset({"updated_at", "sent_bytes", "received_bytes", "link", "refusals", "last_error_at"})
 """What changes all the time."""
 STEADY_LINK = ("metered", "day_quota_bytes", "quota_spent")
 """What of the link does not."""
@@ -91,7 +91,7 @@ def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
         "broker_refuses": [words for _, words in state.refused],
         "refusals": dict(sorted(seen.faults.refused.items())),
         "updates_refused": dict(state.refusals),
-        "last_error": seen.faults.last,
+        **last_error(seen.faults.last, seen.faults.last_at, time.time()),
         "data_fault": found.fault,
         "data_warning": found.warning,
         "started_at": seen.started_at,

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from liberatai_core.errors import ConfigError
 from liberatai_core.settings import parse
+from liberatai_core.spelling import meant
 
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
 Delay = Annotated[float, Meta(ge=0, le=1e9)]
@@ -187,8 +188,10 @@ def load_profile(name: str, where: str, folder: Path | None = None) -> Profile:
         if not path.is_file():
             path = folder / f"{RENAMED.get(name, name)}.yaml"
         if not path.is_file():
-            known = ", ".join(profile_names(folder)) or "none"
-            raise ConfigError(where, [f"no profile {name!r} in {folder} (known: {known})"])
+            known = profile_names(folder)
+            hint = meant(name, known)
+            fault = f"no profile {name!r} in {folder}{hint} (known: {', '.join(known) or 'none'})"
+            raise ConfigError(where, [fault])
     try:
         return parse_profile(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

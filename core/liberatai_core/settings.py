@@ -8,13 +8,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
 import yaml
 
 from liberatai_core.errors import ConfigError
+from liberatai_core.spelling import meant
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
@@ -134,7 +135,7 @@ def faults(raw: Mapping[str, Any], wanted: type[msgspec.Struct], prefix: str = "
     fields = {field.encode_name: field for field in msgspec.structs.fields(wanted)}
     known = ", ".join(sorted(fields))
     found = [
-        f"{prefix}{_clean(str(name))}: unknown key{_meant(str(name), fields)} (known: {known})"
+        f"{prefix}{_clean(str(name))}: unknown key{meant(str(name), fields)} (known: {known})"
         for name in raw
         if name not in fields
     ]
@@ -145,14 +146,6 @@ def faults(raw: Mapping[str, Any], wanted: type[msgspec.Struct], prefix: str = "
             continue
         found += _value_faults(raw[name], field.type, f"{prefix}{name}")
     return found
-
-
-def _meant(name: str, known: Collection[str]) -> str:
-    """Return the known key that a misspelt one is most like, as it follows the fault; "" for none."""
-    from difflib import get_close_matches  # noqa: PLC0415 - only who misspells needs it
-
-    found = get_close_matches(name[:64], known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _value_faults(value: Any, wanted: Any, name: str) -> list[str]:
@@ -174,7 +167,19 @@ def _value_faults(value: Any, wanted: Any, name: str) -> list[str]:
         msgspec.convert(value, wanted)
     except (msgspec.ValidationError, ValueError) as error:
         wish = _wish(wanted)
-        return [f"{name}: {f'must be {wish}' if wish else _readable(str(error))} (got {_short(value)})"]
+        hint = meant(value, _choices(wanted)) if isinstance(value, str) else ""
+        return [f"{name}: {f'must be {wish}' if wish else _readable(str(error))} (got {_short(value)}){hint}"]
+    return []
+
+
+def _choices(wanted: Any) -> list[str]:
+    """Return the words that a value may be; none if it may be more than words of a list."""
+    if typing.get_origin(wanted) is typing.Annotated:
+        return _choices(typing.get_args(wanted)[0])
+    if typing.get_origin(wanted) is Literal:
+        return [one for one in typing.get_args(wanted) if isinstance(one, str)]
+    if _is_union(wanted):
+        return [one for arm in typing.get_args(wanted) for one in _choices(arm)]
     return []
 
 

@@ -5,8 +5,10 @@ Three digits are enough to compare, and nobody reads an exponent. Programs take 
 """
 
 import math
+import textwrap
 import time
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 __all__ = [
     "ago_text",
@@ -16,9 +18,11 @@ __all__ = [
     "field_text",
     "number_text",
     "rate_text",
+    "record_lines",
     "share_text",
     "size_text",
     "when_text",
+    "wrapped",
 ]
 
 NONE: Final = "-"
@@ -153,9 +157,62 @@ def _number(name: str, value: float) -> str:
         return f"{number_text(value)} %"
     if name.endswith("_c"):
         return f"{number_text(value)} °C"
+    if name in _NUMBERS:
+        return str(value)
     return count_text(value) if isinstance(value, int) else number_text(value)
+
+
+def wrapped(text: str, width: int | None, indent: str = "") -> str:
+    """Return a sentence in lines of so many characters; long words, such as names, are never cut.
+
+    Args:
+        text: the sentence.
+        width: of the screen; None: one line.
+        indent: before every line.
+    """
+    if width is None:
+        return indent + text
+    return textwrap.fill(
+        text,
+        max(20, width),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def record_lines(fields: Mapping[str, Any], width: int | None = None) -> list[str]:
+    """Return a record as lines of name and value, numbers as people write them.
+
+    Args:
+        fields: by name; mappings and lists inside are written over several lines.
+        width: of the screen; None: every value in one line.
+    """
+    longest = max(map(len, fields), default=0)
+    left = " " * (longest + 2)
+    lines = []
+    for name, value in fields.items():
+        text = _value_text(name, value, "\n" + left)
+        if width is not None:
+            parts = (wrapped(part, width, left) for part in text.split("\n" + left))
+            text = "\n".join(parts).lstrip()
+        lines.append(f"{name:<{longest}}  {text}")
+    return lines
+
+
+def _value_text(name: str, value: Any, newline: str) -> str:
+    if isinstance(value, Mapping):
+        unit = name if name == "bytes" or name.endswith("_bytes") else ""
+        return newline.join(f"{key}: {_value_text(unit or key, v, ', ')}" for key, v in value.items()) or NONE
+    if isinstance(value, list | tuple):
+        between = newline if any(isinstance(one, str) and len(one) > 24 for one in value) else ", "
+        return between.join(field_text(name, one) for one in value) or NONE
+    return field_text(name, value)
 
 
 _CENTURY_S: Final = 946_684_800
 """2000-01-01: nothing that is measured here takes so long."""
+_NUMBERS: Final = frozenset({"pid", "port", "session", "epoch", "round", "version", "seed", "schema"})
+"""Names that are numbers: nobody counts with them."""
 _TIMES: Final = ("created_s", "seen_s", "_at", "since_s", "until_s")

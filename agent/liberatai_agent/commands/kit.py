@@ -38,11 +38,11 @@ def add_config(parser: Any) -> None:
 
 
 def add_output(parser: Any) -> None:
-    """Add `-o table|json`."""
+    """Add `-o table|wide|json|yaml|name`."""
     parser.add_argument(
         "-o",
         "--output",
-        choices=("table", "json"),
+        choices=("table", "wide", "json", "yaml", "name"),
         default="table",
         help="how to print (default: %(default)s)",
     )
@@ -53,18 +53,32 @@ def complain(line: str) -> None:
     sys.stderr.write(" ".join(line.split()) + "\n")
 
 
-def show(values: dict[str, Any], output: str) -> None:
-    """Print names with their values, as a table or as JSON."""
+def show(values: dict[str, Any], output: str, name: str = "") -> None:
+    """Print a record.
+
+    Args:
+        values: its fields by name.
+        output: table: what is there, numbers as people write them; wide: what is empty too, in one line each;
+            json, yaml: all, for programs; name: whose record it is.
+        name: for `-o name`.
+    """
+    if output == "name":
+        print(name)
+        return
     if output == "json":
         print(json.dumps(values, indent=2))
         return
-    width = max(map(len, values))
-    for name, value in values.items():
-        text = "-" if value is None or value in ("", [], {}) else value
-        if isinstance(text, list):
-            text = ", ".join(map(str, text))
-        if isinstance(text, dict):
-            text = "  ".join(f"{key}={inner}" for key, inner in text.items())
-        if name.endswith("_bytes") and isinstance(value, int):
-            text = f"{value} ({value / (1 << 20):.1f} MiB)"
-        print(f"{name:<{width}}  {text}")
+    if output == "yaml":
+        import msgspec  # noqa: PLC0415
+
+        print(msgspec.yaml.encode(values).decode(), end="")
+        return
+    import shutil  # noqa: PLC0415
+
+    from liberatai_core.units import record_lines  # noqa: PLC0415
+
+    wide = output == "wide"
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not wide else None
+    told = {name: value for name, value in values.items() if wide or value not in (None, "", [], {})}
+    for line in record_lines(told, width):
+        print(line)

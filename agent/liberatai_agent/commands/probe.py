@@ -67,5 +67,5 @@ def _probe(args: argparse.Namespace) -> int:
         "temperature_c": probe.temperature_c(),
         "battery_percent": probe.battery()[0],
     }
-    show(shown, args.output)
+    show(shown, args.output, config.device)
     return OK

@@ -27,7 +27,7 @@ def _status(args: argparse.Namespace) -> int:
     import time  # noqa: PLC0415
 
     from liberatai_agent.config import load_config  # noqa: PLC0415
-    from liberatai_agent.status import read_status  # noqa: PLC0415
+    from liberatai_agent.status import last_error, read_status  # noqa: PLC0415
 
     folder = args.state_dir if args.state_dir is not None else load_config(args.config).state_path
     found = read_status(folder)
@@ -35,8 +35,10 @@ def _status(args: argparse.Namespace) -> int:
         raise NotFoundError(f"{folder}: no status: the agent has never run with this state folder")
     if found.get("running") and not _alive(found.get("pid")):
         found |= {"running": False, "connected": False, "phase": "dead"}
-    found["age_s"] = round(max(0.0, time.time() - float(found.get("updated_at", 0.0))), 1)
-    show(found, args.output)
+    now = time.time()
+    found |= last_error(str(found.get("last_error", "")), float(found.get("last_error_at") or 0.0), now)
+    found["age_s"] = round(max(0.0, now - float(found.get("updated_at", 0.0))), 1)
+    show(found, args.output, found.get("device", ""))
     return OK if found.get("running") else FAILED
 
 

@@ -13,6 +13,7 @@ from liberatai_coordinator.store.manifests import decode_manifest
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_coordinator.store.versions import require_files
 from liberatai_core.errors import NotFoundError
+from liberatai_core.spelling import meant
 from liberatai_core.structure import DataContract, Structure
 
 
@@ -48,7 +49,9 @@ class ModelOperations:
         require_files(model, row.number, collected=row.collected)
         manifest = decode_manifest(row.manifest)
         if structure not in manifest.structures:
-            raise NotFoundError(f"{model} has no structure {structure!r}: {', '.join(manifest.structures)}")
+            known = ", ".join(sorted(manifest.structures))
+            hint = meant(structure, manifest.structures)
+            raise NotFoundError(f"{model} has no structure {structure!r}{hint} (known: {known})")
         record = manifest.structures[structure]
         content = await asyncio.to_thread(self.service.repository.get, record.view)
         return record.structure, manifest.data, content
@@ -60,7 +63,10 @@ class ModelOperations:
         members = decode_manifest(row.manifest).structures
         if structure not in members:
             known = ", ".join(sorted(members))
-            raise NotFoundError(f"{model} version {row.number} has no structure {structure!r}: {known}")
+            hint = meant(structure, members)
+            raise NotFoundError(
+                f"{model} version {row.number} has no structure {structure!r}{hint} (known: {known})"
+            )
         member = members[structure]
         sizes = await asyncio.to_thread(
             variants.tensor_sizes, self.service.repository, member.keyframe.blob, member.structure

@@ -2,13 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import Final
 
 from liberatai_core.errors import NotFoundError
-
-LONGEST: Final = 128
-"""Characters of a name that are looked at."""
+from liberatai_core.spelling import meant
 
 
 async def not_found(error: NotFoundError, name: str, known: Sequence[str]) -> NotFoundError:
@@ -19,5 +15,4 @@ async def not_found(error: NotFoundError, name: str, known: Sequence[str]) -> No
         name: that was asked for.
         known: all names; with thousands of them the search takes a while, so a thread does it.
     """
-    close = await asyncio.to_thread(get_close_matches, name[:LONGEST], known, 1, 0.75)
-    return NotFoundError(f"{error}; did you mean {close[0]}?") if close else error
+    return NotFoundError(f"{error}{await asyncio.to_thread(meant, name, known)}")

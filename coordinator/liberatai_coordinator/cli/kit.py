@@ -23,6 +23,7 @@ from liberatai_core.errors import (
     RoundUnknownError,
     UnknownDeviceError,
 )
+from liberatai_core.spelling import meant
 
 if TYPE_CHECKING:
     from liberatai_coordinator.config import CoordinatorConfig
@@ -123,7 +124,10 @@ def only_structure(view: VersionView, wanted: str | None) -> str:
     if wanted is None:
         raise ConfigError("--structure", [f"missing: {view.model} has {known}"])
     if wanted not in view.digests:
-        raise NotFoundError(f"{view.model} version {view.version}: no structure {wanted!r}; it has {known}")
+        hint = meant(wanted, view.digests)
+        raise NotFoundError(
+            f"{view.model} version {view.version}: no structure {wanted!r}{hint} (known: {known})"
+        )
     return wanted
 
 

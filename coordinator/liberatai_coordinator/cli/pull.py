@@ -12,6 +12,7 @@ from liberatai_coordinator.cli.tables import Output, OutputOption, clean, dump, 
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import VariantDetail, VariantView
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
+from liberatai_core.spelling import meant
 
 
 def pull(
@@ -60,7 +61,10 @@ def _best(client: Client, name: str, version: str, budget_bytes: int, structure:
     view = client.models.version(name, version)
     if structure is not None and structure not in view.digests:
         known = ", ".join(sorted(view.digests))
-        raise ConfigError("--structure", [f"{name} version {view.version} has {known}"])
+        fault = (
+            f"no {structure!r}{meant(structure, view.digests)} ({name} version {view.version} has {known})"
+        )
+        raise ConfigError("--structure", [fault])
     every = client.variants.list(name, str(view.version))
     variants = [one for one in every if structure in (None, one.parent_structure)]
     best = best_variant(variants, budget_bytes)

@@ -9,7 +9,6 @@ never cut. `-o wide` shows every column in one line, however long. In a pipe not
 
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,12 @@ from liberatai_core.units import (
     ago_text,
     count_text,
     duration_text,
-    field_text,
     rate_text,
+    record_lines,
     share_text,
     size_text,
     when_text,
+    wrapped,
 )
 
 __all__ = [
@@ -167,7 +167,10 @@ def rendered(
     if wide:
         return _lines([_Cells.of(rows, column) for column in columns])
     cells = [_Cells.of(rows, column) for column in columns if not column.wide]
-    if width is None or _width(cells) <= width:
+    if width is None:
+        return _lines(cells)
+    cells = [one for one in cells if one.said or not one.column.note]
+    if _width(cells) <= width:
         return _lines(cells)
     name, *others = [one for one in cells if one.said or one is cells[0]]
     notes = [one for one in others if one.column.note]
@@ -229,20 +232,6 @@ def _with_notes(lines: Sequence[str], notes: Sequence[_Cells], width: int) -> li
     return found
 
 
-def wrapped(text: str, width: int | None, indent: str = "") -> str:
-    """Return a sentence in lines of the screen's width; long words, such as names, are never cut."""
-    if width is None:
-        return indent + text
-    return textwrap.fill(
-        text,
-        max(20, width),
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 # --- records and other forms ----------------------------------------------------------------------
 
 
@@ -255,22 +244,8 @@ def show_one(view: Any, output: Output) -> None:
     if not output.is_table:
         dump(view, output)
         return
-    width = max(map(len, fields), default=0)
-    screen = None if output is Output.WIDE else screen_width()
-    for name, value in fields.items():
-        text = _field(name, value, width)
-        if screen is not None and "\n" not in text and width + 2 + len(text) > screen:
-            text = wrapped(text, screen, " " * (width + 2)).lstrip()
-        print(f"{name:<{width}}  {text}")
-
-
-def _field(name: str, value: Any, width: int) -> str:
-    if isinstance(value, dict):
-        lines = [f"{key}: {_field(key, inner, 0)}" for key, inner in value.items()]
-        return ("\n" + " " * (width + 2)).join(lines) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(clean(str(inner)) for inner in value) or "-"
-    return clean(field_text(name, value))
+    for line in record_lines(fields, None if output is Output.WIDE else screen_width()):
+        print("\n".join(map(clean, line.split("\n"))))
 
 
 def dump(value: Any, output: Output) -> None:

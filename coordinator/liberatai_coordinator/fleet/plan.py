@@ -16,6 +16,7 @@ from liberatai_core.contract.messages import Capability
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
 from liberatai_core.structure import fitting
+from liberatai_core.units import duration_text, rate_text, size_text
 
 MIN_KEYFRAME_BITS = 2.0
 """Below two bits per weight a keyframe without retraining loses too much (compressor benchmark)."""
@@ -23,8 +24,8 @@ CHAIN_ROUNDS = 12
 """Rounds whose deltas must fit beside the keyframe, before a new keyframe must be published."""
 TORCH_BYTES = 340 * 2**20
 """Resident memory of the training process before the first batch (measured 330 MiB for a LeNet)."""
-DEADLINE_SHARE = 0.5
-"""Half of the deadline for training; the rest for transfers, other load and retries."""
+PREFERRED_SHARE = 0.5
+"""Of the deadline: who is done by then is not held back by `rounds.select: utility`."""
 LINK_SHARE = 0.1
 """A tenth of the deadline for the update's way up: the link serves other purposes too."""
 DEADLINE_MARGIN = 0.8
@@ -213,8 +214,8 @@ def _given(
     job: JobSpec, candidate: Candidate, device: Capability, against: Sequence[str], share: float, link: str
 ) -> Assignment:
     size = keyframe_budget(job, candidate, device.storage_bytes)
-    limit = f"{_kib(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
-    fits = f"{candidate.id} fits: a keyframe of at most {_kib(size)} in {limit}"
+    limit = f"{size_text(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
+    fits = f"{candidate.id} fits: a keyframe of at most {size_text(size)} in {limit}"
     return Assignment(
         device=device.device,
         structure=candidate.id,
@@ -245,19 +246,23 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     keyframe = _largest_keyframe(job, candidate)
     chain = chain_bytes(job, candidate)
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
-        needs = f"{_kib(keyframe)} keyframe and {_kib(chain)} of deltas"
-        return f"{needs} are more than {_kib(device.storage_bytes)} storage"
+        needs = f"{size_text(keyframe)} keyframe and {size_text(chain)} of deltas"
+        return f"{needs} are more than {size_text(device.storage_bytes)} storage"
     # Weights, gradient, two optimiser moments, the base and the difference: six float32 vectors.
     memory = (
         TORCH_BYTES + 24 * candidate.parameters + job.training.batch_size * 2 * candidate.activation_bytes
     )
     if device.memory_bytes and memory > device.memory_bytes:
-        return f"training takes {_mib(memory)} of {_mib(device.memory_bytes)} memory"
-    seconds = _training_s(job, candidate, device)
-    if seconds > job.rounds.deadline_s * DEADLINE_SHARE:
-        return f"training takes about {seconds:.0f} s of the {job.rounds.deadline_s:.0f} s deadline"
+        return f"training takes {size_text(memory)} of {size_text(device.memory_bytes)} memory"
+    seconds, deadline_s = _training_s(job, candidate, device), job.rounds.deadline_s
+    if seconds > deadline_s * DEADLINE_MARGIN:
+        return (
+            f"training takes about {_seconds(seconds)}, more than {DEADLINE_MARGIN:.0%} of the "
+            f"{_seconds(deadline_s)} deadline: a longer rounds.deadline_s or fewer training.epochs would do"
+        )
     if device.day_quota_bytes and keyframe > device.day_quota_bytes:
-        return f"{_kib(keyframe)} keyframe is more than a day's quota of {_kib(device.day_quota_bytes)}"
+        quota = size_text(device.day_quota_bytes)
+        return f"{size_text(keyframe)} keyframe is more than a day's quota of {quota}"
     return None
 
 
@@ -341,10 +346,10 @@ def _possible(
 
 def _limit_words(device: Capability, limit: str) -> str:
     if limit == "quota":
-        return f"quota of {_mib(device.day_quota_bytes)} per day"
+        return f"quota of {size_text(device.day_quota_bytes)} per day"
     if limit == "link":
         source = "measured" if device.link_measured else "by its profile"
-        return f"link of {_rate(device.up_bits_s or 0.0)} {source}"
+        return f"link of {rate_text(device.up_bits_s or 0.0)} {source}"
     return "link not measured"
 
 
@@ -463,13 +468,13 @@ def _too_slow(
         down = _download_s(device, download_bytes)
         training = _training_s(job, candidate, device)
         return (
-            f"{words}{_kib(download_bytes)} to download take about {_seconds(down)} and training "
-            f"{_seconds(training)}: nothing is left for an update of the {deadline_s:.0f} s deadline"
+            f"{words}{size_text(download_bytes)} to download take about {_seconds(down)} and training "
+            f"{_seconds(training)}: nothing is left for an update of the {_seconds(deadline_s)} deadline"
         )
     smallest = update_bytes(candidate.travelling, least, job.sparsify.method)
     return (
         f"{words}room for {_percent(possible)} of the parameters per round, at least {_percent(least)} "
-        f"({_kib(smallest)}) is needed: a longer rounds.deadline_s or a smaller structure would do"
+        f"({size_text(smallest)}) is needed: a longer rounds.deadline_s or a smaller structure would do"
     )
 
 
@@ -480,7 +485,7 @@ def _explained(candidate: Candidate, device: Capability, words: str, share: floa
         told = (
             f"about {_seconds(8.0 * (size + OVERHEAD_BYTES) / device.up_bits_s)}" if device.up_bits_s else ""
         )
-        return f"{words}: all parameters per round, {told or f'about {_kib(size)}'} per update"
+        return f"{words}: all parameters per round, {told or f'about {size_text(size)}'} per update"
     told = f"{words}: {_percent(share)} of the parameters per round"
     if share < candidate.density:
         told = (
@@ -489,15 +494,8 @@ def _explained(candidate: Candidate, device: Capability, words: str, share: floa
     if device.up_bits_s:
         told += f", about {_seconds(8.0 * (size + OVERHEAD_BYTES) / device.up_bits_s)} per update"
     else:
-        told += f", about {_kib(size)} per update"
+        told += f", about {size_text(size)} per update"
     return f"{told}; the rest follows in later rounds" if share < candidate.density else told
-
-
-def _rate(bits_s: float) -> str:
-    for unit, scale in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
-        if bits_s >= scale:
-            return f"{bits_s / scale:.3g} {unit}"
-    return f"{bits_s:.3g} bit/s"
 
 
 def _percent(share: float) -> str:
@@ -505,14 +503,7 @@ def _percent(share: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
+    """Return an estimated time: no tenths of what nobody knows so exactly."""
     if math.isinf(seconds):
         return "for ever"
-    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"
-
-
-def _kib(size_bytes: int) -> str:
-    return f"{size_bytes / 1024:.1f} KiB"
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB"
+    return duration_text(round(seconds) if seconds >= 9.5 else seconds)

@@ -293,7 +293,7 @@ class Roster:
             seed=derive_seed(self.job.seed, "participants", number),
             number=number,
             sample_cap=self.job.aggregate.sample_cap,
-            preferred_s=self.job.rounds.deadline_s * plan.DEADLINE_SHARE,
+            preferred_s=self.job.rounds.deadline_s * plan.PREFERRED_SHARE,
         )
         self.trying = {name for name in names if name in self._tried}
         self._tried |= dict.fromkeys(self.trying, (number, clock.monotonic()))

@@ -23,6 +23,7 @@ from liberatai_core.errors import (
     StructureError,
 )
 from liberatai_core.learning.families import structure_of
+from liberatai_core.spelling import meant
 from liberatai_core.structure import Structure
 from liberatai_core.weights import digest
 
@@ -86,7 +87,8 @@ def _check_parent(model: str, version: VersionRow, manifest: VariantManifest) ->
     if manifest.parent_structure not in parent.structures:
         known = ", ".join(sorted(parent.structures))
         raise NotFoundError(
-            f"{model} version {version.number} has no structure {manifest.parent_structure!r}: {known}"
+            f"{model} version {version.number} has no structure {manifest.parent_structure!r}"
+            f"{meant(manifest.parent_structure, parent.structures)} (known: {known})"
         )
     if manifest.data != parent.data:
         raise DataError(

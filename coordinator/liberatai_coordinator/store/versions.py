@@ -12,6 +12,7 @@ from liberatai_coordinator.store.manifests import decode_manifest, decode_varian
 from liberatai_coordinator.store.rows import VariantRow, VersionRow
 from liberatai_coordinator.store.tables import TAGS, VARIANTS, VERSIONS
 from liberatai_core.errors import DigestError, NotFoundError, SchemaError
+from liberatai_core.spelling import meant
 
 _NUMBER: Final = re.compile("[0-9]{1,10}")
 
@@ -92,8 +93,12 @@ class VersionStore:
         with self._database.read() as connection:
             rows = _version_rows(connection, model, sa.or_(*conditions))
         if not rows:
+            tags = sa.select(TAGS.c.tag).where(TAGS.c.model == model)
+            with self._database.read() as connection:
+                known = [row.tag for row in connection.execute(tags)]
             raise NotFoundError(
                 f"model {model}: no version {text[:64]!r} (see `liberatai models log {model}`)"
+                f"{meant(text[:64], [*known, 'latest'])}"
             )
         return rows[0]
 

@@ -668,7 +668,7 @@ def test_an_unknown_structure_is_not_found_and_the_known_ones_are_named(
     fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["models", "export", "digits", "--structure", "cnn", "--out", str(tmp_path / "x")]) == 4
-    assert "no structure 'cnn'; it has mlp-hidden4" in capsys.readouterr().err
+    assert "no structure 'cnn' (known: mlp-hidden4)" in capsys.readouterr().err
 
 
 def test_a_version_is_shown_with_its_digests(

@@ -14,6 +14,7 @@ from liberatai_core.units import (
     field_text,
     number_text,
     rate_text,
+    record_lines,
     share_text,
     size_text,
     when_text,
@@ -101,6 +102,7 @@ def test_rates_shares_and_times() -> None:
         ("temperature_c", 45.0, "45 °C"),
         ("cpu_percent", 12.5, "12.5 %"),
         ("samples", 12_345, "12,345"),
+        ("pid", 18_562, "18562"),
         ("running", True, "yes"),
         ("gflops", None, "-"),
         ("reason", "", "-"),
@@ -108,6 +110,27 @@ def test_rates_shares_and_times() -> None:
 )
 def test_a_field_is_read_by_its_name(name: str, value: object, text: str) -> None:
     assert field_text(name, value) == text
+
+
+def test_a_record_is_wrapped_beside_its_names_and_shows_what_is_inside() -> None:
+    record = {
+        "bytes": {"cnn": 65_536},
+        "link": {"up_bits_s": 64_000.0, "metered": False},
+        "files": ["blobs/aaaaaaaaaaaaaaaaaaaaaaaa", "blobs/bbbbbbbbbbbbbbbbbbbbbbbb"],
+        "classes": [1, 2],
+        "none": {},
+        "why": "a word " * 20,
+    }
+    assert record_lines(record)[:5] == [
+        "bytes    cnn: 64 KiB",
+        "link     up_bits_s: 64 kbit/s\n         metered: no",
+        "files    blobs/aaaaaaaaaaaaaaaaaaaaaaaa\n         blobs/bbbbbbbbbbbbbbbbbbbbbbbb",
+        "classes  1, 2",
+        "none     -",
+    ]
+    lines = "\n".join(record_lines(record, 60)).split("\n")
+    assert max(map(len, lines)) <= 60
+    assert record_lines({}) == []
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))

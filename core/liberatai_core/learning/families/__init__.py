@@ -22,6 +22,7 @@ from liberatai_core.learning.families.resnet import resnet
 from liberatai_core.learning.families.signals import cnn1d, mlp
 from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.learning.families.vgg import vgg
+from liberatai_core.spelling import meant
 from liberatai_core.structure import DataContract, Parameter, Structure, Tensor, from_tensors, require_length
 from liberatai_core.weights import Vector
 
@@ -256,7 +257,8 @@ def builder(family: str) -> Build:
         return FAMILIES[family]
     found: Build | None = installed.find(family)
     if found is None:
-        raise StructureError(f"unknown family {family!r}: known are {', '.join(known_families())}")
+        hint = meant(family, known_families())
+        raise StructureError(f"unknown family {family!r}{hint} (known: {', '.join(known_families())})")
     return found
 
 

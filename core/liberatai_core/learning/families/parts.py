@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from liberatai_core.errors import StructureError
+from liberatai_core.spelling import meant
 from liberatai_core.structure import DataContract, Parameter
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ def shape(data: DataContract, rank: int, family: str) -> tuple[int, ...]:
 def only(params: Mapping[str, Parameter], family: str, allowed: set[str]) -> None:
     """Raise StructureError if there is a parameter that the family does not have."""
     if unknown := sorted(set(params) - allowed):
+        hint = meant(unknown[0], allowed)
         raise StructureError(
-            f"{family}: unknown parameter {unknown[0]!r}, it takes {', '.join(sorted(allowed))}"
+            f"{family}: unknown parameter {unknown[0]!r}{hint} (known: {', '.join(sorted(allowed))})"
         )
 
 
