@@ -7,7 +7,9 @@ Every arm trains the same way for the same rounds on the same devices in virtual
 - fedavg_all: federated averaging of one structure that every device can run;
 - fedavg_family: the same when the fleet is mixed, each structure on its own share of the devices;
 - ensemble: the members of fedavg_family together, by every method and its seconds;
-- students: the mixed fleet again, the guarded ensemble teaching every structure on unlabeled samples.
+- students: the mixed fleet again, taught on unlabeled samples (`--teachers`);
+- server_only: no device at all. The same structures train on the coordinator's labelled samples and teach
+  each other on its unlabeled ones, for as many rounds: what the federation must beat to be worth it.
 
 `figures`, in points: the taught ensemble over the best student; what teaching gives the smallest structure,
 and the structure that gains least; the worst student below the ensemble; all devices' own structures on
@@ -38,12 +40,13 @@ from benchmarks.sparsifier import population
 from liberatai_coordinator.config import Aggregate, JobSpec, Rounds, Sparsify, StructureChoice, Teach
 from liberatai_coordinator.models.ensembles import answer
 from liberatai_coordinator.models.members import Public, derive_seed
-from liberatai_core.aggregator.ensemble import Evidence, Pool, accuracy, pooled
+from liberatai_core.aggregator.ensemble import Evidence, Pool, accuracy, normalised, pooled
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import ENSEMBLES, LABELLED, chosen, method_of
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.dataset import load_npz
+from liberatai_core.learning.distillation import DistillSettings, distill, usual_copies, usual_steps
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
 from liberatai_core.structure import DataContract
@@ -51,6 +54,8 @@ from liberatai_core.structure import DataContract
 JOB = "aggregator"
 SHARE = 4
 """Unlabeled and labelled samples are at most one in four of the training samples each."""
+SERVER_EPOCHS, SERVER_AUGMENT = 4, 0.6
+"""Of a server without devices, in a round: its few samples are shown more often, changed as in a teaching."""
 WORST = 0.1
 """Share of the devices whose mean accuracy is "worst10"."""
 
@@ -192,6 +197,7 @@ def job_of(options: argparse.Namespace, data: DataContract, choices: tuple[Struc
         teach=Teach(
             method=options.teach_method,
             validation=options.teach_validation,
+            teachers=options.teachers,
             every=options.teach_every,
             steps=options.teach_steps,
             copies=options.copies,
@@ -206,6 +212,8 @@ def run_arm(work: tuple[str, int, argparse.Namespace, World]) -> Ended:
     began = time.perf_counter()
     if name == "centralised":
         ended = centralised(options, given, given.choices[place])
+    elif name == "server":
+        ended = server_only(options, given)
     else:
         taught = name == "taught"
         public = given.public if taught else Public(validation=given.public.validation)
@@ -234,6 +242,38 @@ def centralised(options: argparse.Namespace, given: World, choice: StructureChoi
     weights = train(structure, data, start, x, y, settings, options.seed).weights
     test = log_probabilities(structure, data, weights, given.people.test[0])
     return Ended(test={structure.id: test}, labelled={}, class_counts={}, seconds=0.0)
+
+
+def server_only(options: argparse.Namespace, given: World) -> Ended:
+    """Train every structure on the coordinator's labels; what they agree on teaches each of them."""
+    data, (known, y), test = given.people.data, given.labelled, given.people.test[0]
+    if given.public.unlabeled is None:
+        raise RuntimeError("a server without unlabeled samples")
+    structures = [structure_of(one.family, one.params, data) for one in given.choices]
+    weights = {one.id: initial_weights(one, data, options.seed) for one in structures}
+    x = np.concatenate([given.public.unlabeled, known])
+    copies = np.repeat(
+        [usual_copies(len(given.public.unlabeled)), usual_copies(len(y))], [len(x) - len(y), len(y)]
+    )
+    shown = len(x) + int(copies.sum())
+    settings = TrainSettings(
+        epochs=SERVER_EPOCHS, learning_rate=options.learning_rate, balance=0.0, augment=SERVER_AUGMENT
+    )
+    truth = np.log(np.eye(data.classes)[y] + np.finfo(np.float32).tiny).astype(np.float32)
+    for number in range(options.rounds):
+        for one in structures:
+            seed = derive_seed(options.seed, f"server|{one.id}", number)
+            weights[one.id] = train(one, data, weights[one.id], known, y, settings, seed).weights
+        answers = np.stack([log_probabilities(one, data, weights[one.id], x) for one in structures])
+        said = normalised(answers.astype(np.float64).mean(axis=0))
+        said[len(said) - len(y) :] = truth
+        for one in structures:
+            seed = derive_seed(options.seed, f"taught|{one.id}", number)
+            lesson = DistillSettings(steps=usual_steps(shown, DistillSettings().batch_size))
+            weights[one.id] = distill(one, data, weights[one.id], x, said, lesson, seed, copies=copies)
+    asked = {one.id: log_probabilities(one, data, weights[one.id], test) for one in structures}
+    together = normalised(np.stack(list(asked.values())).astype(np.float64).mean(axis=0))
+    return Ended(test=asked, labelled={}, class_counts={}, seconds=0.0, together=together)
 
 
 def federated(
@@ -382,6 +422,7 @@ def summary(
             sid: of(ended["all", place])[sid] for place, sid in enumerate(ids) if ("all", place) in ended
         },
         "fedavg_family": before,
+        "server_only": of(ended["server", -1]) if ("server", -1) in ended else {},
         "ensemble": methods,
         "best_member": {"structure": best, "accuracy": before[best]},
         "default_method": {"name": default, **methods[default]},
@@ -418,6 +459,11 @@ def figures(
         "worst_student_under_ensemble": min(after.values()) - ensemble,
     }
     common, largest, central = arm("all", 0), arm("all", last), arm("centralised", last)
+    server = ended.get(("server", -1))
+    if server is not None:
+        alone = {sid: accuracy(one, y) for sid, one in server.test.items()}
+        found["mean_student_over_server_only"] = float(np.mean([after[sid] - alone[sid] for sid in ids]))
+    found["mean_student"] = float(np.mean([after[sid] for sid in ids]))
     if common is not None:
         found["own_models_over_common_structure"] = own - common
     if largest is not None:
@@ -436,11 +482,12 @@ def told(options: argparse.Namespace) -> str:
 
 def table(found: Mapping[str, Any]) -> None:
     """Print structures and methods."""
-    print(f"{'structure':24} {'central':>8} {'all':>8} {'family':>8} {'taught':>8}")
+    print(f"{'structure':24} {'central':>8} {'all':>8} {'server':>8} {'family':>8} {'taught':>8}")
     for sid, row in found["students"].items():
-        values = [found["centralised"].get(sid), found["fedavg_all"].get(sid), row["before"], row["after"]]
+        others = [found[name].get(sid) for name in ("centralised", "fedavg_all", "server_only")]
+        values = [*others, row["before"], row["after"]]
         print(f"{sid:24}", *(f"{value:8.1%}" if value is not None else f"{'-':>8}" for value in values))
-    print(f"{'taught ensemble':24} {found['taught_ensemble']['accuracy']:35.1%}")
+    print(f"{'taught ensemble':24} {found['taught_ensemble']['accuracy']:44.1%}")
     print(f"worst tenth of the devices: {found['worst10']['before']:.1%} -> {found['worst10']['after']:.1%}")
     for name, value in found["figures"].items():
         print(f"{name.replace('_', ' '):36} {value:+7.2f} points")
@@ -508,6 +555,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Teach().validation,
         help="what of the labelled samples teaches, of those that find the ensemble's weights",
     )
+    parser.add_argument(
+        "--teachers",
+        choices=("auto", "devices", "ensemble"),
+        default=Teach().teachers,
+        help="who teaches: the devices' models, the structures' ensemble, or what labels do not contradict",
+    )
     parser.add_argument("--method", choices=("auto", *ENSEMBLES), default="auto", help="of the teacher")
     parser.add_argument("--trials", type=int, default=50, help="of every search")
     parser.add_argument(
@@ -553,7 +606,7 @@ def main() -> int:
     places = range(len(given.choices))
     wanted = {"centralised", "all"} if options.only is None else set(options.only)
     # The longest first: they decide when the last worker ends.
-    keys = [("taught", -1), ("family", -1)][given.public.unlabeled is None :]
+    keys = [("taught", -1), ("server", -1), ("family", -1)][2 * (given.public.unlabeled is None) :]
     outer = (places[0], places[-1])
     keys += [
         (name, place)

@@ -188,6 +188,10 @@ class Teach(Settings, frozen=True, kw_only=True):
         validation: what of `aggregate.validation` teaches beside it, of that part of the labels which finds
             the ensemble's weights: nothing, the inputs, or the labels as well, which then count as much as
             what the ensemble says. Samples of the devices' own kind keep foreign ones from teaching nonsense.
+        teachers: who is asked: the "ensemble" of the structures, or the models of all "devices" of a round,
+            each as its update tells it (`models.teachers`); "auto": the devices, where labels of
+            `aggregate.validation` do not show that they know less.
+        most_teachers: devices that are asked in a round, by lot if there are more.
         every: rounds between two teachings.
         batch_size, learning_rate, optimizer, temperature, clip_norm, augment, mixup, loss: of the
             distillation, see `learning.distillation.DistillSettings`.
@@ -198,6 +202,8 @@ class Teach(Settings, frozen=True, kw_only=True):
     unlabeled: str | None = None
     method: Literal["ensemble", "task_vectors"] = "ensemble"
     validation: Literal["none", "inputs", "labels"] = "inputs"
+    teachers: Literal["auto", "devices", "ensemble"] = "auto"
+    most_teachers: Annotated[int, Meta(ge=3, le=1000)] = 64
     every: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
@@ -388,6 +394,8 @@ def _across(job: JobSpec) -> list[str]:
         found.append("aggregate.rule: quantile_over_senders goes with mean and norm_clip only")
     if job.teach.validation == "labels" and job.aggregate.validation is None:
         found.append("aggregate.validation: missing (teach.validation: labels teaches its labels)")
+    if job.teach.teachers == "devices" and job.teach.method == "task_vectors":
+        found.append("teach.teachers: devices go with teach.method: ensemble only")
     if job.rounds.target is not None and job.rounds.min_devices > job.rounds.target * job.rounds.overselect:
         found.append("rounds.min_devices: more than rounds.target ever invites")
     found += _buffer_faults(job)

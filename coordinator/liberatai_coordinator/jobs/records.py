@@ -37,6 +37,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         ensemble, use: method that found the weights, and what the guard chose.
         frozen: per structure that merged nothing, why.
         untaught: per structure that teaching made worse, by how much.
+        teachers: who taught, in words.
         contributions: per device; in the ledger they lie apart (`parts_of`).
         verdicts: how many devices got which, where contributions lie apart.
         local, central, test: see `evaluation`; absent in rounds of a release that did not know them.
@@ -53,6 +54,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     use: str = ""
     frozen: dict[str, str] = {}
     untaught: dict[str, str] = {}
+    teachers: str = ""
     contributions: dict[str, Contribution] = {}
     local: LocalScores | None = None
     central: CentralScores | None = None
@@ -70,6 +72,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
             [
                 f"{self.rule}: {told}",
                 *(f"{sid} frozen: {why}" for sid, why in self.frozen.items()),
+                *([self.teachers] if self.teachers else []),
                 *(f"{sid} not taught: {why}" for sid, why in self.untaught.items()),
             ]
         )

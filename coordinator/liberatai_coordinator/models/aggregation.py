@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.models.ensembles import combine
 from liberatai_coordinator.models.members import Member, Public, derive_seed, trained_part
+from liberatai_coordinator.models.teachers import Teacher
 from liberatai_coordinator.models.teaching import teach
 from liberatai_coordinator.models.updates import Decoded, packed
 from liberatai_coordinator.store.manifests import Ensemble
@@ -76,6 +77,7 @@ class Advanced:
         contributions: per device, what its update gave.
         frozen: per structure of which nothing, or only a part, was merged although it had updates, why.
         untaught: per structure that the teaching made worse, and that stays as it was merged, by how much.
+        teachers: who taught, in words.
     """
 
     members: Mapping[str, Member]
@@ -86,6 +88,7 @@ class Advanced:
     contributions: Mapping[str, rules.Contribution] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     untaught: Mapping[str, str] = field(default_factory=dict)
+    teachers: str = ""
 
 
 def first(job: JobSpec, structure: Structure, view: Vector) -> Member:
@@ -128,10 +131,10 @@ def advance(
         sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
     }
     started = time.perf_counter()
-    taught, untaught = teach(job, number, merged, public)
+    taught = teach(job, number, merged, public, _teachers(job, members, by_structure, read))
     teach_seconds = time.perf_counter() - started
     members_after, deltas, keyframes = {}, {}, {}
-    for sid, member in taught.items():
+    for sid, member in taught.members.items():
         if methods.METHODS[job.sparsify.method].whole_downlink:
             members_after[sid], keyframes[sid] = replace(member, view=member.master), plain(member)
         else:
@@ -149,8 +152,33 @@ def advance(
             for update, given in zip(by_structure[sid], merge.contributions, strict=True)
         },
         frozen={sid: merge.frozen for sid, merge in merges.items() if merge.frozen},
-        untaught=untaught,
+        untaught=taught.untaught,
+        teachers=taught.teachers,
     )
+
+
+def _teachers(
+    job: JobSpec, members: Mapping[str, Member], updates: Mapping[str, Sequence[Update]], read: "_Reader"
+) -> list[Teacher]:
+    """Return the models of a round's devices: what they hold, and the difference that each tells."""
+    return [
+        Teacher(
+            id=update.update_id.hex(),
+            structure=members[sid].structure,
+            counts=_told(job, update),
+            weights=partial(read.model, update, members[sid]),
+        )
+        for sid, some in updates.items()
+        for update in some
+    ]
+
+
+def _told(job: JobSpec, update: Update) -> NDArray[np.float64]:
+    """Return how many samples of each class a device trained on; equal shares if it does not tell."""
+    counts = update.class_counts
+    if counts is None or len(counts) != job.data.classes:
+        return np.full(job.data.classes, update.samples / job.data.classes)
+    return np.asarray(counts, np.float64)
 
 
 def _of(updates: Sequence[Update], sid: str) -> list[Update]:
@@ -253,6 +281,11 @@ class _Reader:
             )
             for update in updates
         ]
+
+    def model(self, update: Update, member: Member) -> Vector:
+        """Return what a device trained: the weights that it holds and its difference, shape (parameters,)."""
+        part = trained_part(self.job, member.structure)
+        return part.added(member.view, self.dense(update, part.part))
 
     def dense(self, update: Update, part: Structure) -> Vector:
         """Return what an update counts as, shape (part.parameters,)."""

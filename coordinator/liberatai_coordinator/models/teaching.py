@@ -1,7 +1,7 @@
 """Teaching: what the ensemble of a version knows goes back into every structure."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from liberatai_coordinator.models.members import (
     outputs,
     trained_part,
 )
+from liberatai_coordinator.models.teachers import Said, Teacher, ask
+from liberatai_coordinator.store.manifests import Ensemble
 from liberatai_core.aggregator.ensemble import accuracy
 from liberatai_core.aggregator.guard import divided, guard
 from liberatai_core.aggregator.methods import LABELLED
@@ -50,26 +52,55 @@ class Lesson:
     judging: Labelled | None
 
 
-def teach(
-    job: JobSpec, number: int, members: Mapping[str, Member], public: Public
-) -> tuple[Mapping[str, Member], Mapping[str, str]]:
-    """Distil the guarded ensemble of the merged states into every structure (FedDF, arXiv:2006.07242).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Taught:
+    """What a teaching made.
 
-    With `teach.method: task_vectors` every structure teaches apart (`learning.task_vectors`).
+    Attributes:
+        members: after it.
+        untaught: per structure that it made worse and that stays as it was, by how much.
+        teachers: who taught, in words; empty if nobody did.
+    """
+
+    members: Mapping[str, Member]
+    untaught: Mapping[str, str] = field(default_factory=dict)
+    teachers: str = ""
+
+
+def teach(
+    job: JobSpec,
+    number: int,
+    members: Mapping[str, Member],
+    public: Public,
+    teachers: Sequence[Teacher] = (),
+) -> Taught:
+    """Distil what all know into every structure (FedDF, arXiv:2006.07242).
+
+    The guarded ensemble of the merged states teaches, or the devices' own models together
+    (`models.teachers`). With `teach.method: task_vectors` every structure teaches apart
+    (`learning.task_vectors`).
 
     A student that knows fewer of the coordinator's labels than before, beyond chance, stays as it was:
     unlabeled samples of another kind can teach nonsense.
 
-    Returns:
-        The members after it, and why some were not taught.
+    Args:
+        job: settings.
+        number: of the round.
+        members: the merged states.
+        public: what the coordinator itself has.
+        teachers: the models of the round's devices.
     """
     if public.unlabeled is None or number % job.teach.every:
-        return members, {}
+        return Taught(members=members)
     masters = {sid: member.master for sid, member in members.items()}
     teacher = ensemble_of(job, members, masters, public)
     lesson = lesson_of(job, teacher.method, public.unlabeled, public.validation)
-    answers = outputs(members, masters, job.data, lesson.x)
-    told = answers if job.teach.method == "task_vectors" else answer(teacher, answers)[None]
+    devices = _devices(job, number, members, teachers, teacher, lesson)
+    if devices.log_probs is not None:
+        told = devices.log_probs[None]
+    else:
+        answers = outputs(members, masters, job.data, lesson.x)
+        told = answers if job.teach.method == "task_vectors" else answer(teacher, answers)[None]
     said = np.stack([with_labels(job, lesson, one) for one in told])
     taught, untaught = {}, {}
     for sid, member in members.items():
@@ -78,7 +109,25 @@ def teach(
         taught[sid] = member if worse else replace(member, master=master)
         if worse:
             untaught[sid] = worse
-    return taught, untaught
+    return Taught(members=taught, untaught=untaught, teachers=devices.why)
+
+
+def _devices(
+    job: JobSpec,
+    number: int,
+    members: Mapping[str, Member],
+    teachers: Sequence[Teacher],
+    ensemble: Ensemble,
+    lesson: Lesson,
+) -> Said:
+    """Return what the devices' models say about a lesson, if they are to teach."""
+    if job.teach.teachers == "ensemble" or job.teach.method == "task_vectors":
+        return Said(log_probs=None, why="")
+    structures = None
+    if lesson.judging is not None:
+        masters = {sid: member.master for sid, member in members.items()}
+        structures = answer(ensemble, outputs(members, masters, job.data, lesson.judging[0]))
+    return ask(job, number, teachers, lesson.x, lesson.fitted, lesson.judging, structures)
 
 
 def _student(job: JobSpec, member: Member, lesson: Lesson, said: Floats, seed: int) -> Vector:

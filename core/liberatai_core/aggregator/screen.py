@@ -43,7 +43,7 @@ def suspicion(products: Doubles, f: int) -> Doubles:
     usual = np.median(near, axis=1)
     together = near[:, : max(1, f - 1)].mean(axis=1) - usual
     known = np.log(np.maximum(scale, np.finfo(np.float64).tiny))
-    marks = np.stack([_standing_out(-usual), _standing_out(together), _standing_out(known)])
+    marks = np.stack([standing_out(-usual), standing_out(together), standing_out(known)])
     return np.asarray(np.maximum(marks.max(axis=0), 0.0))
 
 
@@ -63,7 +63,8 @@ def passed(products: Doubles, f: int) -> NDArray[np.bool_]:
     return found
 
 
-def _standing_out(values: Doubles) -> Doubles:
+def standing_out(values: Doubles) -> Doubles:
+    """Return by how many usual deviations every value lies above the median, shape (devices,)."""
     middle = np.median(values)
     spread = _NORMAL * float(np.median(np.abs(values - middle)))
     return np.asarray((values - middle) / max(spread, _LEAST))
