@@ -33,6 +33,8 @@ LARGEST_BYTES: Final = 256 * 1024 * 1024
 """Answers in memory at once."""
 LEAST: Final = 3
 """Devices: two cannot outvote one that is wrong."""
+WRONG_SHARE: Final = 0.5
+"""Of what the median device knows: who knows more is rare or new, not hostile."""
 SCREENED_SHARE: Final = 1 / 3
 """Of the devices, that may be left out at most."""
 
@@ -155,9 +157,10 @@ def _heard(
     weight = shares * (present > 0)
     knows = (weight * rates).sum(axis=1) / np.maximum(weight.sum(axis=1), np.finfo(np.float64).tiny)
     marks = standing_out(-knows)
-    heard = np.ones(len(answers), dtype=np.bool_)
+    wrong = (marks > USUAL) & (knows < WRONG_SHARE * np.median(knows))
     worst = np.argsort(marks, kind="stable")[len(marks) - int(len(marks) * SCREENED_SHARE) :]
-    heard[worst] = marks[worst] <= USUAL
+    heard = np.ones(len(answers), dtype=np.bool_)
+    heard[worst] = ~wrong[worst]
     return heard
 
 
