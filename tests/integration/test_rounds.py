@@ -29,13 +29,14 @@ from tests.integration.kit import (
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.jobs import queue as queue_module
 from liberatai_coordinator.jobs import roster as roster_module
+from liberatai_coordinator.jobs.tasks import _decode_path
 from liberatai_coordinator.models import versions as versions_module
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.messages import Cancel, Event, Head, Offer, Report, State
+from liberatai_core.contract.messages import Cancel, Event, Head, Offer, Report, State, Step
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import ConfigError, DataError, DiskError, NotFoundError, StateError
 from liberatai_core.link.memory import MemoryBroker
@@ -695,6 +696,40 @@ def test_after_a_restart_a_finished_job_still_gives_its_model_to_who_lost_files(
                 await fleet[1].say(*base_missing(fleet[1]))
                 await until(lambda: bool(fleet[1].cancels) and not fleet[1].cancels[-1].held)
                 assert len(fleet[0].cancels) == 1, "it holds nothing that it could lack"
+
+    run(scenario())
+
+
+def test_the_ledger_names_what_devices_hold_by_number_and_reads_it_back(tmp_path: Path) -> None:
+    """Thousands of devices hold the same files: their names stand there once, as in a ledger of old ones."""
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as fleet:
+            async with coordinator(broker, tmp_path) as service:
+                await Operations.of(service).jobs.create(job_yaml(rounds=9, devices=2), str(tmp_path))
+                await until(lambda: all(3 in device.sent for device in fleet))
+                for device in fleet:
+                    device.answers = False
+                await until(lambda: all(device.tasks[-1].round not in device.sent for device in fleet))
+                stored = service.ledger.updates.paths("tiny")
+                steps = service.ledger.jobs.value("tiny", "steps") or b""
+                known = msgspec.msgpack.decode(steps, type=dict[int, Step])
+                held = {
+                    name: [known[one] for one in msgspec.msgpack.decode(path, type=list[int])]
+                    for name, path in stored.items()
+                }
+                assert {device.name: list(device.path) for device in fleet} == held
+                assert all(len(path) > 1 for path in held.values())
+                assert all(len(path) < 16 for path in stored.values())
+            async with coordinator(broker, tmp_path) as service:
+                await until(lambda: "tiny" in service.jobs.runners)
+                tasks = service.jobs.runners["tiny"].tasks
+                await until(lambda: bool(tasks.paths))
+                assert {name: list(path) for name, path in tasks.paths.items()} == held
+                old = {name: msgspec.msgpack.encode(path) for name, path in held.items()}
+                assert {name: list(_decode_path(path, {})) for name, path in old.items()} == held
+                assert _decode_path(b"\x91\x07", {}) == ()
 
     run(scenario())
 

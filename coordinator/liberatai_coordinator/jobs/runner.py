@@ -23,7 +23,7 @@ from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.records import shortened
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.slots import Slots
-from liberatai_coordinator.jobs.tasks import Tasks
+from liberatai_coordinator.jobs.tasks import STEPS, Tasks
 from liberatai_coordinator.jobs.work import Work
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds import round as deciding
@@ -35,7 +35,7 @@ from liberatai_core.structure import Structure
 
 log = logging.getLogger(__name__)
 
-ROUNDS_ONLY = ("history", MERGED)
+ROUNDS_ONLY = ("history", MERGED, STEPS)
 """Values in the ledger that an ended job does not need."""
 KEEP_FRAMES = 2
 """Finished rounds whose frames the ledger keeps."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,11 @@ from liberatai_core.errors import BusyError, DiskError
 STANDING = "standing"
 """Name under which the ledger has a job's blobs at the broker: name -> bytes. Written before they are there,
 so that what a crash leaves behind can be taken away."""
+STEPS = "steps"
+"""Name under which the ledger has the files that paths consist of, by number: thousands of devices hold the
+same ones, and a number is a twentieth of a name."""
+MANY_STEPS = 256
+"""Files with a number, besides those in use, before the others lose theirs."""
 RUN = "run"
 """Name under which the ledger has what was drawn when the job was created."""
 
@@ -52,11 +58,21 @@ class Tasks:
     run: bytes = b""
     _specs: dict[str, BlobRef] = field(default_factory=dict)
     _standing: dict[str, int] = field(default_factory=dict)
+    _steps: dict[int, Step] = field(default_factory=dict)
+    _numbers: dict[Step, int] = field(default_factory=dict)
+    _many: int = MANY_STEPS
+    _numbering: threading.Lock = field(default_factory=threading.Lock)
 
     def recall(self) -> None:
         """Read from the ledger what devices hold, and what stands at the broker."""
         name = self.job.name
-        self.paths = {device: _decode_path(path) for device, path in self.ledger.updates.paths(name).items()}
+        steps = self.ledger.jobs.value(name, STEPS)
+        self._steps = msgspec.msgpack.decode(steps, type=dict[int, Step]) if steps else {}
+        self._numbers = {step: number for number, step in self._steps.items()}
+        self.paths = {
+            device: _decode_path(path, self._steps)
+            for device, path in self.ledger.updates.paths(name).items()
+        }
         self.run = self.ledger.jobs.value(name, RUN) or b""
         standing = self.ledger.jobs.value(name, STANDING)
         self._standing = msgspec.msgpack.decode(standing, type=dict[str, int]) if standing else {}
@@ -128,10 +144,12 @@ class Tasks:
 
     def find_ways(self, wanted: Sequence[tuple[str, str]]) -> dict[str, Way]:
         """Return how each of these (device, structure) gets to the newest version."""
-        return {
+        ways = {
             device: self.versions.way(sid, self._path(device), self.roster.room(device))
             for device, sid in wanted
         }
+        self._number(step for way in ways.values() for step in way.path)
+        return ways
 
     def _path(self, device: str) -> Path:
         """Return the files that a device holds; another job's task has taken their place if it had one."""
@@ -163,7 +181,29 @@ class Tasks:
     def path_after(self, device: str) -> bytes:
         """Return what the ledger notes with an update of the open round: what its device holds now."""
         way = self.ways.get(device)
-        return b"" if way is None else msgspec.msgpack.encode(way.path)
+        if way is None:
+            return b""
+        self._number(way.path)
+        return msgspec.msgpack.encode([self._numbers[step] for step in way.path])
+
+    def _number(self, steps: Iterable[Step]) -> None:
+        """Give files numbers, durably: no path names a number that the ledger does not know."""
+        with self._numbering:
+            self._number_new(steps)
+
+    def _number_new(self, steps: Iterable[Step]) -> None:
+        new = dict.fromkeys(step for step in steps if step not in self._numbers)
+        if not new:
+            return
+        first = max(self._steps, default=0) + 1
+        known = {**self._steps, **dict(enumerate(new, first))}
+        if len(known) > self._many:
+            held = {step for path in list(self.paths.values()) for step in path} | new.keys()
+            held |= {step for way in list(self.ways.values()) for step in way.path}
+            known = {number: step for number, step in known.items() if step in held}
+            self._many = 2 * len(known) + MANY_STEPS
+        self.ledger.jobs.set_value(self.job.name, STEPS, msgspec.msgpack.encode(known))
+        self._steps, self._numbers = known, {step: number for number, step in known.items()}
 
     def note_path(self, device: str) -> None:
         """Its update was made from the newest weights: the device holds what leads there."""
@@ -237,9 +277,12 @@ def _sizes(steps: Iterable[Step]) -> dict[str, int]:
     return {step.blob.blob: step.blob.size_bytes for step in steps}
 
 
-def _decode_path(path: bytes) -> Path:
-    """Return a path of the ledger; one of another release is worth nothing: the device fetches anew."""
-    try:
-        return msgspec.msgpack.decode(path, type=Path)
-    except msgspec.MsgspecError:
-        return ()
+def _decode_path(path: bytes, steps: Mapping[int, Step]) -> Path:
+    """Return a path of the ledger: numbers, or in ledgers of the first release the files themselves.
+
+    One that says nothing to this release is worth nothing: the device fetches anew.
+    """
+    with contextlib.suppress(msgspec.MsgspecError, KeyError):
+        found = msgspec.msgpack.decode(path, type=tuple[int | Step, ...])
+        return tuple(steps[one] if isinstance(one, int) else one for one in found)
+    return ()
