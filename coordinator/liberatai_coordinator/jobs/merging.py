@@ -116,7 +116,7 @@ class Merging:
             down_bytes=down,
             frozen=dict(advanced.frozen),
             untaught=dict(advanced.untaught),
-            teachers=advanced.teachers,
+            teachers=advanced.teachers or msgspec.UNSET,
             contributions=kept(advanced.contributions),
         )
         # First, for after a crash it cannot be found out again: the version is there, the way to it is gone.

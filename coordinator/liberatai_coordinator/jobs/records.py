@@ -37,7 +37,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         ensemble, use: method that found the weights, and what the guard chose.
         frozen: per structure that merged nothing, why.
         untaught: per structure that teaching made worse, by how much.
-        teachers: who taught, in words.
+        teachers: who taught, in words; absent where nobody chose.
         contributions: per device; in the ledger they lie apart (`parts_of`).
         verdicts: how many devices got which, where contributions lie apart.
         local, central, test: see `evaluation`; absent in rounds of a release that did not know them.
@@ -54,12 +54,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     use: str = ""
     frozen: dict[str, str] = {}
     untaught: dict[str, str] = {}
-    teachers: str = ""
     contributions: dict[str, Contribution] = {}
     local: LocalScores | None = None
     central: CentralScores | None = None
     test: CentralScores | None = None
     verdicts: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    teachers: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def merged(self) -> str:
