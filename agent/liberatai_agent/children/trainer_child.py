@@ -9,7 +9,6 @@ gives the same bytes. P9: only sums, counts and the sparse difference leave this
 
 import errno
 import hashlib
-import math
 import os
 import signal
 import sys
@@ -141,15 +140,15 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
 def _require_room(task: Work, memory: Memory, samples: int) -> None:
     """Refuse a batch whose activations alone are more than the device gives, before they are computed.
 
-    Those of large inputs are not counted: that takes seconds and memory itself, and the limit of the process
-    holds anyway.
+    Those of installed families are not counted: they are tried, which takes seconds and memory itself, and
+    the limit of the process holds anyway.
 
     Raises:
         MemoryLimitError: they are.
     """
-    from liberatai_core.learning.families import cost, shapes  # noqa: PLC0415
+    from liberatai_core.learning.families import FAMILIES, cost  # noqa: PLC0415
 
-    if math.prod(task.data.input_shape) > shapes.SMALL_INPUT:
+    if task.structure.family not in FAMILIES:
         return
     if memory.cost is None or memory.cost[0] != (task.structure, task.data):
         memory.cost = (task.structure, task.data), cost(task.structure, task.data).activation_bytes_per_sample

@@ -103,6 +103,6 @@ def _centralised(structure: Structure, job: JobSpec, pooled: digits.Samples, tes
 
 def _import_torch(data: DataContract) -> None:
     """Let torch be imported where it is needed first: by building the smallest model."""
-    from liberatai_core.learning.families import structure_of  # noqa: PLC0415 - imports torch
+    from liberatai_core.learning.families import build  # noqa: PLC0415 - imports torch
 
-    structure_of("mlp", {"hidden": 1}, data)
+    build("mlp", {"hidden": 1}, data)

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from liberatai_core.learning.device import chosen
-from liberatai_core.learning.families import FAMILIES, build, require_same, require_torch, statistics_of
+from liberatai_core.learning.families import (
+    FAMILIES,
+    build,
+    require_buildable,
+    require_same,
+    require_torch,
+)
 from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector
@@ -54,9 +60,9 @@ def flat_module(structure: Structure, data: DataContract, weights: Vector) -> Fl
     require_length(weights, structure)
     device = chosen()
     # Shapes are compared before memory is taken: parameters and tensors may come in one message.
-    module = build(structure.family, structure.params, data, device="meta")
-    require_same(structure, module)
+    require_buildable(structure, data)
     if structure.family in FAMILIES:
+        module = build(structure.family, structure.params, data, device="meta")
         module.to_empty(device=device)  # all state is overwritten below: random values would only cost time
     else:
         module = build(structure.family, structure.params, data).to(device)
@@ -73,32 +79,13 @@ def flat_module(structure: Structure, data: DataContract, weights: Vector) -> Fl
     return FlatModule(module, flat, gradient)
 
 
-def learned(structure: Structure, gain: Vector | None) -> Vector | None:
-    """Return the gain (see `training.train`) with running statistics at 0: no decay or pull may move them."""
-    names = statistics_of(structure)
-    if not names:
-        return gain
-    kept = np.ones(structure.parameters, dtype=np.float32) if gain is None else gain.copy()
-    for tensor, place in structure.slices():
-        if tensor.name in names:
-            kept[place] = 0
-    return kept
-
-
 @contextmanager
-def undisturbed(structure: Structure, data: DataContract) -> Iterator[None]:
+def undisturbed(structure: Structure) -> Iterator[None]:
     """Keep other threads out of torch while a structure works that may draw from its one random state.
 
-    Dropout does, and what an installed family does nobody knows. The others draw from their own generators.
+    What an installed family does nobody knows; built-in ones draw nothing, others from their own generators.
     """
-    require_torch()
-    from torch.nn.modules.dropout import _DropoutNd
-
-    draws = structure.family not in FAMILIES or any(
-        isinstance(module, _DropoutNd)
-        for module in build(structure.family, structure.params, data, device="meta").modules()
-    )
-    with TORCH_STATE if draws else nullcontext():
+    with nullcontext() if structure.family in FAMILIES else TORCH_STATE:
         yield
 
 

@@ -150,7 +150,7 @@ def distill(
             f"teacher's outputs must be finite, shape {(samples, data.classes)}, not {log_probs.shape}"
         )
     rows = torch.from_numpy(_shown(np.full(samples, settings.copies) if copies is None else copies, samples))
-    with undisturbed(structure, data), reproducible(seed):
+    with undisturbed(structure), reproducible(seed):
         generator = torch.Generator().manual_seed(seed)
         model = flat_module(structure, data, weights)
         factor = None if gain is None else torch.from_numpy(gain.copy()).to(model.device)

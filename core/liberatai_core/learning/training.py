@@ -10,26 +10,24 @@ Optional parts, each with its source:
 - mixup: Zhang et al., ICLR 2018, arXiv:1710.09412.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import ConfigError, DataError, TrainingError
-from liberatai_core.learning._flat import FlatModule, flat_module, learned, reproducible
-from liberatai_core.learning.augmentation import augment
+from liberatai_core.learning import runtimes
 from liberatai_core.learning.families import require_torch
+from liberatai_core.learning.runtimes import Runtime
 from liberatai_core.structure import DataContract, Structure, require_length
 from liberatai_core.weights import Vector, require_finite
 
-if TYPE_CHECKING:
-    import torch
-
+OPTIMIZERS = ("sgd", "adam")
 CLASS_SMOOTHING = 0.1
 """Added to every class count before the logarithm: a class the device lacks keeps a finite share. With a
 tenth of a sample it is some e^-7 for a device of 100 samples, so its logit is left almost alone."""
@@ -140,8 +138,11 @@ def train(
     *,
     gain: Vector | None = None,
     on_step: OnStep | None = None,
+    runtime: Runtime | None = None,
 ) -> TrainResult:
     """Train on labelled samples and return new weights; byte-identical for equal arguments on one machine.
+
+    Torch and numpy compute the same up to rounding, but draw another order of samples from one seed.
 
     Args:
         structure: what to train.
@@ -154,8 +155,10 @@ def train(
         gain: shape (parameters,): gradients are multiplied with it after clipping; 0 keeps a parameter as it
             is (`sparsifier.subspace`).
         on_step: progress, and the way to stop early (raise).
+        runtime: what computes; None: torch where it is installed, else numpy.
 
     Raises:
+        MissingExtraError: the runtime is not installed, or none for this family is.
         DataError: no samples, or shapes and labels are not of the contract.
         StructureError: weights or gain are not of this structure.
         TrainingError: the loss or the weights became infinite or NaN.
@@ -164,17 +167,21 @@ def train(
     if gain is not None:
         require_length(gain, structure)
     started = time.perf_counter()
-    with reproducible(seed):
-        model = flat_module(structure, data, weights)
-        loss = _fit(model, data, x, y, settings, seed, learned(structure, gain), on_step)
-        trained = model.weights()
+    using = _using(runtime or runtimes.preferred(structure.family))
+    trained, loss = using.fit(structure, data, weights, x, y, settings, seed, gain, on_step)
     if not np.isfinite(trained).all():
         raise TrainingError(f"{structure.id}: weights are not finite after training: lower learning_rate")
     return TrainResult(weights=trained, loss=loss, samples=len(x), seconds=time.perf_counter() - started)
 
 
 def log_probabilities(
-    structure: Structure, data: DataContract, weights: Vector, x: NDArray[np.float32], batch_size: int = 512
+    structure: Structure,
+    data: DataContract,
+    weights: Vector,
+    x: NDArray[np.float32],
+    batch_size: int = 512,
+    *,
+    runtime: Runtime | None = None,
 ) -> NDArray[np.float32]:
     """Return the logarithms of the predicted class probabilities, shape (n, classes), float32.
 
@@ -182,22 +189,20 @@ def log_probabilities(
         DataError: `x` has another shape than the contract.
         StructureError: the weights are not of this structure.
         NonFiniteError: the weights contain NaN or infinity.
+        MissingExtraError: the runtime is not installed, or none for this family is.
     """
     require_inputs(data, x)
     require_finite(weights, structure.id)
-    require_torch()
-    import torch
+    using = _using(runtime or runtimes.preferred(structure.family))
+    found: NDArray[np.float32] = using.log_probabilities(structure, data, weights, x, batch_size)
+    return found
 
-    out = np.empty((len(x), data.classes), dtype=np.float32)
-    with reproducible(0), torch.no_grad():
-        model = flat_module(structure, data, weights)
-        model.module.eval()
-        for start in range(0, len(x), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(x[start : start + batch_size], dtype=np.float32))
-            out[start : start + len(batch)] = (
-                torch.log_softmax(model.module(batch.to(model.device)), dim=1).cpu().numpy()
-            )
-    return out
+
+def _using(runtime: Runtime) -> Any:
+    """Return the module that trains and predicts with a runtime."""
+    if runtime == "torch":
+        require_torch()
+    return import_module(f"liberatai_core.learning.{runtime}_training")
 
 
 def require_inputs(data: DataContract, x: NDArray[np.float32]) -> None:
@@ -217,115 +222,8 @@ def require_samples(data: DataContract, x: NDArray[np.float32], y: NDArray[np.in
         raise DataError(f"labels must be 0 to {data.classes - 1}, found {int(y.min())} to {int(y.max())}")
 
 
-def _fit(
-    model: FlatModule,
-    data: DataContract,
-    x: NDArray[np.float32],
-    y: NDArray[np.int64],
-    settings: TrainSettings,
-    seed: int,
-    gain: Vector | None,
-    on_step: OnStep | None,
-) -> float:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-    labels = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
-    factor = None if gain is None else torch.from_numpy(gain.copy()).to(model.device)
-    offset = torch.from_numpy(settings.balance * log_shares(y, data.classes)).to(model.device)
-    mix = np.random.default_rng(seed)
-    start = model.flat.detach().clone()
-    # An optimiser's own weight decay would move what the gain keeps as it is.
-    own = settings if gain is None else msgspec.structs.replace(settings, weight_decay=0.0)
-    optimizer = OPTIMIZERS[settings.optimizer](model.flat, own)
-    batches = math.ceil(len(x) / settings.batch_size)
-    planned = settings.epochs * batches
-    planned = min(planned, settings.max_steps) if settings.max_steps else planned
-    model.module.train()
-    losses: list[float] = []
-    order = torch.empty(0, dtype=torch.int64)
-    for step in range(planned):
-        if step % batches == 0:
-            order = torch.randperm(len(x), generator=generator)
-            losses = []
-        first = (step % batches) * settings.batch_size
-        chosen = order[first : first + settings.batch_size]
-        batch = augment(inputs[chosen], settings.augment, generator).to(model.device)
-        target = labels[chosen].to(model.device)
-        model.gradient.zero_()
-        loss = _loss(model, batch, target, offset, settings, mix, generator)
-        torch.autograd.backward(loss)
-        if settings.proximal:
-            model.gradient.add_(model.flat.detach() - start, alpha=settings.proximal)
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_([model.flat], settings.clip_norm)
-        if factor is not None:
-            model.gradient.mul_(factor)
-            if settings.weight_decay:
-                model.gradient.add_(model.flat.detach() * (factor > 0), alpha=settings.weight_decay)
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(
-                f"loss is {losses[-1]} at step {step + 1}: lower learning_rate or check the data"
-            )
-        if on_step is not None:
-            on_step(step + 1, planned)
-    return sum(losses) / len(losses)
-
-
 def log_shares(y: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
     """Return the logarithms of the smoothed class shares of these labels, shape (classes,)."""
     counts = np.bincount(y, minlength=classes) + CLASS_SMOOTHING
     shares: NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
     return shares
-
-
-def _loss(
-    model: FlatModule,
-    batch: "torch.Tensor",
-    target: "torch.Tensor",
-    offset: "torch.Tensor",
-    settings: TrainSettings,
-    mix: np.random.Generator,
-    generator: "torch.Generator",
-) -> "torch.Tensor":
-    import torch
-
-    def cross_entropy(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-        loss: torch.Tensor = torch.nn.functional.cross_entropy(
-            logits, labels, label_smoothing=settings.label_smoothing
-        )
-        return loss
-
-    if not settings.mixup:
-        return cross_entropy(model.module(batch) + offset, target)
-    share = float(mix.beta(settings.mixup, settings.mixup))
-    other = torch.randperm(len(batch), generator=generator)
-    logits = model.module(torch.lerp(batch[other], batch, share)) + offset
-    return share * cross_entropy(logits, target) + (1 - share) * cross_entropy(logits, target[other])
-
-
-def _sgd(flat: "torch.nn.Parameter", settings: TrainSettings) -> "torch.optim.Optimizer":
-    import torch
-
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(
-        [flat], lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    return optimizer
-
-
-def _adam(flat: "torch.nn.Parameter", settings: TrainSettings) -> "torch.optim.Optimizer":
-    import torch
-
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(
-        [flat], lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    return optimizer
-
-
-OPTIMIZERS: dict[str, Callable[["torch.nn.Parameter", TrainSettings], "torch.optim.Optimizer"]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-}

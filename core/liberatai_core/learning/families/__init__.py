@@ -1,9 +1,10 @@
 """Families: parametrised architectures, chosen by name. Code never travels.
 
-Built-in families stand in one literal dict. They use group normalisation (Wu & He, "Group
-Normalization", ECCV 2018, arXiv:1803.08494): it has no running statistics, which do not federate. For
-models that are trained in one place, `norm: batch` chooses batch normalisation; its running statistics are
-tensors of the structure like all others (`statistics_of`).
+Built-in families stand in one literal dict. Each says what its network is made of (`layers.py`); torch's
+modules (`modules.py`) and numpy's kernels (`learning/kernels`) are two ways to compute it. They use
+group normalisation (Wu & He, "Group Normalization", ECCV 2018, arXiv:1803.08494): it has no running
+statistics, which do not federate. For models that are trained in one place, `norm: batch` chooses batch
+normalisation; its running statistics are tensors of the structure like all others (`statistics_of`).
 Third parties add theirs as an installed entry point of the group "liberatai.families": a function
 `build(params, data) -> torch.nn.Module` that maps a batch (n, *input_shape) to logits (n, classes).
 """
@@ -13,9 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from liberatai_core.errors import MissingExtraError, StructureError
-from liberatai_core.learning.families import installed, members, shapes
+from liberatai_core.learning.families import installed, layers, members
 from liberatai_core.learning.families.images import cnn, ds_cnn
+from liberatai_core.learning.families.layers import Network
 from liberatai_core.learning.families.mobilenet import mobilenet
 from liberatai_core.learning.families.parts import STATISTICS
 from liberatai_core.learning.families.resnet import resnet
@@ -29,9 +33,10 @@ from liberatai_core.weights import Vector
 if TYPE_CHECKING:
     import torch
 
+Describe = Callable[[Mapping[str, Parameter], DataContract], Network]
 Build = Callable[[Mapping[str, Parameter], DataContract], "torch.nn.Module"]
 
-FAMILIES: dict[str, Build] = {
+FAMILIES: dict[str, Describe] = {
     "cnn": cnn,
     "cnn1d": cnn1d,
     "ds_cnn": ds_cnn,
@@ -56,6 +61,31 @@ class Cost:
     activation_bytes_per_sample: int
 
 
+def describe(family: str, params: Mapping[str, Parameter], data: DataContract) -> Network:
+    """Return what a built-in family makes of its parameters.
+
+    Raises:
+        StructureError: no built-in family, or wrong parameters or rank of input.
+    """
+    if family not in FAMILIES:
+        raise StructureError(f"{family!r} is no built-in family: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[family](params, data)
+
+
+def network_of(structure: Structure, data: DataContract) -> Network:
+    """Return what a structure of a built-in family is made of.
+
+    Raises:
+        StructureError: it is not what its family builds for this data.
+    """
+    network = describe(structure.family, structure.params, data)
+    if layers.tensors_of(network) != structure.tensors:
+        raise StructureError(
+            f"{structure.id}: its tensors are not those that this family builds for this data"
+        )
+    return network
+
+
 def structure_of(family: str, params: Mapping[str, Parameter], data: DataContract) -> Structure:
     """Return the structure that a family with these parameters has for this data.
 
@@ -65,12 +95,14 @@ def structure_of(family: str, params: Mapping[str, Parameter], data: DataContrac
     Raises:
         StructureError: unknown family, wrong parameters, wrong rank of input, or an installed family's
             module that keeps state besides its parameters.
-        MissingExtraError: torch is not installed.
+        MissingExtraError: an installed family, and torch is not.
     """
+    if family in FAMILIES:
+        tensors = layers.tensors_of(describe(family, params, data))
+        return Structure(family=family, params=dict(params), tensors=tensors)
     module = build(family, params, data, device="meta")
     tensors = tuple(Tensor(name=name, shape=tuple(t.shape)) for name, t in module.state_dict().items())
-    structure = Structure(family=family, params=dict(params), tensors=tensors)
-    return structure if family in FAMILIES else installed.require_sound(structure)
+    return installed.require_sound(Structure(family=family, params=dict(params), tensors=tensors))
 
 
 def initial_weights(structure: Structure, data: DataContract, seed: int) -> Vector:
@@ -84,7 +116,7 @@ def initial_weights(structure: Structure, data: DataContract, seed: int) -> Vect
     require_torch()
     import torch
 
-    require_same(structure, build(structure.family, structure.params, data, device="meta"))
+    require_buildable(structure, data)
     with TORCH_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(structure.family, structure.params, data)
@@ -101,6 +133,18 @@ def statistics_of(structure: Structure) -> frozenset[str]:
     return frozenset(t.name for t in structure.tensors if t.name.rpartition(".")[2] in STATISTICS)
 
 
+def learned(structure: Structure, gain: Vector | None) -> Vector | None:
+    """Return the gain (see `training.train`) with running statistics at 0: no decay or pull may move them."""
+    names = statistics_of(structure)
+    if not names:
+        return gain
+    kept = np.ones(structure.parameters, dtype=np.float32) if gain is None else gain.copy()
+    for tensor, place in structure.slices():
+        if tensor.name in names:
+            kept[place] = 0
+    return kept
+
+
 def smaller(structure: Structure, data: DataContract, limit_parameters: int) -> Structure | None:
     """Return the largest smaller member of the family with at most so many parameters.
 
@@ -115,7 +159,7 @@ def smaller(structure: Structure, data: DataContract, limit_parameters: int) -> 
     """
     if structure.family not in members.SIZES:
         return None
-    require_same(structure, build(structure.family, structure.params, data, device="meta"))
+    require_buildable(structure, data)
     limit = min(limit_parameters, structure.parameters - 1)
     for ladder in members.ladders(structure.family, structure.params):
         if found := _largest(structure.family, ladder, data, limit):
@@ -161,21 +205,29 @@ def sliced(weights: Vector, structure: Structure, member: Structure) -> Vector:
 def cost(structure: Structure, data: DataContract) -> Cost:
     """Return multiply-accumulates and activation memory of one sample.
 
-    Built-in families are counted on shapes only. An installed one is tried: a step of training with two
-    samples must go through.
+    Built-in families are counted by their description. An installed one is tried: a step of training with
+    two samples must go through.
 
     Raises:
         StructureError: the structure is not what its family builds; or an installed family does not compute
             logits (the text names the layer).
+        MissingExtraError: an installed family, and torch is not.
     """
+    if structure.family not in FAMILIES:
+        return _tried(structure, data)
+    macs, values = 0, math.prod(data.input_shape)
+    for layer, shape in layers.steps(network_of(structure, data).body, data.input_shape):
+        macs += layers.macs(layer, shape)
+        values += math.prod(shape)
+    return Cost(macs_per_sample=macs, activation_bytes_per_sample=4 * values)
+
+
+def _tried(structure: Structure, data: DataContract) -> Cost:
     require_torch()
     import torch
 
-    if structure.family in FAMILIES:
-        module = build(structure.family, structure.params, data, device="meta").eval()
-    else:
-        module = build(structure.family, structure.params, data)
-        installed.require_trainable(structure, module, data)
+    module = build(structure.family, structure.params, data)
+    installed.require_trainable(structure, module, data)
     require_same(structure, module)
     macs = 0
     values = math.prod(data.input_shape)
@@ -188,11 +240,8 @@ def cost(structure: Structure, data: DataContract) -> Cost:
     for layer in module.modules():
         if not any(True for _ in layer.children()):
             layer.register_forward_hook(count)
-    small = math.prod(data.input_shape) <= shapes.SMALL_INPUT
-    with_values = structure.family not in FAMILIES or (small and shapes.without_weights(module))
-    device = "cpu" if with_values else "meta"
     with installed.blamed(structure.id), torch.no_grad():
-        module(torch.zeros((1, *data.input_shape), device=device))
+        module(torch.zeros((1, *data.input_shape)))
     return Cost(macs_per_sample=macs, activation_bytes_per_sample=4 * values)
 
 
@@ -225,12 +274,26 @@ def build(
     require_torch()
     import torch
 
-    make = builder(family)
-    with TORCH_STATE, torch.random.fork_rng(devices=[]):
-        if family not in FAMILIES:
+    if family not in FAMILIES:
+        make = installed.find(family)
+        if make is None:
+            hint = meant(family, known_families())
+            raise StructureError(f"unknown family {family!r}{hint} (known: {', '.join(known_families())})")
+        with TORCH_STATE, torch.random.fork_rng(devices=[]):
             return installed.built(family, make, params, data, device)
-        with torch.device(device):
-            return make(params, data)
+    from liberatai_core.learning.families.modules import module_of
+
+    network = describe(family, params, data)
+    with TORCH_STATE, torch.random.fork_rng(devices=[]), torch.device(device):
+        return module_of(network)
+
+
+def require_buildable(structure: Structure, data: DataContract) -> None:
+    """Raise StructureError unless a structure is what its family builds here for this data."""
+    if structure.family in FAMILIES:
+        network_of(structure, data)
+    else:
+        require_same(structure, build(structure.family, structure.params, data, device="meta"))
 
 
 def require_same(structure: Structure, module: "torch.nn.Module") -> None:
@@ -245,21 +308,6 @@ def require_same(structure: Structure, module: "torch.nn.Module") -> None:
 def known_families() -> list[str]:
     """Return the names of all built-in and installed families, sorted."""
     return sorted({*FAMILIES, *installed.names()})
-
-
-def builder(family: str) -> Build:
-    """Return the builder of a family; a built-in name cannot be replaced by an entry point.
-
-    Raises:
-        StructureError: no such family (the text lists those that exist), or it cannot be imported.
-    """
-    if family in FAMILIES:
-        return FAMILIES[family]
-    found: Build | None = installed.find(family)
-    if found is None:
-        hint = meant(family, known_families())
-        raise StructureError(f"unknown family {family!r}{hint} (known: {', '.join(known_families())})")
-    return found
 
 
 def require_torch() -> None:

@@ -1,15 +1,21 @@
 """What built-in families share: checked parameters, blocks of a layer with its norm, map sizes."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
 
 from liberatai_core.errors import StructureError
+from liberatai_core.learning.families.layers import (
+    Convolution,
+    Dense,
+    Flatten,
+    Layer,
+    Network,
+    Norm,
+    NormKind,
+    Relu,
+    Sequence,
+)
 from liberatai_core.spelling import meant
 from liberatai_core.structure import DataContract, Parameter
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_WIDTH = 1024
 """Channels of the first layer: ResNet and VGG use 64; this bounds what a message can make us allocate."""
@@ -21,60 +27,54 @@ SIDE = 4
 """Feature maps are halved until the shorter side is at most this: small enough for a dense head to keep
 positions, which matter on small images (8x8 digits), large enough to survive one more 3x3 kernel."""
 
-Norm = Literal["group", "batch"]
-
 STATISTICS = ("running_mean", "running_var")
 """Last parts of the names of tensors that training measures instead of learning (batch normalisation)."""
 
+Layers = dict[str, Layer]
+"""Named layers, in order."""
+
 
 def block(
-    suffix: str, layer: "torch.nn.Module", channels: int, norm: Norm, *, name: str = "conv"
-) -> "OrderedDict[str, torch.nn.Module]":
+    suffix: str,
+    layer: Convolution | Dense,
+    norm: NormKind,
+    *,
+    name: str = "conv",
+    limit: float | None = None,
+) -> Layers:
     """Return a layer (without bias), its norm and a ReLU, named `name`, norm and relu plus the suffix."""
-    from torch import nn
-
-    layers = normed(suffix, layer, channels, norm, name=name)
-    layers[f"relu{suffix}"] = nn.ReLU()
-    return layers
+    return {**normed(suffix, layer, norm, name=name), f"relu{suffix}": Relu(limit)}
 
 
-def normed(
-    suffix: str, layer: "torch.nn.Module", channels: int, norm: Norm, *, name: str = "conv"
-) -> "OrderedDict[str, torch.nn.Module]":
+def normed(suffix: str, layer: Convolution | Dense, norm: NormKind, *, name: str = "conv") -> Layers:
     """Return a layer (without bias) and its norm."""
-    from torch import nn
-
-    if norm == "group":
-        return OrderedDict(
-            [(f"{name}{suffix}", layer), (f"norm{suffix}", nn.GroupNorm(_groups(channels), channels))]
-        )
-    from liberatai_core.learning.families import modules
-
-    kind = modules.BatchNorm2d if isinstance(layer, nn.Conv2d) else modules.BatchNorm1d
-    return OrderedDict([(f"{name}{suffix}", layer), (f"norm{suffix}", kind(channels))])
+    groups = norm_groups(layer.out) if norm == "group" else 1
+    return {f"{name}{suffix}": layer, f"norm{suffix}": Norm(layer.out, norm, groups)}
 
 
-def with_head(layers: "OrderedDict[str, torch.nn.Module]", features: int, classes: int) -> "torch.nn.Module":
+def dense(into: int, out: int) -> Dense:
+    """Return a matrix whose norm has the offset."""
+    return Dense(into, out, bias=False)
+
+
+def square(into: int, out: int, side: int, *, stride: int = 1, groups: int = 1) -> Convolution:
+    """Return a convolution of images whose odd kernel keeps the size at stride 1."""
+    return Convolution(into, out, (side, side), stride, side // 2, groups)
+
+
+def sequence(layers: Layers) -> Sequence:
+    """Return layers one after another."""
+    return Sequence(tuple(layers.items()))
+
+
+def with_head(layers: Layers, features: int, classes: int, *, he: float = 0.0) -> Network:
     """Return the layers in sequence with a flattening linear head."""
-    from torch import nn
-
-    layers["flat"] = nn.Flatten()
-    layers["head"] = nn.Linear(features, classes)
-    return nn.Sequential(layers)
+    return dense_head({**layers, "flat": Flatten()}, features, classes, he=he)
 
 
-def start_as_he(module: "torch.nn.Module", factor: float = 1.0) -> "torch.nn.Module":
-    """Draw all convolutions anew: normal, deviation factor * sqrt(2 / fan-in); return the module.
-
-    He et al., "Delving Deep into Rectifiers", ICCV 2015, arXiv:1502.01852.
-    """
-    from torch import nn
-
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:  # there it has no values
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            layer.weight.data.mul_(factor)
-    return module
+def dense_head(layers: Layers, features: int, classes: int, *, he: float = 0.0) -> Network:
+    """Return the layers in sequence with a linear head, where they end in a row already."""
+    return Network(sequence({**layers, "head": Dense(features, classes)}), he)
 
 
 def halvings(sides: tuple[int, ...], limit: int) -> list[tuple[int, ...]]:
@@ -133,7 +133,7 @@ def one_of(
     return value
 
 
-def norm_of(params: Mapping[str, Parameter], family: str) -> Norm:
+def norm_of(params: Mapping[str, Parameter], family: str) -> NormKind:
     """Return the kind of normalisation, group if nothing is said.
 
     Raises:
@@ -147,6 +147,6 @@ def norm_of(params: Mapping[str, Parameter], family: str) -> Norm:
     raise StructureError(f"{family}: norm must be group or batch, not {value!r}")
 
 
-def _groups(channels: int) -> int:
+def norm_groups(channels: int) -> int:
     """At most 8 groups of at least 4 channels: a group of one value would be normalised to zero."""
     return max(g for g in (8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))

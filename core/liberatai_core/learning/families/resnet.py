@@ -1,27 +1,24 @@
 """ResNet: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from liberatai_core.learning.families.layers import MaxPool, Mean, Network, NormKind, Residual, Sequence
 from liberatai_core.learning.families.parts import (
     MAX_WIDTH,
-    Norm,
+    Layers,
     block,
     integer,
     norm_of,
     normed,
     one_of,
     only,
+    sequence,
     shape,
-    start_as_he,
+    square,
     with_head,
 )
 from liberatai_core.structure import DataContract, Parameter
-
-if TYPE_CHECKING:
-    import torch
 
 LARGE = 64
 """Sides up to this keep their resolution in the stem, as for CIFAR; larger ones are quartered, as for
@@ -54,7 +51,7 @@ PLANS = {
 """Depth -> stages: 6n+2 for CIFAR (section 4.2), 18, 34 and 50 for ImageNet (table 1)."""
 
 
-def resnet(params: Mapping[str, Parameter], data: DataContract) -> "torch.nn.Module":
+def resnet(params: Mapping[str, Parameter], data: DataContract) -> Network:
     """Stages of residual blocks, each after the first halving the image and doubling the width.
 
     Where the shape changes, the shortcut is a 1x1 convolution (the paper's option B). A bottleneck halves
@@ -64,19 +61,16 @@ def resnet(params: Mapping[str, Parameter], data: DataContract) -> "torch.nn.Mod
     Params: depth (20, 32, 44, 56 in three stages; 18, 34, 50 in four; default 20), width (channels of the
     first stage; default 16 for three stages, 64 for four), norm (group or batch, default group).
     """
-    from torch import nn
-
     channels, height, width = shape(data, 3, "resnet")
     only(params, "resnet", {"depth", "width", "norm"})
     plan = PLANS[one_of(params, "resnet", "depth", tuple(PLANS), DEPTH)]
     base = integer(params, "resnet", "width", MAX_WIDTH, plan.width)
     norm = norm_of(params, "resnet")
-    layers: OrderedDict[str, nn.Module]
     if max(height, width) <= LARGE:
-        layers = block("0", nn.Conv2d(channels, base, 3, padding=1, bias=False), base, norm)
+        layers = block("0", square(channels, base, 3), norm)
     else:
-        layers = block("0", nn.Conv2d(channels, base, 7, stride=2, padding=3, bias=False), base, norm)
-        layers["pool0"] = nn.MaxPool2d(3, stride=2, padding=1)
+        layers = block("0", square(channels, base, 7, stride=2), norm)
+        layers["pool0"] = MaxPool(3, stride=2, padding=1)
     channels = base
     for stage, blocks in enumerate(plan.blocks, start=1):
         inner = base * 2 ** (stage - 1)
@@ -86,43 +80,25 @@ def resnet(params: Mapping[str, Parameter], data: DataContract) -> "torch.nn.Mod
             branch = (_bottleneck if plan.bottleneck else _basic)(channels, inner, stride, norm)
             layers[f"block{stage}_{number}"] = _residual(branch, channels, out, stride, norm)
             channels = out
-    layers["mean"] = nn.AdaptiveAvgPool2d(1)
-    return start_as_he(with_head(layers, channels, data.classes))
+    layers["mean"] = Mean()
+    return with_head(layers, channels, data.classes, he=1.0)
 
 
-def _basic(channels: int, out: int, stride: int, norm: Norm) -> "OrderedDict[str, torch.nn.Module]":
-    from torch import nn
-
-    first = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
-    second = nn.Conv2d(out, out, 3, padding=1, bias=False)
-    return OrderedDict(**block("1", first, out, norm), **normed("2", second, out, norm))
+def _basic(channels: int, out: int, stride: int, norm: NormKind) -> Layers:
+    first = block("1", square(channels, out, 3, stride=stride), norm)
+    return first | normed("2", square(out, out, 3), norm)
 
 
-def _bottleneck(channels: int, inner: int, stride: int, norm: Norm) -> "OrderedDict[str, torch.nn.Module]":
-    from torch import nn
-
-    out = inner * EXPANSION
-    middle = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
-    return OrderedDict(
-        **block("1", nn.Conv2d(channels, inner, 1, bias=False), inner, norm),
-        **block("2", middle, inner, norm),
-        **normed("3", nn.Conv2d(inner, out, 1, bias=False), out, norm),
-    )
+def _bottleneck(channels: int, inner: int, stride: int, norm: NormKind) -> Layers:
+    return {
+        **block("1", square(channels, inner, 1), norm),
+        **block("2", square(inner, inner, 3, stride=stride), norm),
+        **normed("3", square(inner, inner * EXPANSION, 1), norm),
+    }
 
 
-def _residual(
-    branch: "OrderedDict[str, torch.nn.Module]", channels: int, out: int, stride: int, norm: Norm
-) -> "torch.nn.Module":
-    from torch import nn
-
-    from liberatai_core.learning.families.modules import Residual
-
-    last = next(reversed(branch.values()))
-    if isinstance(last.weight, nn.Parameter):
-        nn.init.zeros_(last.weight)
-    shortcut: nn.Module = nn.Identity()
+def _residual(branch: Layers, channels: int, out: int, stride: int, norm: NormKind) -> Residual:
+    shortcut = Sequence()
     if stride != 1 or channels != out:
-        shortcut = nn.Sequential(
-            normed("", nn.Conv2d(channels, out, 1, stride=stride, bias=False), out, norm)
-        )
-    return Residual(nn.Sequential(branch), shortcut, nn.ReLU())
+        shortcut = sequence(normed("", square(channels, out, 1, stride=stride), norm))
+    return Residual(sequence(branch), shortcut, relu=True)

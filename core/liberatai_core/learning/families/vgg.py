@@ -1,25 +1,24 @@
 """VGG: Simonyan & Zisserman, "Very Deep Convolutional Networks", ICLR 2015, arXiv:1409.1556."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from liberatai_core.learning.families.layers import Flatten, MaxPool, Network
 from liberatai_core.learning.families.parts import (
     MAX_HIDDEN,
     MAX_WIDTH,
+    Layers,
     block,
+    dense,
+    dense_head,
     integer,
     norm_of,
     one_of,
     only,
     shape,
-    start_as_he,
+    square,
     with_head,
 )
 from liberatai_core.structure import DataContract, Parameter
-
-if TYPE_CHECKING:
-    import torch
 
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 """Depth -> 3x3 convolutions of each stage (table 1, A, B, D, E); the depth counts three dense layers, too."""
@@ -31,7 +30,7 @@ learning rate of 0.05 (depth 16, width 8, 3 epochs on 2000 images of Fashion-MNI
 once He's, 10 % at torch's own), and Adam does not mind."""
 
 
-def vgg(params: Mapping[str, Parameter], data: DataContract) -> "torch.nn.Module":
+def vgg(params: Mapping[str, Parameter], data: DataContract) -> Network:
     """Five stages of 3x3 convolutions, each halving the image and doubling the width up to 8 times.
 
     Halving stops where the shorter side is 1. Every layer has a norm, which the paper does not know; it
@@ -41,28 +40,26 @@ def vgg(params: Mapping[str, Parameter], data: DataContract) -> "torch.nn.Module
     paper), hidden (units of two dense layers before the last one; default none, as is usual for small
     images), norm (group or batch, default group).
     """
-    from torch import nn
-
     channels, height, width = shape(data, 3, "vgg")
     only(params, "vgg", {"depth", "width", "hidden", "norm"})
     depth = one_of(params, "vgg", "depth", tuple(CONVOLUTIONS), DEPTH)
     base = integer(params, "vgg", "width", MAX_WIDTH, WIDTH)
     norm = norm_of(params, "vgg")
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers: Layers = {}
     for stage, count in enumerate(CONVOLUTIONS[depth], start=1):
         out = base * min(2 ** (stage - 1), 8)
         for layer in range(1, count + 1):
-            convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
-            layers |= block(f"{stage}_{layer}", convolution, out, norm)
+            layers |= block(f"{stage}_{layer}", square(channels, out, 3), norm)
             channels = out
         if min(height, width) >= 2:
-            layers[f"pool{stage}"] = nn.MaxPool2d(2)
+            layers[f"pool{stage}"] = MaxPool()
             height, width = height // 2, width // 2
     features = channels * height * width
-    if "hidden" in params:
-        hidden = integer(params, "vgg", "hidden", MAX_HIDDEN)
-        layers["flat"] = nn.Flatten()
-        for layer in (1, 2):
-            layers |= block(str(layer), nn.Linear(features, hidden, bias=False), hidden, norm, name="dense")
-            features = hidden
-    return start_as_he(with_head(layers, features, data.classes), START)
+    if "hidden" not in params:
+        return with_head(layers, features, data.classes, he=START)
+    hidden = integer(params, "vgg", "hidden", MAX_HIDDEN)
+    layers["flat"] = Flatten()
+    for layer in (1, 2):
+        layers |= block(str(layer), dense(features, hidden), norm, name="dense")
+        features = hidden
+    return dense_head(layers, features, data.classes, he=START)
