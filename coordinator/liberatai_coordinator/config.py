@@ -334,6 +334,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
         ca_file, cert_file, key_file: for mqtts. All paths are relative to the settings file.
         state_dir: ledger, blobs and keys.
         socket: Unix socket of the API; relative to state_dir.
+        socket_group: group of this machine whose members may use it too; None: this user alone.
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
@@ -353,6 +354,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     key_file: str | None = None
     state_dir: str = "/var/lib/liberatai"
     socket: str = "api.sock"
+    socket_group: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     enrolment: Literal["approve", "allowlist", "open"] = "approve"
     devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]] = {}
     ca_dir: str | None = None

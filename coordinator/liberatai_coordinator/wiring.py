@@ -214,7 +214,7 @@ async def _run(service: Service) -> int:
     await service.restore()
     running = asyncio.create_task(service.run())
     socket = Path(config.state_dir) / config.socket
-    api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket))
+    api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket, config.socket_group))
     # Its first step comes after those of the two: whoever is told that we are ready can ask at once.
     beat = asyncio.create_task(_beat(service))
     stop = asyncio.Event()

@@ -76,6 +76,10 @@ def test_hello_world_trains_the_users_model_on_the_users_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"2 rounds, (\d+)% of unseen points right", done.stdout)
     assert found, done.stdout
+    said = done.stderr.splitlines()
+    assert said[0] == "starting a broker, a coordinator and 3 devices on this machine …"
+    rounds = [line.split(":")[0] for line in said if line.startswith("round ")]
+    assert rounds == ["round 1 of 2", "round 2 of 2"]
     assert int(found[1]) >= 85  # always "outside" would be right for 53 %
 
 

@@ -1,6 +1,8 @@
-"""The API on a Unix socket that only its owner can open: so no password travels."""
+"""The API on a Unix socket that its owner can open, and a group if the settings name one: nobody logs in."""
 
 import asyncio
+import grp
+import logging
 import os
 import socket
 import stat
@@ -13,6 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from liberatai_core.errors import ConfigError, LockedError
+from liberatai_core.spelling import meant
+
+log = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH: Final = 107
 """Linux: sizeof(sun_path) - 1."""
@@ -29,14 +34,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve_uds(app: FastAPI, path: Path) -> None:
-    """Answer on a Unix socket of mode 0600 until cancelled; then finish what is under way.
+async def serve_uds(app: FastAPI, path: Path, group: str | None = None) -> None:
+    """Answer on a Unix socket until cancelled; then finish what is under way.
+
+    Args:
+        app: what answers.
+        path: of the socket.
+        group: whose members may connect too (mode 0660); None: the owner alone (0600).
 
     Raises:
         LockedError: somebody answers on this socket already.
-        ConfigError: the path is too long, or is no socket.
+        ConfigError: the path is too long, is no socket, or there is no such group.
     """
+    number = None if group is None else group_number(group)
     listener = _bind(path)
+    if number is not None:
+        _open_to(path, number, group or "")
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -74,6 +87,45 @@ def _bind(path: Path) -> socket.socket:
         listener.close()
         raise ConfigError("socket", [f"{path}: {error.strerror}"]) from None
     return listener
+
+
+def group_number(group: str) -> int:
+    """Return the number of a group of this machine.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        hint = meant(group, (one.gr_name for one in grp.getgrall()))
+        fault = f"no group {group!r} on this machine{hint}: `groupadd {group}`, or name another one"
+        raise ConfigError("socket_group", [fault]) from None
+
+
+def _open_to(path: Path, number: int, group: str) -> None:
+    """Let a group connect; first it is the group's, then its members may, never the other way round."""
+    try:
+        os.chown(path, -1, number)
+        path.chmod(0o660)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        fault = f"{path} cannot be given to group {group} ({error.strerror}): make this user a member of it"
+        raise ConfigError("socket_group", [fault]) from None
+    if closed := closed_to(path, number):
+        log.warning(
+            "socket_group: members of %s cannot enter %s: chmod it, or move the socket", group, closed
+        )
+
+
+def closed_to(path: Path, number: int) -> Path | None:
+    """Return the outermost folder above a path that a group cannot enter; None if it can."""
+    for folder in reversed(path.absolute().parents):
+        found = folder.stat()
+        may = found.st_mode & (0o010 if found.st_gid == number else 0o001)
+        if not may:
+            return folder
+    return None
 
 
 def _remove_stale(path: Path) -> None:

@@ -9,6 +9,7 @@ never cut. `-o wide` shows every column in one line, however long. In a pipe not
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ LEAST: Final = 4
 """Columns that a row keeps: where they do not fit into one line, it takes two."""
 GAP: Final = "  "
 INDENT: Final = "    "
+QUIET_S: Final = 2.0
+"""What takes longer says what it does, where no wheel turns."""
 WATCH_S: Final = 2.0
 """Between two looks of `--watch`."""
 PATIENCE_S: Final = 600.0
@@ -125,14 +128,35 @@ def screen_width() -> int | None:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show that something is going on, on a screen only."""
+    """Show that something is going on: a wheel on a screen, elsewhere a line once it takes a while."""
     if not sys.stderr.isatty():
-        yield
+        with _told_late(what):
+            yield
         return
     from rich.console import Console
 
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def _told_late(what: str) -> Iterator[None]:
+    started_s = time.monotonic()
+    told = threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(f"{what} …", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(QUIET_S, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if told.is_set():
+            print(f"{what}: {duration_text(time.monotonic() - started_s)}", file=sys.stderr, flush=True)
 
 
 # --- lists ----------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def request(
         except TimeoutError:
             raise
         except PermissionError:
-            raise LinkError(f"{path}: permission denied; run this as the user of the coordinator") from None
+            text = f"{path}: permission denied; be a member of its group (setting socket_group), or its user"
+            raise LinkError(text) from None
         except OSError:
             text = f"no coordinator at {path}: start one with `liberatai serve` (or give --socket)"
             raise LinkError(text) from None

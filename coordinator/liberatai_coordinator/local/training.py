@@ -1,5 +1,6 @@
 """One job on a fleet of this machine, from nothing to the final weights."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from liberatai_coordinator.local.files import LocalDevice
 from liberatai_coordinator.local.fleet import POLL_S, LocalFleet
 from liberatai_core.errors import LinkError, TrainingError
 from liberatai_core.structure import DataContract, Structure
+from liberatai_core.units import duration_text
 from liberatai_core.weights import Vector
 
 
@@ -58,6 +60,7 @@ def run(
     broker: str = "auto",
     folder: Path | None = None,
     on_progress: Callable[[JobView], None] | None = None,
+    quiet: bool = False,
 ) -> Result:
     """Run one job on a fleet of this machine, from nothing to the final weights.
 
@@ -68,6 +71,7 @@ def run(
         broker: see `LocalFleet`.
         folder: keeps all files; None: a temporary folder that is removed.
         on_progress: called with the job a few times per second.
+        quiet: say nothing on stderr about what goes on.
 
     Raises:
         ConfigError: a faulty job, with all its faults.
@@ -83,9 +87,18 @@ def run(
     ]
     with tempfile.TemporaryDirectory(prefix="liberatai-") as temporary:
         fleet = LocalFleet(folder or Path(temporary), devices, broker=broker)
+        said = Told(quiet=quiet)
+        said.line(f"starting a broker, a coordinator and {len(devices)} devices on this machine …")
         with fleet:
             fleet.client.jobs.create(text, str(path.parent.absolute()))
-            finished = wait(fleet, spec.name, on_progress)
+            said.line(f"job {spec.name}: {spec.rounds.count} rounds")
+
+            def look(view: JobView) -> None:
+                said.job(view)
+                if on_progress is not None:
+                    on_progress(view)
+
+            finished = wait(fleet, spec.name, look)
             versions = tuple(fleet.client.models.log(spec.name))
             loaded = {
                 structure: fleet.client.models.weights(spec.name, "latest", structure)
@@ -98,6 +111,37 @@ def run(
         weights={name: np.frombuffer(found[2], dtype="<f4").copy() for name, found in loaded.items()},
         data=spec.data,
     )
+
+
+class Told:
+    """Says on stderr how a run goes on: a line per round, not only the result after half a minute."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._said = quiet, (0, "")
+
+    def line(self, text: str) -> None:
+        """Say something."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - it is what a person waits for
+
+    def job(self, view: JobView) -> None:
+        """Say what is new: the last round that ended, or what the job waits for."""
+        ended = [one for one in view.rounds if one.state in ("published", "abandoned")]
+        news = (len(ended), view.reason if not ended else "")
+        if news == self._said:
+            return
+        self._said = news
+        if not ended:
+            if view.reason:
+                self.line(f"waiting: {view.reason}")
+            return
+        last = ended[-1]
+        why = f" ({last.reason})" if last.reason else ""
+        took = f", {duration_text(last.seconds)}" if last.state == "published" else ""
+        self.line(
+            f"round {last.round} of {view.rounds_total}: {last.state}{why}, "
+            f"{last.updates} of {last.invited} updates{took}"
+        )
 
 
 def wait(fleet: LocalFleet, job: str, on_progress: Callable[[JobView], None] | None = None) -> JobView:

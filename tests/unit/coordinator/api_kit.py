@@ -339,14 +339,14 @@ def next_round(job: JobView) -> JobView:
 
 
 @contextmanager
-def served(operations: Operations | MemoryOperations, path: Path) -> Iterator[None]:
+def served(operations: Operations | MemoryOperations, path: Path, group: str | None = None) -> Iterator[None]:
     """Serve in a thread of its own; the socket is bound when the block begins and gone when it has ended."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     holder: list[asyncio.Task[None]] = []
 
     async def program() -> None:
-        task = asyncio.create_task(serve_uds(make_app(cast("Operations", operations)), path))
+        task = asyncio.create_task(serve_uds(make_app(cast("Operations", operations)), path, group))
         holder.append(task)
         # `serve_uds` binds before it first waits: one turn of the loop and clients can connect
         await asyncio.sleep(0)

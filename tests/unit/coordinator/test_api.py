@@ -1,8 +1,10 @@
 """The API says what the operations say, with stable codes, on a socket that only its owner can open."""
 
 import asyncio
+import grp
 import inspect
 import json
+import os
 import signal
 import socket
 import stat
@@ -19,7 +21,7 @@ from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGH
 from liberatai_coordinator.api.answers import MAX_BODY_BYTES, PART, STATUS, problem
 from liberatai_coordinator.api.devices import DeviceOperations
 from liberatai_coordinator.api.jobs import JobOperations
-from liberatai_coordinator.api.listener import serve_uds
+from liberatai_coordinator.api.listener import closed_to, serve_uds
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import PlanOperations
@@ -268,6 +270,29 @@ def test_only_the_owner_can_open_the_socket_and_it_is_gone_afterwards(tmp_path: 
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with Client(path) as client:
             assert client.health()["ok"]
+    assert not path.exists()
+
+
+def test_a_group_can_open_the_socket_if_the_settings_name_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "api.sock"
+    own = grp.getgrgid(os.getgid()).gr_name
+    tmp_path.chmod(0o710)
+    with served(MemoryOperations(), path, own):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert path.stat().st_gid == os.getgid()
+        with Client(path) as client:
+            assert client.health()["ok"]
+    tmp_path.chmod(0o700)
+    assert closed_to(path, os.getgid()) == next(
+        (one for one in reversed(path.parents) if not one.stat().st_mode & 0o011), tmp_path
+    )
+    with served(MemoryOperations(), path, own):
+        assert "cannot enter" in caplog.text
+    app = make_app(cast("Operations", MemoryOperations()))
+    with pytest.raises(ConfigError, match=r"no group 'no-such-group' on this machine.*groupadd"):
+        asyncio.run(serve_uds(app, path, "no-such-group"))
     assert not path.exists()
 
 

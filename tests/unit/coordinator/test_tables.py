@@ -220,3 +220,18 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(looks) == 1
     with pytest.raises(LinkError):
         next(looks)
+
+
+def test_what_takes_long_says_so_in_a_pipe_and_what_is_quick_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tables.progress("exporting digits"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(tables, "QUIET_S", 0.0)
+    with tables.progress("exporting digits"):
+        said = ""
+        while "exporting" not in said:
+            said += capsys.readouterr().err
+    assert said == "exporting digits …\n"
+    assert capsys.readouterr().err.startswith("exporting digits: ")
