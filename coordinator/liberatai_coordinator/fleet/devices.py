@@ -10,8 +10,10 @@ while the coordinator has no broker.
 
 import heapq
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import Final, Literal
 
 from liberatai_core.contract import limits
 from liberatai_core.contract.frame import key_id
@@ -50,8 +52,43 @@ SILENT_INTERVALS, SILENT_LEAST_S = 3.0, 30.0
 EXPIRED_AT_ONCE = 1000
 """Devices that are looked at together: some milliseconds; the turn of the others comes a moment later."""
 
+CLONE_S, CLONE_TURNS = 3600.0, 3
+"""So many numbers that go back, each within an hour of the last one, are two machines with one key; a device
+that was put back from a copy does it once."""
+
 ANSWER_S = 10.0
 """Between two answers to a device whose session number went back: a replayed frame must not cause a flood."""
+
+MAX_KNOCKS = 1000
+"""Names whose knocking keys are kept: whoever gets past the broker may knock for every name there is."""
+
+NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """What an operator has said of a device, since when (Unix seconds) and why."""
+
+    since_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knock:
+    """Another key that introduces itself with the name of a known device: a new card, or somebody else.
+
+    Attributes:
+        public_key: the newest one.
+        session: of its introduction.
+        first_s, last_s: Unix seconds of its first and last word.
+        times: that it was heard.
+    """
+
+    public_key: bytes
+    session: int
+    first_s: float
+    last_s: float
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +138,12 @@ class Device:
         ignores: why it does not believe this coordinator, by its own word; "" if it does.
         traffic: what its socket carried, as far as it said so.
         updates: of this device that were stored, in all jobs.
+        labels: that operators gave it.
+        drained: it gets no new task since then; None: it may get one.
+        status_s, state_s, phase_s: when its status, state and phase changed last (Unix seconds); 0: not known.
+        turns: how often its session number went back on a live connection: two machines with one key do that
+            in turns.
+        turned_s: when it did so last.
     """
 
     id: str
@@ -120,11 +163,23 @@ class Device:
     ignores: str = ""
     traffic: DeviceTraffic = DeviceTraffic()
     updates: int = 0
+    labels: Mapping[str, str] = NO_LABELS
+    drained: Mark | None = None
+    status_s: float = 0.0
+    state_s: float = 0.0
+    phase_s: float = 0.0
+    turns: int = 0
+    turned_s: float = 0.0
 
     @property
     def state(self) -> str:
         """What it is believed to be: what it said, unless it is silent."""
         return "unknown" if self.silent and self.said in LIVING else self.said
+
+    @property
+    def cloned(self) -> bool:
+        """Whether two machines seem to use its key."""
+        return self.turns >= CLONE_TURNS
 
     @property
     def online(self) -> bool:
@@ -171,6 +226,9 @@ class Fleet:
         allowed: device name -> public key, known beforehand.
         connected: whether there is a broker; without one nobody is there.
         forgotten: names that were given up, until somebody takes note of them.
+        wall_s: the time of day, as far as it was told.
+        buried: keys that are refused for good, and whose they were.
+        knocks: other keys that ask for the name of a known device.
     """
 
     enrolment: Enrolment
@@ -179,6 +237,10 @@ class Fleet:
     refusals: dict[str, Counter[str]] = field(default_factory=dict)
     connected: bool = True
     forgotten: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+    buried: dict[bytes, str] = field(default_factory=dict)
+    knocks: dict[str, Knock] = field(default_factory=dict)
+    _graves: dict[bytes, bytes] = field(default_factory=dict)
     _since_s: float = 0.0
     _index: dict[bytes, str] = field(default_factory=dict)
     _pending: dict[str, None] = field(default_factory=dict)
@@ -194,6 +256,8 @@ class Fleet:
         """Take over what the ledger remembers, and whoever the settings allow."""
         self.devices = {device.id: device for device in devices}
         for name, key in self.allowed.items():
+            if key in self.buried:
+                continue
             if name not in self.devices or self.devices[name].public_key != key:
                 self.devices[name] = Device(id=name, public_key=key, status="approved")
         self._index = {key_id(device.public_key): device.id for device in self.devices.values()}
@@ -202,13 +266,27 @@ class Fleet:
             self._put(device)
 
     def key(self, wanted: bytes) -> bytes | None:
-        """Return the public key with this key id, or None."""
+        """Return the public key with this key id, or None. A buried one is known: it is refused by name."""
         owner = self.owner(wanted)
-        return self.devices[owner].public_key if owner else None
+        return self.devices[owner].public_key if owner else self._graves.get(wanted)
 
     def owner(self, wanted: bytes) -> str | None:
         """Return the device that has the key with this key id."""
         return self._index.get(wanted)
+
+    def require_alive(self, public_key: bytes) -> None:
+        """Refuse a key that was buried.
+
+        Raises:
+            RevokedError: it was.
+        """
+        if public_key in self.buried:
+            raise RevokedError(f"the key of {self.buried[public_key]} is refused for good")
+
+    def bury(self, public_key: bytes, device: str) -> None:
+        """Refuse a key for good."""
+        self.buried[public_key] = device
+        self._graves[key_id(public_key)] = public_key
 
     def require(self, device: str) -> Device:
         """Return a device, or raise NotFoundError."""
@@ -231,7 +309,51 @@ class Fleet:
 
     def set_status(self, device: str, status: Status, reason: str = "") -> Device:
         """Approve, quarantine or release a device."""
-        return self._put(replace(self.require(device), status=status, reason=reason))
+        return self._put(replace(self.require(device), status=status, reason=reason, status_s=self.wall_s))
+
+    def set_labels(self, device: str, changes: Mapping[str, str | None]) -> Device:
+        """Give a device labels, or take them away (None)."""
+        known = self.require(device)
+        labels = {**known.labels, **changes}
+        kept = {name: value for name, value in labels.items() if value is not None}
+        return self._put(replace(known, labels=MappingProxyType(kept)))
+
+    def set_drained(self, device: str, mark: Mark | None) -> Device:
+        """Give a device no new task from now on, or (None) let it work again."""
+        return self._put(replace(self.require(device), drained=mark))
+
+    def decommission(self, device: str) -> Device:
+        """Forget a device and refuse its key for good; returns what was known of it."""
+        known = self.set_status(device, "quarantined", "decommissioned")
+        self._forget(device)
+        self.forgotten.remove(device)
+        self.bury(known.public_key, device)
+        self.knocks.pop(device, None)
+        return known
+
+    def rekey(self, device: str, public_key: bytes, session: int) -> Device:
+        """Let a device have another key from now on; the one before is refused for good."""
+        known = self.require(device)
+        self._index.pop(key_id(known.public_key), None)
+        self.bury(known.public_key, device)
+        self.buried.pop(public_key, None)
+        self._graves.pop(key_id(public_key), None)
+        self._index[key_id(public_key)] = device
+        self.knocks.pop(device, None)
+        fresh = Device(
+            id=device,
+            public_key=public_key,
+            status="approved",
+            session=session,
+            alive_s=known.alive_s,
+            last_seen_s=known.last_seen_s,
+            traffic=known.traffic,
+            updates=known.updates,
+            labels=known.labels,
+            drained=known.drained,
+            status_s=self.wall_s,
+        )
+        return self._put(fresh)
 
     def count_refusal(self, device: str, error: LiberataiError) -> None:
         """Count what was refused, per device (or "" for a stranger) and code."""
@@ -289,18 +411,22 @@ class Fleet:
         """
         name: str = message.device  # type: ignore[attr-defined]
         session: int = message.session  # type: ignore[attr-defined]
+        self.require_alive(signer)
+        self.wall_s = max(self.wall_s, wall_s or 0.0)
         before = self.devices.get(name)
         known = before or self._introduce(message, signer, now_s)
         if known.public_key != signer:
+            if isinstance(message, Capability):
+                self._knock(name, signer, session)
             raise SignatureError(
-                f"{name} has another key; after a new set-up list it under `devices:` in coordinator.yaml"
+                f"{name} has another key: if it was set up anew, `liberatai devices rekey {name}` lets it in"
             )
         if session > limits.MAX_SESSION:
             raise SchemaError(f"{name}: session {session}, at most {limits.MAX_SESSION}")
         if session < known.session:
             if before is not None and not retained and _is_present(message):
                 note = f"its session number went back from {known.session} to {session}"
-                self._put(replace(known, note=note))
+                self._put(self._turned(replace(known, note=note)))
             raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
         device = _heard(known, message, session)
         if not retained and not _is_will(message):
@@ -379,6 +505,11 @@ class Fleet:
 
     def _put(self, device: Device) -> Device:
         name = device.id
+        before = self.devices.get(name)
+        if before is None or before.state != device.state:
+            device = replace(device, state_s=self.wall_s)
+        if before is None or _phase(before) != _phase(device):
+            device = replace(device, phase_s=self.wall_s)
         self.devices[name] = device
         self._pending.pop(name, None)
         if device.status == "pending":
@@ -387,6 +518,7 @@ class Fleet:
         ready = (
             device.status == "approved"
             and device.online
+            and device.drained is None
             and capability is not None
             and not capability.quota_spent
         )
@@ -396,6 +528,23 @@ class Fleet:
         if device.said in LIVING and not device.silent:
             self._watch(name, device.alive_s + device.silence_s)
         return device
+
+    def _knock(self, name: str, public_key: bytes, session: int) -> None:
+        before = self.knocks.get(name)
+        if before is None and len(self.knocks) >= MAX_KNOCKS:
+            return
+        same = before is not None and before.public_key == public_key
+        self.knocks[name] = Knock(
+            public_key=public_key,
+            session=session,
+            first_s=before.first_s if before is not None and same else self.wall_s,
+            last_s=self.wall_s,
+            times=before.times + 1 if before is not None and same else 1,
+        )
+
+    def _turned(self, device: Device) -> Device:
+        turns = device.turns + 1 if self.wall_s - device.turned_s <= CLONE_S else 1
+        return replace(device, turns=turns, turned_s=self.wall_s)
 
     def _watch(self, name: str, due_s: float) -> None:
         if name not in self._watched:
@@ -424,6 +573,10 @@ class Fleet:
             self._forget(first)
         status: Status = "approved" if self.enrolment == "open" else "pending"
         return Device(id=message.device, public_key=signer, status=status)
+
+
+def _phase(device: Device) -> str:
+    return device.report.phase if device.report else ""
 
 
 def _is_will(message: Message) -> bool:

@@ -127,7 +127,7 @@ class Updates:
 
     async def _settle(self, opened: Opened, update: Update) -> bool:
         """Decide about an update; False: it was not looked at closely enough, and comes back."""
-        shut_out = self.fleet.devices[update.device].status == "quarantined"
+        shut_out = self.fleet.require(update.device).status == "quarantined"
         if shut_out and self._is_stored(update):
             await self._accept(update, DuplicateError.code)  # it was counted before
             return True

@@ -1,12 +1,20 @@
 """What is remembered of devices, and what their sockets carried."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import sqlalchemy as sa
 
 from liberatai_coordinator.store.database import Database, columns_of, upsert_many
-from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
-from liberatai_coordinator.store.tables import DEVICES, TRAFFIC
+from liberatai_coordinator.store.rows import DeviceRow, MarkRow, TombstoneRow, TrafficRow
+from liberatai_coordinator.store.tables import (
+    DEVICE_LABELS,
+    DEVICE_MARKS,
+    DEVICES,
+    REFUSALS,
+    SHADOWS,
+    TOMBSTONES,
+    TRAFFIC,
+)
 from liberatai_coordinator.store.writer import Latest, Writer
 from liberatai_core.errors import NotFoundError
 
@@ -65,6 +73,69 @@ class DeviceStore:
             if not connection.execute(change).rowcount:
                 raise NotFoundError(f"device {device}: not known (see `liberatai devices list`)")
 
+    def set_labels(self, device: str, changes: Mapping[str, str | None]) -> None:
+        """Give a device labels, or take them away (None); those that are not named stay."""
+        gone = [name for name, value in changes.items() if value is None]
+        rows = [
+            {"device": device, "name": name, "value": value}
+            for name, value in changes.items()
+            if value is not None
+        ]
+        mine = DEVICE_LABELS.c.device == device
+        with self._database.write() as connection:
+            if gone:
+                connection.execute(sa.delete(DEVICE_LABELS).where(mine, DEVICE_LABELS.c.name.in_(gone)))
+            upsert_many(connection, DEVICE_LABELS, rows, keys=("device", "name"))
+
+    def labels(self) -> dict[str, dict[str, str]]:
+        """Return the labels of all devices."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(DEVICE_LABELS)).mappings().all()
+        found: dict[str, dict[str, str]] = {}
+        for row in rows:
+            found.setdefault(row["device"], {})[row["name"]] = row["value"]
+        return found
+
+    def mark(self, mark: MarkRow) -> None:
+        """Remember what an operator says of a device."""
+        with self._database.write() as connection:
+            upsert_many(connection, DEVICE_MARKS, [columns_of(mark)], keys=("device", "mark"))
+
+    def unmark(self, device: str, mark: str) -> None:
+        """Forget what an operator said of a device."""
+        gone = sa.delete(DEVICE_MARKS).where(DEVICE_MARKS.c.device == device, DEVICE_MARKS.c.mark == mark)
+        with self._database.write() as connection:
+            connection.execute(gone)
+
+    def marks(self) -> list[MarkRow]:
+        """Return what operators said of devices."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(DEVICE_MARKS)).mappings().all()
+        return [MarkRow(**row) for row in rows]
+
+    def tombstones(self) -> list[TombstoneRow]:
+        """Return the keys that are refused for good."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(TOMBSTONES)).mappings().all()
+        return [TombstoneRow(**row) for row in rows]
+
+    def decommission(self, grave: TombstoneRow) -> None:
+        """Forget a device and refuse its key for good, in one transaction."""
+        self._heard.flush()  # what was heard before must not come after this and bring it back
+        self._traffic.flush()
+        with self._database.write() as connection:
+            upsert_many(connection, TOMBSTONES, [columns_of(grave)], keys=("public_key",))
+            for table, column in _OF_A_DEVICE:
+                connection.execute(sa.delete(table).where(column == grave.device))
+
+    def rekey(self, device: DeviceRow, grave: TombstoneRow) -> None:
+        """Give a device another key, and refuse the one before for good, in one transaction."""
+        self._heard.flush()
+        with self._database.write() as connection:
+            upsert_many(connection, TOMBSTONES, [columns_of(grave)], keys=("public_key",))
+            connection.execute(sa.delete(TOMBSTONES).where(TOMBSTONES.c.public_key == device.public_key))
+            upsert_many(connection, DEVICES, [columns_of(device)], keys=("id",), keep=("first_seen_s",))
+
     def set_traffic(self, rows: Iterable[TrafficRow]) -> None:
         """Let it be written within a second or so what devices' sockets carried; never waits for the disk."""
         for row in rows:
@@ -75,6 +146,17 @@ class DeviceStore:
         with self._database.read() as connection:
             rows = connection.execute(sa.select(TRAFFIC)).mappings().all()
         return {row["device"]: TrafficRow(**row) for row in rows}
+
+
+_OF_A_DEVICE = (
+    (DEVICES, DEVICES.c.id),
+    (DEVICE_LABELS, DEVICE_LABELS.c.device),
+    (DEVICE_MARKS, DEVICE_MARKS.c.device),
+    (SHADOWS, SHADOWS.c.device),
+    (TRAFFIC, TRAFFIC.c.device),
+    (REFUSALS, REFUSALS.c.device),
+)
+"""What is forgotten with a device. Its updates stay: versions were made of them."""
 
 
 def _write_devices(connection: sa.Connection, devices: dict[str, DeviceRow]) -> None:

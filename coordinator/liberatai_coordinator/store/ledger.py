@@ -9,7 +9,9 @@ from pathlib import Path
 
 from liberatai_coordinator.store.database import RESERVE_BYTES, Database
 from liberatai_coordinator.store.devices import DeviceStore
+from liberatai_coordinator.store.groups import GroupStore
 from liberatai_coordinator.store.jobs import JobStore
+from liberatai_coordinator.store.journal import AuditStore, EventStore
 from liberatai_coordinator.store.refusals import RefusalStore
 from liberatai_coordinator.store.rounds import RoundStore
 from liberatai_coordinator.store.updates import UpdateStore
@@ -29,6 +31,9 @@ class Ledger:
     updates: UpdateStore
     versions: VersionStore
     refusals: RefusalStore
+    groups: GroupStore
+    events: EventStore
+    audit: AuditStore
 
     @classmethod
     def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES, threaded: bool = True) -> "Ledger":
@@ -56,6 +61,9 @@ class Ledger:
                 updates=UpdateStore(database, writer),
                 versions=VersionStore(database),
                 refusals=RefusalStore(database, writer),
+                groups=GroupStore(database),
+                events=EventStore(database, writer),
+                audit=AuditStore(database),
             )
         except BaseException:
             database.close()

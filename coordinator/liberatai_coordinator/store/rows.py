@@ -153,6 +153,102 @@ class VariantRow:
     created_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    """Something that happened once in the fleet.
+
+    Attributes:
+        number: grows by one with every event, over all starts.
+        device: that it is about; "" for the fleet.
+        code: stable, if it is a fault.
+    """
+
+    number: int
+    at_s: float
+    device: str
+    name: str
+    code: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow:
+    """A change that somebody asked for, whether it was made or not.
+
+    Attributes:
+        actor: name of the token; "local" for whoever uses the Unix socket.
+        action: noun and verb.
+        target: what it was done to.
+        code: "" if it was done, else that of the refusal.
+        detail: what else was said, shortened.
+    """
+
+    number: int = 0
+    at_s: float
+    actor: str
+    role: str
+    action: str
+    target: str
+    code: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkRow:
+    """Something that an operator has said of a device, since when and why."""
+
+    device: str
+    mark: str
+    since_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TombstoneRow:
+    """A key that is refused for good: its device was decommissioned, or has another key now."""
+
+    public_key: bytes
+    device: str
+    reason: str
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """A question about devices that has a name."""
+
+    name: str
+    query: str
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowRow:
+    """What a device shall be like; `desired` is the msgpack of `contract.wants.Want` without its head."""
+
+    device: str
+    version: int
+    desired: bytes
+    updated_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """Who may use the API from another machine; of the token itself only the SHA-256 is kept.
+
+    Attributes:
+        expires_s: 0: never.
+        used_s: last time, about; 0: never.
+    """
+
+    name: str
+    role: str
+    sha256: bytes
+    created_s: float
+    expires_s: float = 0.0
+    used_s: float = 0.0
+
+
 def records_in(invited: bytes) -> int:
     """Return the number of records in a list of them; what they are is not the ledger's business."""
     try:

@@ -224,3 +224,98 @@ PATHS = sa.Table(
     _blob("path"),
     **_STRICT,
 )
+DEVICE_LABELS = sa.Table(
+    "device_labels",
+    METADATA,
+    _text("device", primary_key=True),
+    _text("name", primary_key=True),
+    _text("value"),
+    **_STRICT,
+)
+DEVICE_MARKS = sa.Table(
+    "device_marks",
+    METADATA,
+    _text("device", primary_key=True),
+    _text("mark", primary_key=True),
+    _seconds("since_s"),
+    _text("reason"),
+    **_STRICT,
+)
+TOMBSTONES = sa.Table(
+    "tombstones",
+    METADATA,
+    _blob("public_key", primary_key=True),
+    _text("device"),
+    _text("reason"),
+    _seconds("since_s"),
+    **_STRICT,
+)
+GROUPS = sa.Table(
+    "device_groups",
+    METADATA,
+    _text("name", primary_key=True),
+    _text("query"),
+    _seconds("created_s"),
+    **_STRICT,
+)
+SHADOWS = sa.Table(
+    "shadows",
+    METADATA,
+    _text("device", primary_key=True),
+    _whole("version"),
+    _blob("desired"),
+    _seconds("updated_s"),
+    **_STRICT,
+)
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    _whole("number", primary_key=True),
+    _seconds("at_s"),
+    _text("device"),
+    _text("name"),
+    _text("code"),
+    _text("text"),
+    **_STRICT,
+)
+AUDIT = sa.Table(
+    "audit",
+    METADATA,
+    _whole("number", primary_key=True),
+    _seconds("at_s"),
+    _text("actor"),
+    _text("role"),
+    _text("action"),
+    _text("target"),
+    _text("code"),
+    _text("detail"),
+    **_STRICT,
+)
+TOKENS = sa.Table(
+    "tokens",
+    METADATA,
+    _text("name", primary_key=True),
+    _text("role"),
+    _blob("sha256", unique=True),
+    _seconds("created_s"),
+    _seconds("expires_s"),
+    _seconds("used_s"),
+    **_STRICT,
+)
+ROLLOUTS = sa.Table(
+    "rollouts",
+    METADATA,
+    _text("name", primary_key=True),
+    _blob("spec"),
+    _blob("state"),
+    _seconds("created_s"),
+    **_STRICT,
+)
+ROLLOUT_DEVICES = sa.Table(
+    "rollout_devices",
+    METADATA,
+    _text("rollout", primary_key=True),
+    _text("device", primary_key=True),
+    _blob("state"),
+    **_STRICT,
+)
