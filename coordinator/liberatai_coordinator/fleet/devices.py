@@ -12,8 +12,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Final, Literal
+from typing import Literal
 
 from liberatai_core.contract import limits
 from liberatai_core.contract.frame import key_id
@@ -61,8 +60,6 @@ ANSWER_S = 10.0
 
 MAX_KNOCKS = 1000
 """Names whose knocking keys are kept: whoever gets past the broker may knock for every name there is."""
-
-NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +135,7 @@ class Device:
         ignores: why it does not believe this coordinator, by its own word; "" if it does.
         traffic: what its socket carried, as far as it said so.
         updates: of this device that were stored, in all jobs.
-        labels: that operators gave it.
+        labels: (name, value) that operators gave it, by name.
         drained: it gets no new task since then; None: it may get one.
         status_s, state_s, phase_s: when its status, state and phase changed last (Unix seconds); 0: not known.
         turns: how often its session number went back on a live connection: two machines with one key do that
@@ -163,7 +160,7 @@ class Device:
     ignores: str = ""
     traffic: DeviceTraffic = DeviceTraffic()
     updates: int = 0
-    labels: Mapping[str, str] = NO_LABELS
+    labels: tuple[tuple[str, str], ...] = ()
     drained: Mark | None = None
     status_s: float = 0.0
     state_s: float = 0.0
@@ -209,12 +206,14 @@ class Heard:
         new: it was not known before.
         lasting: something changed that must be remembered over a restart.
         changed: it came, went, or can do other things than before: jobs look again.
+        moved: its state is another one than before.
     """
 
     device: Device
     new: bool
     lasting: bool
     changed: bool
+    moved: bool = False
 
 
 @dataclass(slots=True)
@@ -314,9 +313,9 @@ class Fleet:
     def set_labels(self, device: str, changes: Mapping[str, str | None]) -> Device:
         """Give a device labels, or take them away (None)."""
         known = self.require(device)
-        labels = {**known.labels, **changes}
-        kept = {name: value for name, value in labels.items() if value is not None}
-        return self._put(replace(known, labels=MappingProxyType(kept)))
+        labels = {**dict(known.labels), **changes}
+        kept = sorted((name, value) for name, value in labels.items() if value is not None)
+        return self._put(replace(known, labels=tuple(kept)))
 
     def set_drained(self, device: str, mark: Mark | None) -> Device:
         """Give a device no new task from now on, or (None) let it work again."""
@@ -360,9 +359,10 @@ class Fleet:
         self.refusals.setdefault(device, Counter())[error.code] += 1
 
     def count_update(self, device: str) -> None:
-        """Note that one more update of a device is stored."""
-        known = self.require(device)
-        self._put(replace(known, updates=known.updates + 1))
+        """Note that one more update of a device is stored, if it was not decommissioned meanwhile."""
+        known = self.devices.get(device)
+        if known is not None:
+            self._put(replace(known, updates=known.updates + 1))
 
     def ready(self) -> list[Device]:
         """Return devices that can get work: approved, there, introduced, with quota left; by name."""
@@ -444,7 +444,8 @@ class Fleet:
             or (device.online, device.said) != (before.online, before.said)
             or device.capability != before.capability
         )
-        return Heard(device, before is None, lasting or before is None, changed)
+        moved = before is None or before.state != device.state
+        return Heard(device, before is None, lasting or before is None, changed, moved)
 
     def note_alive(self, device: str, now_s: float, wall_s: float) -> bool:
         """Take an update, or a part of one, as a sign of life; returns whether the device was silent."""

@@ -44,7 +44,7 @@ def facts_of(device: Device, *, ready: bool, wall_s: float) -> dict[str, Value |
         "updates": float(device.updates),
         "silent_s": max(0.0, wall_s - device.last_seen_s) if device.last_seen_s else None,
     }
-    found |= {LABEL + name: value for name, value in device.labels.items()}
+    found |= {LABEL + name: value for name, value in device.labels}
     capability = device.capability
     if capability is None:
         return found

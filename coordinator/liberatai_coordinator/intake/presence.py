@@ -9,15 +9,15 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
 
 from liberatai_coordinator import clock
-from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Status
+from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Heard, Mark, Status
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_coordinator.store.rows import DeviceRow, TrafficRow
+from liberatai_coordinator.store.rows import DeviceRow, MarkRow, TombstoneRow, TrafficRow
 from liberatai_core.contract.messages import (
     Capability,
     Event,
@@ -27,7 +27,7 @@ from liberatai_core.contract.messages import (
     State,
     Telemetry,
 )
-from liberatai_core.errors import BaseMissingError, LiberataiError, ReplayError
+from liberatai_core.errors import BaseMissingError, LiberataiError, ReplayError, SignatureError
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,20 @@ class Presence:
     def restore(self) -> None:
         """Take over what the ledger remembers of devices."""
         traffic, updates = self.ledger.devices.traffic(), self.ledger.updates.counts()
-        rows = self.ledger.devices.all()
-        self.fleet.restore([_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in rows])
+        rows, labels = self.ledger.devices.all(), self.ledger.devices.labels()
+        drained = {mark.device: mark for mark in self.ledger.devices.marks() if mark.mark == "drained"}
+        self.fleet.wall_s = clock.wall()
+        known = [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in rows]
+        self.fleet.restore(
+            [
+                replace(
+                    one,
+                    labels=tuple(sorted(labels.get(one.id, {}).items())),
+                    drained=_mark(drained.get(one.id)),
+                )
+                for one in known
+            ]
+        )
         self.fleet.refusals = {name: Counter(codes) for name, codes in self.ledger.refusals.all().items()}
         self._saved_traffic = {device.id: device.traffic for device in self.fleet.devices.values()}
 
@@ -102,9 +114,12 @@ class Presence:
         while True:
             await asyncio.sleep(TICK_S)
             now_s = clock.monotonic()
+            self.fleet.wall_s = max(self.fleet.wall_s, clock.wall())
             silent = self.fleet.expire(now_s)
             if silent:
                 self._note_changed(*silent)
+            for one in silent:
+                self.ledger.events.note(self.fleet.wall_s, one.id, "silent", text=one.note)
             if self.fleet.connected:  # without a broker nobody can say that he is back
                 self.jobs.tick(now_s)
             self.fleet.forget_pending(now_s)
@@ -131,10 +146,14 @@ class Presence:
             if not retained:
                 await self._answer_replay(message, now_s)
             raise
+        except SignatureError:
+            self._note_knock(message)
+            raise
         device = heard.device
         # A stranger that waits for approval may say what it likes; it is written down once.
         if heard.lasting and (heard.new or device.status != "pending"):
             self.ledger.devices.remember(device_row(device))
+        self._note_event(message, heard)
         if heard.new and device.status == "pending":
             log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
         if heard.changed:
@@ -175,6 +194,45 @@ class Presence:
         self._tell()  # who is shut out is out now
         return changed
 
+    def set_drained(self, device: str, mark: Mark | None) -> Device:
+        """Give a device no new task, or let it work again; it is on disk already."""
+        changed = self.fleet.set_drained(device, mark)
+        self._note_changed(changed)
+        self._tell()
+        return changed
+
+    def decommission(self, device: str, reason: str) -> None:
+        """Forget a device and refuse its key for good; on disk when this returns.
+
+        Raises:
+            NotFoundError: no such device. LiberataiError: it cannot be written; nothing has changed.
+        """
+        known = self.fleet.require(device)
+        grave = TombstoneRow(public_key=known.public_key, device=device, reason=reason, since_s=clock.wall())
+        self.ledger.devices.decommission(grave)
+        self.ledger.refusals.forget(device)
+        # The jobs hear that it is shut out while it is still known: no round waits for it.
+        self._note_changed(self.fleet.set_status(device, "quarantined", reason))
+        self._tell()
+        self.fleet.decommission(device)
+        self._saved_traffic.pop(device, None)
+
+    def rekey(self, device: str, public_key: bytes, session: int, grave: TombstoneRow) -> Device:
+        """Let a device have another key; on disk when this returns.
+
+        Raises:
+            NotFoundError: no such device. LiberataiError: it cannot be written; nothing has changed.
+        """
+        known = self.fleet.require(device)
+        fresh = replace(
+            known, public_key=public_key, session=session, status="approved", reason="", capability=None
+        )
+        self.ledger.devices.rekey(device_row(fresh), grave)
+        changed = self.fleet.rekey(device, public_key, session)
+        self._note_changed(changed)
+        self._tell()
+        return changed
+
     def save_traffic(self) -> None:
         """Let it be written what devices' sockets carried since the last time."""
         known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
@@ -182,6 +240,25 @@ class Presence:
         if changed:
             self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
             self._saved_traffic |= changed
+
+    def _note_knock(self, message: Message) -> None:
+        name: str = message.device  # type: ignore[attr-defined]
+        knock = self.fleet.knocks.get(name)
+        if isinstance(message, Capability) and knock is not None and knock.times == 1:
+            log.warning("another key asks for the name %s: `liberatai devices rekey %s`", name, name)
+            self.ledger.events.note(self.fleet.wall_s, name, "knocking", SignatureError.code)
+
+    def _note_event(self, message: Message, heard: Heard) -> None:
+        """Note what came to pass; of one that was not let in only that it is there."""
+        device, wall_s = heard.device, self.fleet.wall_s
+        if heard.new:
+            self.ledger.events.note(wall_s, device.id, "appeared", text=device.status)
+        if device.status != "approved":
+            return
+        if heard.moved:
+            self.ledger.events.note(wall_s, device.id, device.state)
+        if isinstance(message, Event):
+            self.ledger.events.note(wall_s, device.id, message.name, message.code, message.text)
 
     async def _answer_replay(self, message: Message, now_s: float) -> None:
         session = self.fleet.answer_replay(message, now_s)
@@ -253,6 +330,10 @@ def _capability(row: DeviceRow) -> Capability | None:
     except (msgspec.MsgspecError, LiberataiError):
         log.warning("%s: what the ledger has of it is of another release", row.id)
         return None
+
+
+def _mark(row: MarkRow | None) -> Mark | None:
+    return None if row is None else Mark(since_s=row.since_s, reason=row.reason)
 
 
 def _traffic(row: TrafficRow) -> DeviceTraffic:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from liberatai_coordinator.store.tables import METADATA, UPDATES_VIEW
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Of the tables that a program must understand: the number of the last step."""
 REVISIONS: Final = Path(__file__).with_name("revisions")
 _NOTE: Final = ("CREATE TABLE alembic_version (version_num TEXT NOT NULL PRIMARY KEY)",)

@@ -35,6 +35,12 @@ class RefusalStore:
             self._counts[key] += 1
             self._unwritten.put(key, self._counts[key])
 
+    def forget(self, device: str) -> None:
+        """Forget what was refused of a device; on disk it was forgotten with the device."""
+        with self._lock:
+            for key in [key for key in self._counts if key[0] == device]:
+                del self._counts[key]
+
     def all(self) -> dict[str, dict[str, int]]:
         """Return device -> code -> count; the device "" stands for all beyond the first 10 000 pairs."""
         counts: dict[str, dict[str, int]] = {}

@@ -1,6 +1,6 @@
 """The topic tree: direction first, so that two access rules per device suffice.
 
-    lai/v1/<fleet>/up/<dev>/{state,caps,rep,tele,ev,rsp,x/<xid>/m,x/<xid>/<n>}
+    lai/v1/<fleet>/up/<dev>/{state,caps,rep,have,tele,ev,rsp,x/<xid>/m,x/<xid>/<n>}
     lai/v1/<fleet>/dn/<dev>/{want,task,req,xa}
     lai/v1/<fleet>/pub/{head/<job>,b/<blob>/m,b/<blob>/<n>}
     lai/v1/<fleet>/co/<cid>/state
@@ -27,8 +27,8 @@ _FLEET_OR_DEVICE = re.compile(FLEET_OR_DEVICE)
 _NAME = re.compile(NAME)
 _BLOB = re.compile(BLOB)
 _INDEX = re.compile("^(0|[1-9][0-9]{0,3})$")
-_UP_LEAVES = frozenset({"state", "caps", "rep", "tele", "ev", "rsp"})
-_DOWN_LEAVES = frozenset({"want", "task", "req", "xa"})
+UP_LEAVES = frozenset({"state", "caps", "rep", "tele", "ev", "rsp", "have"})
+DOWN_LEAVES = frozenset({"want", "task", "req", "xa"})
 
 
 def require_id(value: str, what: str = "id") -> str:
@@ -67,7 +67,7 @@ class Topics:
 
     def up(self, device: str, leaf: str) -> str:
         """Return a topic that only this device writes."""
-        if leaf not in _UP_LEAVES:
+        if leaf not in UP_LEAVES:
             raise TopicError(f"up/{leaf}: no such topic")
         return f"{ROOT}/{self.fleet}/up/{require_id(device, 'device')}/{leaf}"
 
@@ -77,7 +77,7 @@ class Topics:
 
     def down(self, device: str, leaf: str) -> str:
         """Return a topic that only this device reads."""
-        if leaf not in _DOWN_LEAVES:
+        if leaf not in DOWN_LEAVES:
             raise TopicError(f"dn/{leaf}: no such topic")
         return f"{ROOT}/{self.fleet}/dn/{require_id(device, 'device')}/{leaf}"
 
@@ -138,11 +138,11 @@ def parse(topic: str, fleet: str) -> Place:
     if head or not rest:
         raise TopicError(f"not a topic of fleet {fleet}: {topic[:80]!r}")
     match rest.split("/"):
-        case ["up", device, leaf] if leaf in _UP_LEAVES:
+        case ["up", device, leaf] if leaf in UP_LEAVES:
             return Place(side="up", owner=require_id(device), leaf=leaf)
         case ["up", device, "x", xid, part]:
             return Place(side="up", owner=require_id(device), leaf="x", transfer=_blob(xid), part=_part(part))
-        case ["dn", device, leaf] if leaf in _DOWN_LEAVES:
+        case ["dn", device, leaf] if leaf in DOWN_LEAVES:
             return Place(side="dn", owner=require_id(device), leaf=leaf)
         case ["pub", "head", job]:
             return Place(side="pub", owner=require_name(job), leaf="head")

@@ -1,0 +1,1 @@
+"""What operators do to a fleet while it runs: doors, questions to devices, shadows, rollouts."""
