@@ -15,7 +15,8 @@ import msgspec
 
 from liberatai_coordinator import clock
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_coordinator.fleet.devices import Device, Fleet, Status
+from liberatai_coordinator.control.doors import Doors
+from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.frames import Frame, Frames, Opened
 from liberatai_coordinator.intake.presence import LEAF, Presence
@@ -79,6 +80,7 @@ class Service:
     updates: Updates = field(init=False)
     devices: Presence = field(init=False)
     fencing: Fencing = field(init=False)
+    doors: Doors = field(init=False)
     connected: str = ""
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=clock.wall)
@@ -107,6 +109,9 @@ class Service:
             ledger=self.ledger,
             jobs=Attendance(runners=self.jobs.runners, answer_baseless=self._answer_baseless),
             answer=self._answer_session,
+        )
+        self.doors = Doors(
+            presence=self.devices, fleet=self.fleet, ledger=self.ledger, publisher=self.publisher
         )
         self.updates = Updates(
             ledger=self.ledger,
@@ -139,14 +144,18 @@ class Service:
 
         Files that a crash left behind go, too.
         """
+        self.doors.restore()
         await asyncio.to_thread(self.devices.restore)
+        self.doors.restored()
         await self._sweep()  # now, for nobody makes files yet
         self._restored = True
 
     async def run(self) -> None:
         """Serve until cancelled, or until `fencing.behind`: then the same must be started once more."""
         if not self._restored:
+            self.doors.restore()
             self.devices.restore()
+            self.doors.restored()
         self.devices.set_connected(False)
         self._spawn(self.devices.run())
         self._spawn(self.frames.run())
@@ -209,6 +218,7 @@ class Service:
         for task in [*self.jobs.cancel(), *self._tasks]:
             task.cancel()
         self.updates.cancel()
+        self.doors.cancel()
         self.devices.save_traffic()
         if not self.fencing.behind:
             with contextlib.suppress(TimeoutError, LiberataiError):
@@ -285,6 +295,7 @@ class Service:
         The broker's access rules do the same, but the broker is not trusted.
         """
         device = getattr(message, "device", None)
+        self.fleet.require_alive(key)
         if device != place.owner:
             raise TopicError(f"a message of {device} on the topic of {place.owner}")
         owner = self.fleet.owner(key_id(key))
@@ -345,16 +356,6 @@ class Service:
 
     async def _answer_session(self, seen: SessionSeen) -> None:
         await self.publisher.send(self.topics.down(seen.device, "xa"), seen)
-
-    # --- devices -------------------------------------------------------------------------------
-
-    def set_status(self, device: str, status: Status, reason: str) -> Device:
-        """Let a device in, or shut it out.
-
-        Raises:
-            NotFoundError: nobody has heard of it.
-        """
-        return self.devices.set_status(device, status, reason)
 
 
 def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What a client may ask about devices."""
+"""What a client may ask about devices, and do to them."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,12 +7,16 @@ from typing import Final
 
 import msgspec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.api import present
+from liberatai_coordinator.api.groups import query_of
 from liberatai_coordinator.api.names import not_found
-from liberatai_coordinator.client.views import DeviceView
+from liberatai_coordinator.client.views import ConditionView, DeviceView
+from liberatai_coordinator.fleet import facts, query
 from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.jobs.records import newest_contributions
 from liberatai_coordinator.service import Service
+from liberatai_core import __version__
 from liberatai_core.errors import NotFoundError
 
 PART: Final = 250
@@ -25,42 +29,93 @@ class DeviceOperations:
 
     service: Service
 
-    async def list(self) -> tuple[DeviceView, ...]:
-        """Return all devices, sorted by name."""
+    async def list(self, selector: str = "", where: str = "", group: str = "") -> tuple[DeviceView, ...]:
+        """Return all devices, or those of which everything asked is true, sorted by name.
+
+        Raises:
+            ConfigError: selector or question has a fault. NotFoundError: no such group.
+        """
+        asked = await query_of(self.service, selector, where, group)
         views, invited = [], self._invited()
-        for number, (_, device) in enumerate(sorted(self.service.fleet.devices.items()), 1):
-            views.append(self._view(device, invited))
+        ready, wall_s = set(self.service.fleet.ready_names), clock.wall()
+        for number, (name, device) in enumerate(sorted(self.service.fleet.devices.items()), 1):
+            if asked is None or query.matches(
+                asked, facts.facts_of(device, ready=name in ready, wall_s=wall_s)
+            ):
+                views.append(self._view(device, invited))
             if number % PART == 0:
                 await asyncio.sleep(0)  # ten thousand would be a silence that devices notice
         return tuple(views)
 
     async def show(self, device: str) -> DeviceView:
         """Return one device."""
-        view = self._view(await self._known(device), self._invited())
+        known = await self._known(device)
+        view = self._view(known, self._invited())
         given = await asyncio.to_thread(newest_contributions, self.service.ledger, device)
         views = tuple(present.contribution_view(*one) for one in given)
-        return msgspec.structs.replace(view, contributions=views)
+        return msgspec.structs.replace(view, contributions=views, conditions=self._conditions(known))
 
-    async def approve(self, device: str) -> DeviceView:
-        """Let a pending device in; idempotent."""
+    async def approve(self, device: str, key: str = "") -> DeviceView:
+        """Let a pending device in, if its key is the one that was compared; idempotent."""
         await self._known(device)
-        return self._view(self.service.set_status(device, "approved", ""), self._invited())
+        return self._view(self.service.doors.approve(device, key), self._invited())
+
+    async def reject(self, device: str, reason: str) -> None:
+        """Send a pending device away; its key is refused for good."""
+        await self._known(device)
+        self.service.doors.reject(device, reason)
 
     async def quarantine(self, device: str, reason: str) -> DeviceView:
         """Shut a device out: nothing it sends counts from now on."""
         await self._known(device)
-        return self._view(self.service.set_status(device, "quarantined", reason), self._invited())
+        return self._view(self.service.doors.quarantine(device, reason), self._invited())
 
     async def release(self, device: str) -> DeviceView:
         """Let a quarantined device in again."""
         await self._known(device)
-        return self._view(self.service.set_status(device, "approved", ""), self._invited())
+        return self._view(self.service.doors.release(device), self._invited())
+
+    async def decommission(self, device: str, reason: str) -> None:
+        """Remove a device: its key is refused for good, what is known of it is deleted."""
+        await self._known(device)
+        self.service.doors.decommission(device, reason)
+
+    async def rekey(self, device: str, key: str = "") -> DeviceView:
+        """Take the key that asks for a device's name: it was set up anew."""
+        await self._known(device)
+        return self._view(self.service.doors.rekey(device, key), self._invited())
+
+    async def label(self, device: str, labels: Mapping[str, str | None]) -> DeviceView:
+        """Give a device labels, or take them away (None)."""
+        await self._known(device)
+        return self._view(self.service.doors.label(device, labels), self._invited())
+
+    async def drain(self, device: str, reason: str) -> DeviceView:
+        """Give a device no new task; what it works on counts."""
+        await self._known(device)
+        return self._view(self.service.doors.drain(device, reason), self._invited())
+
+    async def resume(self, device: str) -> DeviceView:
+        """Let a drained device work again."""
+        await self._known(device)
+        return self._view(self.service.doors.resume(device), self._invited())
 
     async def _known(self, name: str) -> Device:
         try:
             return self.service.fleet.require(name)
         except NotFoundError as error:
             raise await not_found(error, name, list(self.service.fleet.devices)) from None
+
+    def _conditions(self, device: Device) -> tuple[ConditionView, ...]:
+        fleet = self.service.fleet
+        found = facts.conditions_of(
+            device,
+            ready=device.id in fleet.ready_names,
+            connected=fleet.connected,
+            knock=fleet.knocks.get(device.id),
+            version=__version__,
+        )
+        return tuple(msgspec.convert(one, ConditionView, from_attributes=True) for one in found)
 
     def _invited(self) -> dict[str, tuple[str, int]]:
         """Return the job and the round that wait for each device."""
@@ -83,4 +138,5 @@ class DeviceOperations:
             structure,
             fleet.refusals.get(device.id, {}),
             invited.get(device.id),
+            fleet.knocks.get(device.id),
         )

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 from liberatai_coordinator import clock
 from liberatai_coordinator.api.devices import DeviceOperations
+from liberatai_coordinator.api.groups import GroupOperations
 from liberatai_coordinator.api.jobs import JobOperations
+from liberatai_coordinator.api.journal import AuditOperations, EventOperations
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.plans import PlanOperations
 from liberatai_coordinator.api.variants import VariantOperations
@@ -25,6 +27,9 @@ class Operations:
     plans: PlanOperations
     models: ModelOperations
     variants: VariantOperations
+    groups: GroupOperations
+    events: EventOperations
+    audit: AuditOperations
 
     @classmethod
     def of(cls, service: Service) -> Self:
@@ -36,6 +41,9 @@ class Operations:
             plans=PlanOperations(service),
             models=ModelOperations(service),
             variants=VariantOperations(service),
+            groups=GroupOperations(service),
+            events=EventOperations(service),
+            audit=AuditOperations(service),
         )
 
     async def health(self) -> dict[str, Any]:

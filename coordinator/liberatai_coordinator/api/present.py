@@ -24,7 +24,7 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.fleet.devices import Device, Knock
 from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores
@@ -32,6 +32,7 @@ from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode
 from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.compressor.contents import TensorSize
+from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.messages import Capability, Report
 from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
@@ -48,6 +49,7 @@ def device_view(
     structure: str,
     refusals: Mapping[str, int],
     invited: tuple[str, int] | None,
+    knock: Knock | None = None,
 ) -> DeviceView:
     """Return a device.
 
@@ -57,6 +59,7 @@ def device_view(
         structure: that it trains in the newest job it takes part in; "" for none.
         refusals: number of refused messages by error code.
         invited: (job, round) that waits for its update; None: none does.
+        knock: another key that asks for its name.
     """
     capability = device.capability
     phase, job, number = _work_of(device.report, invited)
@@ -93,6 +96,10 @@ def device_view(
         round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
         round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
         refusals=dict(refusals),
+        key=key_id(device.public_key).hex(),
+        labels=dict(device.labels),
+        drained=device.drained is not None,
+        knocks=key_id(knock.public_key).hex() if knock else "",
     )
 
 

@@ -9,11 +9,12 @@ import msgspec
 from fastapi import FastAPI, Response
 
 from liberatai_coordinator.api.answers import REFERENCE, add_errors, json, shows
+from liberatai_coordinator.api.auditing import Audited
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.web import devices, jobs, models, variants
-from liberatai_coordinator.client import views, wire
+from liberatai_coordinator.api.web import devices, groups, jobs, journal, models, variants
+from liberatai_coordinator.client import fleet_views, views, wire
 
-NOUNS: Final = (devices, jobs, models, variants)
+NOUNS: Final = (devices, groups, jobs, journal, models, variants)
 """Each has `add(app, operations)`."""
 
 
@@ -21,6 +22,7 @@ def make_app(operations: Operations) -> FastAPI:
     """Return the web application that answers from `operations`."""
     app = FastAPI(title="LiberatAI coordinator", version="1", docs_url=None, redoc_url=None)
     add_errors(app)
+    app.add_middleware(Audited, note=operations.audit.note)
     for noun in NOUNS:
         noun.add(app, operations)
 
@@ -35,7 +37,12 @@ def make_app(operations: Operations) -> FastAPI:
 
 def _add_schemas(app: FastAPI) -> None:
     """Describe every view and request, whichever routes name them."""
-    types = [*_structs(views, views.View), *_structs(wire, wire.Wire), wire.Problem]
+    types = [
+        *_structs(views, views.View),
+        *_structs(fleet_views, views.View),
+        *_structs(wire, wire.Wire),
+        wire.Problem,
+    ]
     _, components = msgspec.json.schema_components(types, ref_template=REFERENCE)
     described = app.openapi()
     described.setdefault("components", {}).setdefault("schemas", {}).update(components)

@@ -13,7 +13,19 @@ from typing import Annotated, Final
 
 import typer
 
-from liberatai_coordinator.cli import broker, ca, devices, doctor, jobs, models, plan, profiles, programs
+from liberatai_coordinator.cli import (
+    broker,
+    ca,
+    devices,
+    doctor,
+    groups,
+    jobs,
+    journal,
+    models,
+    plan,
+    profiles,
+    programs,
+)
 from liberatai_coordinator.cli.kit import FAILED, complain, group
 from liberatai_core.errors import LiberataiError
 
@@ -25,6 +37,9 @@ app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")
 app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(groups.app, name="groups")
+app.add_typer(journal.events, name="events")
+app.add_typer(journal.audit, name="audit")
 app.add_typer(models.app, name="models")
 app.add_typer(plan.app, name="plan")
 app.add_typer(profiles.app, name="profiles")

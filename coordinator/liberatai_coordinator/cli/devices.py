@@ -1,13 +1,14 @@
 """`liberatai devices`: who is there, who is let in."""
 
 import sys
-from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
 import typer
 
-from liberatai_coordinator.cli.kit import PARTLY, client_of, complain, group
+from liberatai_coordinator.cli import device_verbs
+from liberatai_coordinator.cli.device_verbs import Group, KeyOption, Names, Selector, each, meant
+from liberatai_coordinator.cli.kit import client_of, group
 from liberatai_coordinator.cli.tables import (
     Column,
     Output,
@@ -21,29 +22,33 @@ from liberatai_coordinator.cli.tables import (
     show_list,
     show_one,
     size_text,
+    when_text,
 )
-from liberatai_coordinator.client.views import ContributionView, DeviceView
-from liberatai_core.errors import LiberataiError, LinkError
-
-Names = Annotated[list[str], typer.Argument(help="Names of devices.")]
-
+from liberatai_coordinator.client.views import ConditionView, ContributionView, DeviceView
 
 app = group("Devices of the fleet: who is there, who is let in.", "liberatai devices list")
 
 
 @app.command("list", epilog="Example: liberatai devices list -o wide")
 def devices_list(
-    context: typer.Context, output: OutputOption = Output.TABLE, watch: WatchOption = False
+    context: typer.Context,
+    selector: Selector = "",
+    group: Group = "",
+    where: Annotated[
+        str, typer.Option("--where", help="Devices of which this is true: 'ram_mb >= 2000 and online'.")
+    ] = "",
+    output: OutputOption = Output.TABLE,
+    watch: WatchOption = False,
 ) -> None:
-    """List all devices."""
+    """List devices: all, or those that fit."""
     with client_of(context) as client:
         if watch:
-            show_list(client.devices.list, DEVICE_COLUMNS, output, watch=True)
-        devices, health = client.devices.list(), client.health()
+            show_list(lambda: client.devices.list(selector, where, group), DEVICE_COLUMNS, output, watch=True)
+        devices, health = client.devices.list(selector, where, group), client.health()
     show(devices, DEVICE_COLUMNS, output)
     for refused in (*health.get("faults", []), *health.get("broker_refuses", [])):
         print(f"liberatai: {clean(refused)}", file=sys.stderr)
-    if not devices and output is Output.TABLE:
+    if not devices and output is Output.TABLE and not (selector or where or group):
         hint = "no device was ever heard: `liberatai-agent doctor` on it says whether the broker refuses it"
         print(f"liberatai: {hint}", file=sys.stderr)
 
@@ -57,55 +62,54 @@ def devices_show(
     """Show everything that is known of one device."""
     with client_of(context) as client:
         view = client.devices.show(name)
-    if not output.is_table or not view.contributions:
+    if not output.is_table:
         show_one(view, output)
         return
-    show_one(
-        {name: value for name, value in msgspec.to_builtins(view).items() if name != "contributions"}, output
-    )
-    print()
-    print("what its updates gave, the newest first:")
-    show(view.contributions, _CONTRIBUTION_COLUMNS, output)
+    tables = {"conditions", "contributions"}
+    show_one({name: value for name, value in msgspec.to_builtins(view).items() if name not in tables}, output)
+    if view.conditions:
+        print()
+        show(view.conditions, _CONDITION_COLUMNS, output)
+    if view.contributions:
+        print()
+        print("what its updates gave, the newest first:")
+        show(view.contributions, _CONTRIBUTION_COLUMNS, output)
 
 
 @app.command("approve", epilog="Example: liberatai devices approve gateway-01 camera-07")
-def devices_approve(context: typer.Context, names: Names) -> None:
-    """Let pending devices in."""
+def devices_approve(context: typer.Context, names: Names = None, key: KeyOption = "") -> None:
+    """Let pending devices in; with --key one whose key was compared."""
     with client_of(context) as client:
-        _each(names, client.devices.approve, "approved")
+        each(meant(client, names, "", ""), lambda name: client.devices.approve(name, key), "approved")
 
 
 @app.command("quarantine", epilog="Example: liberatai devices quarantine camera-07 --reason 'sends nonsense'")
 def devices_quarantine(
     context: typer.Context,
-    names: Names,
+    names: Names = None,
+    selector: Selector = "",
+    group: Group = "",
     reason: Annotated[str, typer.Option(help="Why; shown in lists and to the device.")] = "",
 ) -> None:
     """Shut devices out: what they send is refused until they are released."""
     with client_of(context) as client:
-        _each(names, lambda name: client.devices.quarantine(name, reason), "quarantined")
+        each(
+            meant(client, names, selector, group),
+            lambda name: client.devices.quarantine(name, reason),
+            "quarantined",
+        )
 
 
 @app.command("release", epilog="Example: liberatai devices release camera-07")
-def devices_release(context: typer.Context, names: Names) -> None:
+def devices_release(
+    context: typer.Context, names: Names = None, selector: Selector = "", group: Group = ""
+) -> None:
     """Let quarantined devices in again."""
     with client_of(context) as client:
-        _each(names, client.devices.release, "released")
+        each(meant(client, names, selector, group), client.devices.release, "released")
 
 
-def _each(names: Sequence[str], act: Callable[[str], object], done: str) -> None:
-    """Do something to every name; exit 3 if it worked for some of them only."""
-    codes = []
-    for name in names:
-        try:
-            act(name)
-            print(f"device {name}: {done}")
-        except LinkError:
-            raise
-        except LiberataiError as error:
-            codes.append(complain(error))
-    if codes:
-        raise typer.Exit(codes[0] if len(codes) == len(names) else PARTLY)
+device_verbs.add_to(app)
 
 
 def _link_words(device: DeviceView) -> str:
@@ -124,7 +128,7 @@ def _counts(found: dict[str, int]) -> str:
 DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("DEVICE", lambda row: row.id),
     Column("STATUS", lambda row: row.status),
-    Column("STATE", lambda row: row.state),
+    Column("STATE", lambda row: f"{row.state}, drained" if row.drained else row.state),
     Column("PHASE", lambda row: row.phase),
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
@@ -144,8 +148,16 @@ DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("RECEIVED", lambda row: size_text(row.received_bytes), wide=True, right=True),
     Column("UPDATES", lambda row: count_text(row.updates), wide=True, right=True),
     Column("VERSION", lambda row: row.agent_version, wide=True),
+    Column("LABELS", lambda row: ",".join(f"{k}={v}" for k, v in sorted(row.labels.items())), wide=True),
+    Column("KEY", lambda row: row.key, wide=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
     Column("REASON", lambda row: row.reason, wide=True, note=True),
+]
+_CONDITION_COLUMNS: list[Column[ConditionView]] = [
+    Column("CONDITION", lambda row: row.name),
+    Column("HOLDS", lambda row: "yes" if row.holds else "no"),
+    Column("SINCE", lambda row: when_text(row.since_s) if row.since_s else ""),
+    Column("REASON", lambda row: row.reason, note=True),
 ]
 _CONTRIBUTION_COLUMNS: list[Column[ContributionView]] = [
     Column("JOB", lambda row: row.job),

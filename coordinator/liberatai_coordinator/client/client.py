@@ -8,11 +8,12 @@ import hashlib
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
 from liberatai_coordinator.client import unix_http
+from liberatai_coordinator.client.fleet import AuditClient, EventsClient, GroupsClient
 from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
@@ -26,6 +27,8 @@ from liberatai_coordinator.client.views import (
 )
 from liberatai_coordinator.client.wire import (
     JobRequest,
+    Key,
+    Labels,
     PlanRequest,
     Problem,
     Reason,
@@ -60,6 +63,9 @@ class Client:
         self.jobs = JobsClient(self)
         self.models = ModelsClient(self)
         self.variants = VariantsClient(self)
+        self.groups = GroupsClient(self)
+        self.events = EventsClient(self)
+        self.audit = AuditClient(self)
 
     def __enter__(self) -> Self:
         return self
@@ -105,17 +111,48 @@ class DevicesClient:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def list(self) -> tuple[DeviceView, ...]:
-        """Return all devices."""
-        return self._client.ask("GET", "/devices", tuple[DeviceView, ...])
+    def list(self, selector: str = "", query: str = "", group: str = "") -> tuple[DeviceView, ...]:
+        """Return all devices, or those of which selector, question and group are true."""
+        asked = {"selector": selector, "query": query, "group": group}
+        given = urlencode({name: text for name, text in asked.items() if text})
+        return self._client.ask("GET", f"/devices?{given}" if given else "/devices", tuple[DeviceView, ...])
 
     def show(self, name: str) -> DeviceView:
         """Return one device."""
         return self._client.ask("GET", f"/devices/{_part(name)}", DeviceView)
 
-    def approve(self, name: str) -> DeviceView:
-        """Let a device in."""
-        return self._client.ask("POST", f"/devices/{_part(name)}/approve", DeviceView)
+    def approve(self, name: str, key: str = "") -> DeviceView:
+        """Let a device in; with `key` only if its fingerprint begins so."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/approve", DeviceView, Key(key=key))
+
+    def reject(self, name: str, reason: str) -> None:
+        """Send a pending device away; its key is refused for good."""
+        self._tell(name, "reject", reason)
+
+    def decommission(self, name: str, reason: str) -> None:
+        """Remove a device; its key is refused for good."""
+        self._tell(name, "decommission", reason)
+
+    def rekey(self, name: str, key: str = "") -> DeviceView:
+        """Take the key that asks for a device's name; with `key` only if its fingerprint begins so."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/rekey", DeviceView, Key(key=key))
+
+    def label(self, name: str, labels: dict[str, str | None]) -> DeviceView:
+        """Give a device labels, or take them away (None)."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/labels", DeviceView, Labels(labels=labels))
+
+    def drain(self, name: str, reason: str) -> DeviceView:
+        """Give a device no new task."""
+        path = f"/devices/{_part(name)}/drain"
+        return self._client.ask("POST", path, DeviceView, Reason(reason=reason))
+
+    def resume(self, name: str) -> DeviceView:
+        """Let a drained device work again."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/resume", DeviceView)
+
+    def _tell(self, name: str, verb: str, reason: str) -> None:
+        content = msgspec.json.encode(Reason(reason=reason))
+        self._client.send("POST", f"/devices/{_part(name)}/{verb}", content)
 
     def quarantine(self, name: str, reason: str) -> DeviceView:
         """Shut a device out."""

@@ -32,6 +32,19 @@ class ContributionView(View, frozen=True, kw_only=True):
     cosine: float
 
 
+class ConditionView(View, frozen=True, kw_only=True):
+    """One thing that holds, or does not, of a device.
+
+    Attributes:
+        since_s: Unix seconds of the last change; 0: not known.
+    """
+
+    name: str
+    holds: bool
+    reason: str = ""
+    since_s: float = 0.0
+
+
 class DeviceView(View, frozen=True, kw_only=True):
     """One device as the coordinator knows it. Times are Unix seconds of the coordinator.
 
@@ -45,8 +58,13 @@ class DeviceView(View, frozen=True, kw_only=True):
         updates: stored updates, in all jobs: the rounds it took part in.
         round_sent_bytes, round_received_bytes: the totals per update; everything that the socket carried
             is in them, telemetry and pings too.
+        key: fingerprint of its key, to compare with what the device shows.
+        labels: that operators gave it.
+        drained: it gets no new task.
         contributions: of its newest updates that were merged, the newest first; only where one device is
             asked for.
+        conditions: what holds of it, since when and why; only where one device is asked for.
+        knocks: fingerprint of another key that asks for its name; "": none does.
     """
 
     id: str
@@ -81,7 +99,12 @@ class DeviceView(View, frozen=True, kw_only=True):
     round_sent_bytes: int = 0
     round_received_bytes: int = 0
     refusals: dict[str, int] = {}
+    key: str = ""
+    labels: dict[str, str] = {}
+    drained: bool = False
     contributions: tuple[ContributionView, ...] = ()
+    conditions: tuple[ConditionView, ...] = ()
+    knocks: str = ""
 
 
 class AssignmentView(View, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from liberatai_coordinator.store.manifests import VariantManifest
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_TEXT
+from liberatai_core.contract.topics import NAME
 from liberatai_core.structure import DataContract, Structure
 
 
@@ -18,6 +19,31 @@ class Reason(Wire, frozen=True, kw_only=True):
     """Why a device is shut out."""
 
     reason: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
+
+
+class Key(Wire, frozen=True, kw_only=True):
+    """Beginning of a key's fingerprint, as the device shows it; "": it is not compared."""
+
+    key: Annotated[str, Meta(max_length=128)] = ""
+
+
+class Labels(Wire, frozen=True, kw_only=True):
+    """Labels that a device gets; null takes one away."""
+
+    labels: Annotated[
+        dict[
+            Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?\Z")],
+            Annotated[str, Meta(max_length=64)] | None,
+        ],
+        Meta(min_length=1, max_length=32),
+    ]
+
+
+class GroupRequest(Wire, frozen=True, kw_only=True):
+    """A new group: its name, and the question that tells who belongs to it."""
+
+    name: Annotated[str, Meta(pattern=NAME)]
+    query: Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class JobRequest(Wire, frozen=True, kw_only=True):

@@ -2,21 +2,21 @@
 
     coordinator ─▶ access list and reload ─▶ certificates ─▶ retained words and presence
 
-The coordinator comes first, because it depends on nobody: from then on nothing that the device says counts, and
-no round waits for it. The broker's access list closes the connection that is open, the list of revoked
-certificates the next one. Last, what stands at the broker about the device goes. A step that fails is told and
-tried again; it does not keep the next one from being done.
+The coordinator comes first, because it depends on nobody: from then on nothing that the device says counts,
+and no round waits for it. The broker's access list closes the connection that is open, the list of revoked
+certificates the next one. Last, what stands at the broker about the device goes. A step that fails is told
+and tried again.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.fleet.devices import Device, Fleet, Mark
-from liberatai_coordinator.intake.presence import Presence, device_row
+from liberatai_coordinator.intake.presence import Presence
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import MarkRow, TombstoneRow
@@ -42,7 +42,8 @@ class Doors:
     Attributes:
         broker: brings the broker's access list and its revoked certificates in line with the fleet; None: the
             operator does that (`docs/operations.md`). Called with the devices that are shut out, and with the
-            name of one whose certificates are to be revoked ("": none).
+            name of one whose certificates are to be revoked ("": none), and why.
+        closed: names that were shut out.
     """
 
     presence: Presence
@@ -51,6 +52,7 @@ class Doors:
     publisher: Publisher
     broker: Callable[[frozenset[str], str, str], Awaitable[None]] | None = None
     closed: set[str] = field(default_factory=set)
+    retry_s: float = RETRY_S
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def restore(self) -> None:
@@ -58,10 +60,17 @@ class Doors:
         for grave in self.ledger.devices.tombstones():
             self.fleet.bury(grave.public_key, grave.device)
             self.closed.add(grave.device)
+        self.publisher.barred |= self.closed
+
+    def restored(self) -> None:
+        """Look at the devices that the ledger remembers."""
+        self.closed -= {name for name, one in self.fleet.devices.items() if one.status != "quarantined"}
+        self.closed |= {name for name, one in self.fleet.devices.items() if one.status == "quarantined"}
+        self.publisher.barred = set(self.closed)
 
     def note(self, device: str, name: str, code: str = "", text: str = "") -> None:
         """Note an event of the fleet."""
-        self.ledger.events.note(time.time(), device, name, code, text)
+        self.ledger.events.note(clock.wall(), device, name, code, text)
 
     # --- status ---------------------------------------------------------------------------------
 
@@ -140,7 +149,7 @@ class Doors:
             raise StateError(f"{device}: no other key asks for this name; start the device first")
         require_key(knock.public_key, key, device)
         grave = TombstoneRow(
-            public_key=known.public_key, device=device, reason="rekeyed", since_s=time.time()
+            public_key=known.public_key, device=device, reason="rekeyed", since_s=clock.wall()
         )
         changed = self.presence.rekey(device, knock.public_key, knock.session, grave)
         self.note(device, "rekeyed", text=f"key {fingerprint(knock.public_key)}")
@@ -158,7 +167,7 @@ class Doors:
     def drain(self, device: str, reason: str) -> Device:
         """Give a device no new task; what it works on is finished and counts."""
         self.fleet.require(device)
-        mark = Mark(since_s=time.time(), reason=reason)
+        mark = Mark(since_s=clock.wall(), reason=reason)
         self.ledger.devices.mark(
             MarkRow(device=device, mark=DRAINED, since_s=mark.since_s, reason=mark.reason)
         )
@@ -183,15 +192,18 @@ class Doors:
 
     def _close(self, device: str, revoke: str) -> None:
         self.closed.add(device)
+        self.publisher.barred.add(device)
         self._spawn(self._after(device, revoke))
 
     def _open(self, device: str) -> None:
         self.closed.discard(device)
+        self.publisher.barred.discard(device)
         self._spawn(self._at_broker(device, ""))
 
     async def _after(self, device: str, revoke: str) -> None:
         await self._at_broker(device, revoke)
         await self.clear(device)
+        self.note(device, "shut_out")
 
     async def _at_broker(self, device: str, revoke: str) -> None:
         while self.broker is not None:
@@ -200,7 +212,7 @@ class Doors:
             except LiberataiError as error:
                 log.warning("%s: the broker is not in line yet: %s %s", device, error.code, error)
                 self.note(device, "broker_behind", error.code, str(error))
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(self.retry_s)
             else:
                 return
 
@@ -215,8 +227,8 @@ class Doors:
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)  # type: ignore[arg-type]
-        task.add_done_callback(self._tasks.discard)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def settled(self) -> None:
         """Wait until everything that was begun at the broker is done."""

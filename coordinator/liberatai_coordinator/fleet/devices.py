@@ -137,7 +137,7 @@ class Device:
         updates: of this device that were stored, in all jobs.
         labels: (name, value) that operators gave it, by name.
         drained: it gets no new task since then; None: it may get one.
-        status_s, state_s, phase_s: when its status, state and phase changed last (Unix seconds); 0: not known.
+        status_s, state_s, phase_s: when status, state and phase changed last (Unix seconds); 0: not known.
         turns: how often its session number went back on a live connection: two machines with one key do that
             in turns.
         turned_s: when it did so last.
@@ -371,6 +371,11 @@ class Fleet:
         if self._names is None:
             self._names = sorted(self._ready)
         return [self.devices[name] for name in self._names]
+
+    @property
+    def ready_names(self) -> frozenset[str]:
+        """Names of the devices that `ready` would return."""
+        return frozenset(self._ready) if self.connected else frozenset()
 
     @property
     def ready_count(self) -> int:

@@ -6,8 +6,8 @@
     operator   = "==" | "!=" | "<" | "<=" | ">" | ">=" | "like"
     value      = number | "text" | 'text' | true | false
 
-Fields are those of `FIELDS`, and `label.NAME`. A field alone asks whether it is true, or a label is there. What
-a device has not told is less, equal or like nothing, and unequal to everything. `like` knows `*` and `?`.
+Fields are those of `FIELDS`, and `label.NAME`. A field alone asks whether it is true, or a label is there.
+What a device has not told is less, equal or like nothing, and unequal to everything; `like` knows * and ?.
 A selector of the command line (`-l site=hall,tier!=full`) is another way to write the same.
 """
 
@@ -49,7 +49,7 @@ FIELDS: Final[dict[str, type]] = {
     "updates": float,
     "silent_s": float,
 }
-"""Every field and its type. Sizes are MiB and KiB, links Mbit/s, `silent_s` seconds since the last sign of life."""
+"""Every field and its type. Sizes are MiB and KiB, links Mbit/s, `silent_s` is without a sign of life."""
 LABEL: Final = "label."
 MAX_CHARACTERS, MAX_TOKENS, MAX_DEPTH = 1024, 256, 32
 """Of a question: whoever writes more wants a program."""
@@ -300,7 +300,7 @@ class _Reader:
             found = token.text[1:-1]
         elif token.text in ("true", "false"):
             found = token.text == "true"
-        if not isinstance(found, wanted):
+        if found is None or not isinstance(found, wanted):
             kind = {str: 'a text in quotes ("…")', bool: "true or false", float: "a number"}[wanted]
             raise _fault(self.text, token.at, f"{field} is compared with {kind}")
         return found

@@ -11,7 +11,7 @@ everything again after a connect never puts an older word over a newer one.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,6 +50,7 @@ class Publisher:
         retained: what shall stand, by topic.
         blobs: topics of every blob that stands, by its name.
         holders: jobs that need a blob, by its name: two that start alike share files.
+        barred: devices that are shut out: nothing is left standing for them.
     """
 
     link: Link
@@ -58,11 +59,14 @@ class Publisher:
     retained: dict[str, bytes] = field(default_factory=dict)
     blobs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     holders: dict[str, set[str]] = field(default_factory=dict)
+    barred: set[str] = field(default_factory=set)
     _turns: dict[str, _Turn] = field(default_factory=dict)
     _cutting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def retain(self, topic: str, message: Message) -> None:
-        """Let `message` stand on a topic from now on."""
+        """Let `message` stand on a topic from now on, unless it is of a device that is shut out."""
+        if self.barred and is_barred(topic, self.barred):
+            return
         await self._stand(topic, seal(message, self.signer))
 
     async def retain_all(self, messages: Iterable[tuple[str, Message]]) -> None:
@@ -204,6 +208,12 @@ class Publisher:
             turn.users -= 1
             if not turn.users:
                 self._turns.pop(topic, None)
+
+
+def is_barred(topic: str, barred: Collection[str]) -> bool:
+    """Whether a topic is read by one of these devices only."""
+    place = topic.split("/")
+    return len(place) > 4 and place[3] == "dn" and place[4] in barred
 
 
 def _batches(items: Sequence[Item]) -> list[Sequence[Item]]:

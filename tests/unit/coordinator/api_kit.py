@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,6 +15,7 @@ import numpy as np
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
+from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView
 from liberatai_coordinator.client.views import (
     AssignmentView,
     DeviceView,
@@ -31,7 +33,9 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.fleet import query
 from liberatai_coordinator.store.manifests import VariantManifest, version_id
+from liberatai_coordinator.store.rows import AuditRow
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError, StateError
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest, to_bytes
@@ -74,8 +78,10 @@ class MemoryOperations:
             updates=2,
             round_sent_bytes=2048,
             round_received_bytes=5120,
+            key="00112233aabbccdd",
+            labels={"site": "hall"},
         )
-        camera = msgspec.structs.replace(gateway, id="camera", status="pending")
+        camera = msgspec.structs.replace(gateway, id="camera", status="pending", labels={}, knocks="44556677")
         self.fleet = {device.id: device for device in (gateway, camera)}
         self.trainings: dict[str, JobView] = {}
         self.base_dirs: dict[str, str] = {}
@@ -87,6 +93,10 @@ class MemoryOperations:
         self.plans = MemoryPlans(self)
         self.models = MemoryModels(self)
         self.variants = MemoryVariants(self)
+        self.questions: dict[str, GroupView] = {}
+        self.groups = MemoryGroups(self)
+        self.events = MemoryEvents()
+        self.audit = MemoryAudits()
 
     async def health(self) -> dict[str, Any]:
         return {"ok": True, "epoch": 3}
@@ -96,14 +106,27 @@ class MemoryDevices:
     def __init__(self, memory: "MemoryOperations") -> None:
         self.memory = memory
 
-    async def list(self) -> tuple[DeviceView, ...]:
-        return tuple(sorted(self.memory.fleet.values(), key=lambda device: device.id))
+    async def list(self, selector: str = "", where: str = "", group: str = "") -> tuple[DeviceView, ...]:
+        parts = [query.select(selector)] if selector else []
+        parts += [query.parse(where)] if where else []
+        parts += [query.parse(find(self.memory.questions, group, "group").query)] if group else []
+        asked = query.Both(tuple(parts))
+        return tuple(
+            device
+            for device in sorted(self.memory.fleet.values(), key=lambda device: device.id)
+            if query.matches(asked, memory_facts(device))
+        )
 
     async def show(self, device: str) -> DeviceView:
         return find(self.memory.fleet, device, "device")
 
-    async def approve(self, device: str) -> DeviceView:
+    async def approve(self, device: str, key: str = "") -> DeviceView:
+        if not find(self.memory.fleet, device, "device").key.startswith(key):
+            raise StateError(f"{device} has another key")
         return await self._change(device, status="approved")
+
+    async def reject(self, device: str, reason: str) -> None:
+        await self.decommission(device, reason)
 
     async def quarantine(self, device: str, reason: str) -> DeviceView:
         return await self._change(device, status="quarantined", reason=reason)
@@ -111,11 +134,90 @@ class MemoryDevices:
     async def release(self, device: str) -> DeviceView:
         return await self._change(device, status="approved", reason="")
 
-    async def _change(self, device: str, **changes: str) -> DeviceView:
+    async def decommission(self, device: str, reason: str) -> None:
+        find(self.memory.fleet, device, "device")
+        del self.memory.fleet[device]
+
+    async def rekey(self, device: str, key: str = "") -> DeviceView:
+        known = find(self.memory.fleet, device, "device")
+        if not known.knocks:
+            raise StateError(f"{device}: no other key asks for this name")
+        return await self._change(device, key=known.knocks, knocks="")
+
+    async def label(self, device: str, labels: Mapping[str, str | None]) -> DeviceView:
+        before = find(self.memory.fleet, device, "device").labels
+        after = {name: value for name, value in {**before, **labels}.items() if value is not None}
+        return await self._change(device, labels=after)
+
+    async def drain(self, device: str, reason: str) -> DeviceView:
+        return await self._change(device, drained=True)
+
+    async def resume(self, device: str) -> DeviceView:
+        return await self._change(device, drained=False)
+
+    async def _change(self, device: str, **changes: object) -> DeviceView:
         self.memory.fleet[device] = msgspec.structs.replace(
             find(self.memory.fleet, device, "device"), **changes
         )
         return self.memory.fleet[device]
+
+
+def memory_facts(device: DeviceView) -> dict[str, query.Value | None]:
+    labels: dict[str, query.Value | None] = {f"label.{k}": v for k, v in device.labels.items()}
+    return labels | {"name": device.id, "status": device.status, "storage_kb": device.storage_bytes / 1024}
+
+
+class MemoryGroups:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+
+    async def create(self, name: str, where: str) -> GroupView:
+        text = query.text_of(query.parse(where))
+        self.memory.questions[name] = GroupView(name=name, query=text, created_s=1.7e9)
+        return await self.show(name)
+
+    async def list(self) -> tuple[GroupView, ...]:
+        return tuple([await self.show(name) for name in sorted(self.memory.questions)])
+
+    async def show(self, name: str) -> GroupView:
+        group = find(self.memory.questions, name, "group")
+        devices = tuple(one.id for one in await self.memory.devices.list("", group.query))
+        return msgspec.structs.replace(group, count=len(devices), devices=devices)
+
+    async def delete(self, name: str) -> None:
+        find(self.memory.questions, name, "group")
+        del self.memory.questions[name]
+
+
+class MemoryEvents:
+    async def after(self, number: int, device: str) -> tuple[EventView, ...]:
+        return tuple(one for one in EVENTS if one.number > number and device in ("", one.device))
+
+    async def last(self, count: int, device: str) -> tuple[EventView, ...]:
+        return (await self.after(0, device))[-count:]
+
+
+class MemoryAudits:
+    def __init__(self) -> None:
+        self.entries: list[AuditRow] = []
+
+    async def note(self, entry: AuditRow) -> None:
+        self.entries.append(replace(entry, number=len(self.entries) + 1))
+
+    async def after(self, number: int) -> tuple[AuditView, ...]:
+        found = [one for one in self.entries if one.number > number]
+        return tuple(msgspec.convert(one, AuditView, from_attributes=True) for one in found)
+
+    async def last(self, count: int) -> tuple[AuditView, ...]:
+        return (await self.after(0))[-count:]
+
+
+EVENTS = (
+    EventView(number=1, at_s=1.7e9, device="camera", name="appeared", text="pending"),
+    EventView(
+        number=2, at_s=1.7e9, device="gateway", name="training_failed", code="E_DATA", text="\x1b[31mx"
+    ),
+)
 
 
 class MemoryJobs:

@@ -20,7 +20,9 @@ from tests.unit.coordinator.api_kit import DATA, JOB, STRUCTURE, VERSIONS, WEIGH
 
 from liberatai_coordinator.api.answers import MAX_BODY_BYTES, PART, STATUS, problem
 from liberatai_coordinator.api.devices import DeviceOperations
+from liberatai_coordinator.api.groups import GroupOperations
 from liberatai_coordinator.api.jobs import JobOperations
+from liberatai_coordinator.api.journal import AuditOperations, EventOperations
 from liberatai_coordinator.api.listener import closed_to, serve_uds
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
@@ -77,7 +79,17 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
 
 
 @pytest.mark.parametrize(
-    "noun", [DeviceOperations, JobOperations, PlanOperations, ModelOperations, VariantOperations]
+    "noun",
+    [
+        DeviceOperations,
+        JobOperations,
+        PlanOperations,
+        ModelOperations,
+        VariantOperations,
+        GroupOperations,
+        EventOperations,
+        AuditOperations,
+    ],
 )
 def test_the_memory_operations_are_operations(operations: MemoryOperations, noun: type) -> None:
     real = {
@@ -85,7 +97,8 @@ def test_the_memory_operations_are_operations(operations: MemoryOperations, noun
         for name, work in vars(noun).items()
         if inspect.iscoroutinefunction(work) and not name.startswith("_")
     }
-    kept = vars(type(getattr(operations, noun.__name__.removesuffix("Operations").lower() + "s")))
+    name = noun.__name__.removesuffix("Operations").lower()
+    kept = vars(type(getattr(operations, name if name == "audit" else f"{name}s")))
     for name, work in real.items():
         assert inspect.signature(kept[name]) == inspect.signature(work)
 
@@ -101,6 +114,65 @@ def test_devices_are_shown_and_let_in_and_shut_out(client: Client) -> None:
     assert (shut_out.status, shut_out.reason) == ("quarantined", "sends nonsense")
     assert client.devices.show("camera") == shut_out
     assert client.devices.release("camera").status == "approved"
+
+
+def test_devices_are_labelled_chosen_drained_and_removed(client: Client) -> None:
+    assert client.devices.label("camera", {"site": "yard", "floor": "2"}).labels == {
+        "site": "yard",
+        "floor": "2",
+    }
+    assert client.devices.label("camera", {"floor": None}).labels == {"site": "yard"}
+    assert [one.id for one in client.devices.list("site=hall")] == ["gateway"]
+    assert [one.id for one in client.devices.list(query="storage_kb >= 64 and not label.site == 'hall'")] == [
+        "camera"
+    ]
+    assert client.groups.create("yard", 'label.site == "yard"').devices == ("camera",)
+    assert [one.id for one in client.devices.list(group="yard")] == ["camera"]
+    assert [(one.name, one.count) for one in client.groups.list()] == [("yard", 1)]
+    assert client.devices.drain("camera", "new fans").drained
+    assert not client.devices.resume("camera").drained
+    with pytest.raises(StateError, match="no other key"):
+        client.devices.rekey("gateway")
+    assert client.devices.rekey("camera", "4455").key == "44556677"
+    with pytest.raises(StateError, match="another key"):
+        client.devices.approve("gateway", "ffff")
+    client.devices.decommission("camera", "stolen")
+    with pytest.raises(NotFoundError):
+        client.devices.show("camera")
+    client.groups.delete("yard")
+    with pytest.raises(NotFoundError):
+        client.devices.list(group="yard")
+    with pytest.raises(ConfigError, match="did you mean"):
+        client.devices.list(query="ram_md > 3")
+
+
+def test_every_change_has_its_line_and_no_question_has_one(
+    client: Client, operations: MemoryOperations
+) -> None:
+    client.devices.list()
+    client.devices.drain("gateway", "new fans")
+    with pytest.raises(NotFoundError):
+        client.devices.drain("nobody", "")
+    client.jobs.create(JOB, ".")
+    client.plan("digits")
+    client.jobs.abort("digits")
+    client.jobs.delete("digits")
+    told = [(one.action, one.target, one.code) for one in client.audit.after(0)]
+    assert told == [
+        ("devices drain", "gateway", ""),
+        ("devices drain", "nobody", "E_NOT_FOUND"),
+        ("jobs create", "digits", ""),
+        ("jobs abort", "digits", ""),
+        ("jobs delete", "digits", ""),
+    ]
+    first, *_ = client.audit.last(5)
+    assert (first.actor, first.role, first.detail) == ("local", "admin", '{"reason":"new fans"}')
+    assert [one.number for one in client.audit.last(2)] == [4, 5]
+
+
+def test_events_are_told_from_a_number_on(client: Client) -> None:
+    assert [one.number for one in client.events.last(1)] == [2]
+    assert [one.number for one in client.events.after(0, "camera")] == [1]
 
 
 def test_a_long_list_comes_in_parts_and_whole(client: Client, operations: MemoryOperations) -> None:

@@ -460,7 +460,7 @@ def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     file = sqlite3.connect(tmp_path / "ledger.db")
     file.execute("PRAGMA user_version = 99")
     file.close()
-    with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 3.*ledger-schema"):
+    with pytest.raises(ConfigError, match=r"version 99, this program writes .* version 4.*ledger-schema"):
         opened(tmp_path)
 
 

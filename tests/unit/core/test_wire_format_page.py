@@ -75,7 +75,7 @@ def test_every_limit_stands_on_the_page_with_its_value_and_no_other() -> None:
 
 def test_every_topic_leaf_and_name_pattern_stands_on_the_page() -> None:
     tree = _section("Topics")
-    up, down = sorted(topics._UP_LEAVES), sorted(topics._DOWN_LEAVES)
+    up, down = sorted(topics.UP_LEAVES), sorted(topics.DOWN_LEAVES)
     assert all(f"/up/<dev>/{leaf} " in tree for leaf in up)
     assert all(f"/dn/<dev>/{leaf} " in tree for leaf in down)
     for pattern in (topics.FLEET_OR_DEVICE, topics.NAME, topics.BLOB):

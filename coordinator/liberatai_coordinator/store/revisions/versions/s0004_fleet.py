@@ -33,7 +33,8 @@ _TABLES = (
         name TEXT NOT NULL, spec BLOB NOT NULL, state BLOB NOT NULL, created_s REAL NOT NULL,
         PRIMARY KEY (name)) STRICT""",
     """CREATE TABLE rollout_devices (
-        rollout TEXT NOT NULL, device TEXT NOT NULL, state BLOB NOT NULL, PRIMARY KEY (rollout, device)) STRICT""",
+        rollout TEXT NOT NULL, device TEXT NOT NULL, state BLOB NOT NULL,
+        PRIMARY KEY (rollout, device)) STRICT""",
 )
 
 

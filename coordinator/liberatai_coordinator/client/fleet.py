@@ -1,0 +1,65 @@
+"""Ask a coordinator about its fleet: groups, events, changes by operators."""
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlencode
+
+from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView
+from liberatai_coordinator.client.wire import GroupRequest
+
+if TYPE_CHECKING:
+    from liberatai_coordinator.client.client import Client
+
+
+class GroupsClient:
+    """Groups of devices."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def create(self, name: str, query: str) -> GroupView:
+        """Give a question a name."""
+        return self._client.ask("POST", "/groups", GroupView, GroupRequest(name=name, query=query))
+
+    def list(self) -> tuple[GroupView, ...]:
+        """Return all groups with the number of their devices."""
+        return self._client.ask("GET", "/groups", tuple[GroupView, ...])
+
+    def show(self, name: str) -> GroupView:
+        """Return one group with the names of its devices."""
+        return self._client.ask("GET", f"/groups/{quote(name, safe='')}", GroupView)
+
+    def delete(self, name: str) -> None:
+        """Forget a group; its devices stay."""
+        self._client.send("DELETE", f"/groups/{quote(name, safe='')}")
+
+
+class EventsClient:
+    """What happened in the fleet."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def after(self, number: int, device: str = "") -> tuple[EventView, ...]:
+        """Return the events above a number, the oldest first; at most 1000."""
+        query = urlencode({"after": number, "device": device})
+        return self._client.ask("GET", f"/events?{query}", tuple[EventView, ...])
+
+    def last(self, count: int, device: str = "") -> tuple[EventView, ...]:
+        """Return the newest events, the oldest of them first."""
+        query = urlencode({"last": count, "device": device})
+        return self._client.ask("GET", f"/events?{query}", tuple[EventView, ...])
+
+
+class AuditClient:
+    """What was changed, and by whom."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def after(self, number: int) -> tuple[AuditView, ...]:
+        """Return the changes above a number, the oldest first; at most 1000."""
+        return self._client.ask("GET", f"/audit?{urlencode({'after': number})}", tuple[AuditView, ...])
+
+    def last(self, count: int) -> tuple[AuditView, ...]:
+        """Return the newest changes, the oldest of them first."""
+        return self._client.ask("GET", f"/audit?{urlencode({'last': count})}", tuple[AuditView, ...])
