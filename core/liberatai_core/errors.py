@@ -226,6 +226,18 @@ class StructureError(LiberataiError, ValueError):
     code = "E_STRUCTURE"
 
 
+class UnsafeFileError(LiberataiError, ValueError):
+    """A file that could run code, or that reaches outside of itself, is no model."""
+
+    code = "E_UNSAFE"
+
+
+class RegistryError(LiberataiError):
+    """A registry is out of reach, or refuses."""
+
+    code = "E_REGISTRY"
+
+
 class LinkError(LiberataiError):
     """The broker is out of reach or refuses."""
 
