@@ -166,6 +166,7 @@ class Service:
         await self.link.subscribe(presence, *self.topics.from_devices)
         await self.link.open()
         self.jobs.resume()
+        self._spawn(self._commit())
         listening = asyncio.create_task(self._listen())
         behind = asyncio.create_task(self._behind.wait())
         try:
@@ -176,6 +177,16 @@ class Service:
             listening.cancel()
             behind.cancel()
             await self._stop(presence)
+
+    async def _commit(self) -> None:
+        """Commit versions that a crash, or a release without a model repository, left out."""
+        try:
+            made = await asyncio.to_thread(self.jobs.commits.publish_all)
+        except LiberataiError as error:
+            log.warning("not all versions are committed: %s %s", error.code, error)
+        else:
+            if made:
+                log.info("committed %d versions to the model repository", made)
 
     async def _listen(self) -> None:
         breath_s = clock.monotonic()

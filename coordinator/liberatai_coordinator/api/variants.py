@@ -23,6 +23,7 @@ class VariantOperations:
         ledger, repository = self.service.ledger, self.service.repository
         row = await version_row(self.service, model, ref)
         variant = await asyncio.to_thread(variants.commit, ledger, repository, model, row, manifest, file)
+        await asyncio.to_thread(self.service.jobs.commits.publish, model)
         return present.variant_view(variant)
 
     async def list(self, model: str, ref: str) -> tuple[VariantView, ...]:

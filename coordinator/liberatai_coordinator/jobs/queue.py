@@ -14,7 +14,9 @@ from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.jobs.sharing import Sharing
 from liberatai_coordinator.jobs.slots import Slots
+from liberatai_coordinator.models.commits import Commits
 from liberatai_coordinator.models.versions import Versions
+from liberatai_coordinator.repository.store import Store
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import JobRow
@@ -27,6 +29,9 @@ DISK_RETRY_S = 10.0
 
 RECALLED = 4
 """Finished jobs that are kept in memory because devices asked for their models."""
+
+MODELS = "models"
+"""Folder of the model repository, beside the ledger."""
 
 LIVE = ("waiting", "running", "paused")
 """States of jobs that have not ended."""
@@ -49,6 +54,7 @@ class Jobs:
     runners: dict[str, Runner] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     slots: Slots = field(init=False)
+    commits: Commits = field(init=False)
     _counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _recalled: dict[str, Runner] = field(default_factory=dict)
@@ -56,6 +62,12 @@ class Jobs:
 
     def __post_init__(self) -> None:
         self.slots = Slots(publisher=self.publisher, sharing=Sharing(on_change=self._wake))
+        self.commits = Commits(
+            store=Store(self.repository.folder / MODELS),
+            ledger=self.ledger,
+            repository=self.repository,
+            author=self.coordinator,
+        )
 
     def resume(self) -> None:
         """Go on with every job that had not ended when the coordinator did."""
@@ -207,6 +219,7 @@ class Jobs:
             slots=self.slots,
             coordinator=self.coordinator,
             counters=self._counters,
+            commits=self.commits,
         )
 
     async def _run(self, runner: Runner) -> None:

@@ -25,6 +25,7 @@ from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.slots import Slots
 from liberatai_coordinator.jobs.tasks import STEPS, Tasks
 from liberatai_coordinator.jobs.work import Work
+from liberatai_coordinator.models.commits import Commits
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.round import Invitation
@@ -54,6 +55,7 @@ class Runner:
         work, beside: long work that rounds wait for, and that which they do not wait for.
         running: cleared while an operator pauses the job.
         counters: see `Merging`; shared by all jobs.
+        commits: of all versions, in the model repository.
     """
 
     job: JobSpec
@@ -65,6 +67,7 @@ class Runner:
     slots: Slots
     coordinator: str
     counters: dict[str, tuple[int, int]]
+    commits: Commits
     roster: Roster = field(init=False)
     tasks: Tasks = field(init=False)
     opening: Opening = field(init=False)
@@ -255,10 +258,13 @@ class Runner:
         self._tidying = asyncio.create_task(self._tidy(self.tasks.versions_needed(standing)))
 
     async def _tidy(self, needed: AbstractSet[int]) -> None:
-        """Let go of frames and old versions; the next round does not wait for it."""
+        """Commit what is new; let go of frames and old versions; the next round does not wait for it."""
         try:
             await self.beside.do(self.ledger.rounds.prune, self.job.name, KEEP_FRAMES, shortened)
-            await self.beside.do(self.versions.collect, needed)
+            await self.beside.do(self.commits.publish, self.job.name)
+            if await self.beside.do(self.versions.collect, needed):
+                keep = self.job.keep
+                await self.beside.do(self.commits.collect, self.job.name, keep.newest, keep.every)
         except LiberataiError as error:
             log.warning("job %s: not tidied, the next round tries again: %s", self.job.name, error)
 

@@ -341,8 +341,8 @@ class Versions:
         """Return this job's newest version in the ledger; None before the first one."""
         return self.ledger.versions.newest(self.job.name, first=self.first)
 
-    def collect(self, needed: AbstractSet[int]) -> None:
-        """Remove the files of old versions; may take a while.
+    def collect(self, needed: AbstractSet[int]) -> int:
+        """Remove the files of old versions, and return how many versions lost theirs; may take a while.
 
         Args:
             needed: versions that devices come from, as their paths and invitations have them.
@@ -351,8 +351,10 @@ class Versions:
             DiskError: the disk refuses; the next call tries again.
         """
         in_ledger = {self.first + number for number in needed}
-        for number in collect(self.ledger, self.repository, self.job.name, self.job.keep, in_ledger):
+        gone = collect(self.ledger, self.repository, self.job.name, self.job.keep, in_ledger)
+        for number in gone:
             self.history.pop(number - self.first, None)
+        return len(gone)
 
     def content(self, blob: str) -> bytes:
         """Return a file that devices may need, by its blob id."""

@@ -5,7 +5,7 @@ of materials is CycloneDX 1.6 with a `modelCard` (https://cyclonedx.org/capabili
 what the record knows, and say nothing that nobody measured.
 """
 
-import datetime
+import datetime as dt
 import hashlib
 import uuid
 from typing import Any, Final
@@ -91,12 +91,16 @@ def _body(commit: Commit) -> list[str]:
     if commit.metrics:
         lines += ["", "## Measured", "", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in sorted(commit.metrics.items())]
-    lines += ["", "## Variants", "", "| variant | runs with | bytes | sparsity | figures |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Variants",
+        "",
+        "| variant | runs with | bytes | sparsity | figures |",
+        "|---|---|---|---|---|",
+    ]
     for one in commit.variants:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(one.metrics.items()))
-        lines.append(
-            f"| {one.name} | {one.runtime} | {one.bytes} | {one.sparsity:.1%} | {figures or '-'} |"
-        )
+        lines.append(f"| {one.name} | {one.runtime} | {one.bytes} | {one.sparsity:.1%} | {figures or '-'} |")
     lines += ["", "## Privacy", "", _privacy(commit)]
     return lines
 
@@ -104,8 +108,8 @@ def _body(commit: Commit) -> list[str]:
 def _privacy(commit: Commit) -> str:
     if commit.kind == "round":
         return (
-            "Devices sent sparse, quantised differences of weights; their data stayed with them. The coordinator "
-            "saw each update. No differential privacy is claimed unless the message says so."
+            "Devices sent sparse, quantised differences of weights; their data stayed with them. The "
+            "coordinator saw each update. No differential privacy is claimed unless the message says so."
         )
     return "Nothing is claimed about the data behind this commit."
 
@@ -118,7 +122,7 @@ def _date(seconds: int) -> str:
     if not seconds:
         return ""
     try:
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (OverflowError, OSError, ValueError):
         return ""
 
@@ -130,9 +134,7 @@ def bill_of_materials(commit: Commit) -> bytes:
         {"type": "machine-learning-model", "name": commit.model, "version": short(parent), "bom-ref": parent}
         for parent in commit.parents
     ]
-    metrics = [
-        {"type": name, "value": f"{value:.6g}"} for name, value in sorted(commit.metrics.items())
-    ]
+    metrics = [{"type": name, "value": f"{value:.6g}"} for name, value in sorted(commit.metrics.items())]
     model: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "model",

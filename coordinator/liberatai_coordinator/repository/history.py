@@ -171,7 +171,7 @@ def order(entries: Mapping[str, Entry]) -> Iterator[Entry]:
 
 def ancestor(entries: Callable[[str], Entry], first: str, second: str) -> str | None:
     """Return the nearest commit that both come from; None if there is none."""
-    ours = {digest: distance for digest, distance in _distances(entries, first)}
+    ours = dict(_distances(entries, first))
     best: tuple[int, str] | None = None
     for digest, distance in _distances(entries, second):
         if digest in ours and (best is None or (ours[digest] + distance, digest) < best):

@@ -1,9 +1,9 @@
 """An OCI image layout on disk (image spec 1.1): blobs by digest, and one index with the references.
 
-A blob is written beside its place, synced, renamed, and the folder synced: complete or absent after any crash.
-References change under a lock: read, compared with what the caller expects, written beside, renamed. So several
-processes may write; who loses a race for a reference is told. `writing` keeps the collector away: what was
-put but is named by nothing yet is not removed.
+A blob is written beside its place, synced, renamed, and the folder synced: complete or absent after any
+crash. References change under a lock: read, compared with what the caller expects, written beside, renamed.
+So several processes may write; who loses a race for a reference is told. `writing` keeps the collector away:
+what was put but is named by nothing yet is not removed.
 """
 
 import fcntl
@@ -32,7 +32,6 @@ from liberatai_core.errors import (
     DiskError,
     LiberataiError,
     NotFoundError,
-    StateError,
     TooLargeError,
 )
 
@@ -95,24 +94,11 @@ class Layout:
         self.put_named(dict(zip(digests, contents, strict=True)))
         return digests
 
-    def put_named(self, blobs: Mapping[str, bytes]) -> None:
-        """Store blobs of which the caller knows the digests, as `put` does."""
-        with _disk(self._blobs):
-            beside: dict[Path, Path] = {}
-            try:
-                for digest, content in blobs.items():
-                    path = self.path(digest)
-                    if path not in beside and not _holds(path, content):
-                        beside[path] = self._beside(path, [content])
-                for path, written in beside.items():
-                    written.replace(path)
-            except BaseException:
-                for written in beside.values():
-                    with suppress(OSError):
-                        written.unlink()
-                raise
-            if beside:
-                sync_folder(self._blobs)
+    def put_named(self, blobs: Mapping[str, bytes], beside: Mapping[Path, bytes] | None = None) -> None:
+        """Store blobs of which the caller knows the digests, as `put` does; other files along with them."""
+        wanted = {self.path(digest): content for digest, content in blobs.items()}
+        missing = {path: content for path, content in wanted.items() if not _holds(path, content)}
+        write_all({**missing, **(beside or {})})
 
     def put_stream(self, parts: Iterable[bytes], wanted: Descriptor) -> None:
         """Store a blob that comes in parts, if it is the one that was wanted.
@@ -209,7 +195,7 @@ class Layout:
     def blobs(self) -> list[str]:
         """Return the digests of all blobs that are there."""
         with _disk(self._blobs):
-            names = sorted(os.listdir(self._blobs))
+            names = sorted(entry.name for entry in os.scandir(self._blobs))
         return [f"sha256:{name}" for name in names if len(name) == 64 and not name.endswith(_TEMPORARY)]
 
     def remove(self, digests: Iterable[str]) -> int:
@@ -261,7 +247,7 @@ class Layout:
         return {one.note(REF): one for one in index.manifests if one.note(REF)}
 
     def update(self, decide: Callable[[dict[str, Descriptor]], Refs]) -> None:
-        """Change references: `decide` gets those of now and returns those to be; nobody else writes meanwhile.
+        """Change references: `decide` gets those of now and returns those to be; no other process does.
 
         Raises:
             StateError: whatever `decide` raises, e.g. a lost race; nothing is changed.
@@ -318,56 +304,54 @@ def with_ref(one: Descriptor, name: str) -> Descriptor:
     )
 
 
-def expecting(name: str, expected: str | None, wanted: Descriptor | None) -> Callable[[dict[str, Descriptor]], Refs]:
-    """Return a change of one reference that is refused if it names something else than expected.
-
-    Args:
-        name: of the reference.
-        expected: digest that it must name now; None: it must not be there.
-        wanted: what it shall name; None: it goes.
-    """
-
-    def decide(refs: dict[str, Descriptor]) -> Refs:
-        found = refs.get(name)
-        now = found.digest if found else None
-        if now != expected:
-            raise StateError(
-                f"{name} names {now or 'nothing'} now, not {expected or 'nothing'}: somebody else was faster; "
-                "look at it, then try again"
-            )
-        if wanted is None:
-            refs.pop(name, None)
-        else:
-            refs[name] = wanted
-        return refs
-
-    return decide
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place, sync it, move it there, sync the folder.
 
     Raises:
         DiskError: the disk refuses; the old file stays.
     """
-    with _disk(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    write_all({path: content})
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files beside their places; once all are on the disk, move them there, in order; sync the folders.
+
+    Raises:
+        DiskError: the disk refuses; files that were there stay.
+    """
+    beside: dict[Path, Path] = {}
+    folder = next(iter(contents), Path()).parent
+    with _disk(folder):
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
+            for path, content in contents.items():
+                handle, name = tempfile.mkstemp(
+                    dir=path.parent, prefix=f"{path.name[:64]}.", suffix=_TEMPORARY
+                )
+                beside[path] = Path(name)
+                try:
+                    _write_all(handle, content)
+                finally:
+                    os.close(handle)
+            for written in beside.values():  # the first one takes most of the others along
+                _sync(written, os.O_RDONLY)
+            for path, written in beside.items():
+                written.replace(path)
         except BaseException:
-            with suppress(OSError):
-                Path(name).unlink()
+            for written in beside.values():
+                with suppress(OSError):
+                    written.unlink()
             raise
-        sync_folder(path.parent)
+        for parent in {path.parent for path in contents}:
+            sync_folder(parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, how: int) -> None:
+    handle = os.open(path, how)
     try:
         os.fsync(handle)
     finally:

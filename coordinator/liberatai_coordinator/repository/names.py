@@ -57,7 +57,9 @@ class Place:
 def require_model(name: str) -> str:
     """Return the name of a model, or raise SchemaError."""
     if not _MODEL.fullmatch(name):
-        raise SchemaError(f"model {name[:80]!r}: letters a-z, digits, _ and -, at most 64, parts divided by /")
+        raise SchemaError(
+            f"model {name[:80]!r}: a-z, digits, _ and -, at most 64 of them, parts divided by /"
+        )
     return name
 
 

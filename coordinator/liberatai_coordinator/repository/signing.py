@@ -1,4 +1,4 @@
-"""Signatures of commits: an Ed25519 key over a DSSE envelope (https://github.com/secure-systems-lab/dsse v1.0).
+"""Signatures of commits: an Ed25519 key over a DSSE envelope (github.com/secure-systems-lab/dsse, v1.0).
 
 The signed payload names the index by its digest, and the model, so a signature of one commit serves no other
 one and no other model. Who is believed for which models stands in the repository's trust file.

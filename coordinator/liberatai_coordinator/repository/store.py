@@ -1,4 +1,4 @@
-"""The repository on disk: commits are written whole, read verified, named by tags and branches, collected by rule.
+"""The repository on disk: commits written whole, read verified, named by tags, collected by rule.
 
 Layout of the folder: an OCI image layout, and beside it `signing.key`, `trust.yaml`, `referrers/` (which
 signatures belong to a commit), `collected` (whose files were let go) and `history.jsonl` (a copy for lists).
@@ -156,7 +156,7 @@ class Store:
         manifest = decode(own, Manifest, what)
         commit = decode(self.layout.json(manifest.config.digest), Commit, what)
         if index_of(commit, own) != content or manifest_of(commit, manifest.layers)[0] != own:
-            raise SchemaError(f"{what}: its index is not the one that its record makes: content was exchanged")
+            raise SchemaError(f"{what}: not the index that its record makes: content was exchanged")
         return index, commit
 
     def envelopes(self, digest: str) -> list[bytes]:
@@ -190,13 +190,16 @@ class Store:
 
     def add_referrers(self, digest: str, described: Iterable[Descriptor]) -> None:
         """Note signature manifests that are in the repository as some of a commit's."""
+        path, content = self._referrers_file(digest, described)
+        write_atomically(path, content)
+
+    def _referrers_file(self, digest: str, described: Iterable[Descriptor]) -> tuple[Path, bytes]:
         before = self.referrers(digest).manifests
         known = {one.digest for one in before}
         after = (*before, *(one for one in described if one.digest not in known))
-        if after != before:
-            path = self._referrers_path(digest)
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, encode(Index(schema_version=2, manifests=after)))
+        path = self._referrers_path(digest)
+        path.parent.mkdir(exist_ok=True)
+        return path, encode(Index(schema_version=2, manifests=after))
 
     def entry(self, digest: str) -> Entry:
         """Return the line that a list shows of a commit."""
@@ -273,7 +276,9 @@ class Store:
         if len(refs) == 1:
             return next(iter(refs.values())).digest
         if refs:
-            raise SchemaError(f"{text}: which one? {', '.join(f'{wanted.model}:{tag}' for tag in sorted(refs))}")
+            raise SchemaError(
+                f"{text}: which one? {', '.join(f'{wanted.model}:{tag}' for tag in sorted(refs))}"
+            )
         if looks_like_digest(wanted.model):
             return self._by_prefix(Wanted(model="", prefix=wanted.model), text)
         raise unknown(text)
@@ -283,7 +288,9 @@ class Store:
         for entry in self.log(starts):
             if entry.number == wanted.number and entry.model == wanted.model:
                 return entry.digest
-        raise NotFoundError(f"{text[:120]}: no version {wanted.number} (see `liberatai models log {wanted.model}`)")
+        raise NotFoundError(
+            f"{text[:120]}: no version {wanted.number} (see `liberatai models log {wanted.model}`)"
+        )
 
     def _by_prefix(self, wanted: Wanted, text: str) -> str:
         found = []
@@ -345,7 +352,7 @@ class Store:
             if found != expected:
                 raise StateError(
                     f"{name} names {short(found) if found else 'nothing'} now, not "
-                    f"{short(expected) if expected else 'nothing'}: somebody was faster; look at it and try again"
+                    f"{short(expected) if expected else 'nothing'}: somebody was faster; look, and try again"
                 )
             return
         if found is None:
@@ -354,8 +361,8 @@ class Store:
             raise StateError(f"{name} names {short(found)} already: tags stay (--force moves one)")
         if not self.is_ancestor(found, wanted):
             raise StateError(
-                f"{name} is at {short(found)}, which {short(wanted)} does not come from: somebody else committed; "
-                "merge it (`liberatai models merge`), or use --force"
+                f"{name} is at {short(found)}, which {short(wanted)} does not come from: somebody else "
+                "committed; merge it (`liberatai models merge`), or use --force"
             )
 
     def is_ancestor(self, older: str, younger: str) -> bool:
@@ -464,8 +471,9 @@ class Store:
             for part in parts:
                 _keep(blobs, part, ENVELOPE)
             note = msgspec.structs.replace(_keep(blobs, signed, MANIFEST), artifact_type=SIGNATURE)
-            self.layout.put_named({**blobs, described.digest: index})
-            self.add_referrers(described.digest, [note])
+            beside, referrers = self._referrers_file(described.digest, [note])
+            _keep(blobs, referrers, INDEX)
+            self.layout.put_named({**blobs, described.digest: index}, {beside: referrers})
             if branch is not None:
                 self.set_ref(
                     commit.model, branch, described.digest, kind="branch", expected=expected, force=force
@@ -535,22 +543,17 @@ class Store:
         return faults
 
     def _faults(self, loaded: Loaded, checked: set[str], *, files: bool) -> Iterator[LiberataiError]:
-        for manifest in loaded.manifests:
+        try:
+            needed = self._needed(loaded.digest, files=files)
+        except LiberataiError as error:
+            yield error
+            return
+        for one in sorted(needed - checked):
+            checked.add(one)
             try:
-                content = decode(self.layout.json(manifest.digest), Manifest, short(manifest.digest))
+                self.layout.check(one)
             except LiberataiError as error:
                 yield error
-                continue
-            for one in (content.config, *content.layers):
-                if one.digest in checked or (not files and manifest is not loaded.manifests[0]):
-                    continue
-                checked.add(one.digest)
-                try:
-                    size = self.layout.check(one.digest)
-                    if size != one.size:
-                        yield DigestError(f"{one.digest}: {size} bytes, its descriptor says {one.size}")
-                except LiberataiError as error:
-                    yield error
 
     def gc(
         self, keep: Callable[[Entry, int], bool] = lambda _entry, _age: True, *, dry_run: bool = False
@@ -631,5 +634,3 @@ def _described(loaded: Loaded, kind: str) -> Descriptor:
     return msgspec.structs.replace(
         loaded.descriptor, annotations={KIND: kind, f"{OURS}model": loaded.commit.model}
     )
-
-

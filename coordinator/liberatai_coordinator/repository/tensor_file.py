@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import CodecError, NonFiniteError, StructureError, TooLargeError
-from liberatai_core.structure import MAX_PARAMETERS, MAX_RANK, MAX_TENSORS, Structure, from_tensors, require_length
+from liberatai_core.structure import (
+    MAX_PARAMETERS,
+    MAX_RANK,
+    MAX_TENSORS,
+    Structure,
+    from_tensors,
+    require_length,
+)
 from liberatai_core.weights import Vector
 
 MAX_HEADER_BYTES: Final = 4 * 1024 * 1024
@@ -102,7 +109,7 @@ def decode(content: bytes, structure: Structure | None = None) -> tuple[Tensors,
 
 
 def flat(content: bytes, structure: Structure) -> Vector:
-    """Return the weights in a file of this structure, as one vector; of one that `encode` wrote without a copy.
+    """Return the weights in a file of this structure, as one vector; without a copy if `encode` wrote it.
 
     Raises:
         CodecError, StructureError, NonFiniteError, TooLargeError: as `decode`.

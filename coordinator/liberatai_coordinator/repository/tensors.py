@@ -1,8 +1,8 @@
 """Weights of a variant: as layers when they are committed, as one vector when they are read.
 
 The first layer is a whole model (safetensors, or our compressed file); the ones after it are differences. A
-commit that changed little against its parent takes the parent's layers and adds one difference, as long as that
-is shorter; so it is whole by itself: no other commit is needed to read it.
+commit that changed little against its parent takes the parent's layers and adds one difference, as long as
+that is shorter; so it is whole by itself: no other commit is needed to read it.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,11 @@ def variant_of(structure: Structure, weights: Vector, **more: object) -> Variant
         **more,
     }
     return Variant(
-        manifest=NONE, size=2, structure=structure, weights=digest(weights).hex(), **fields  # type: ignore[arg-type]
+        manifest=NONE,
+        size=2,
+        structure=structure,
+        weights=digest(weights).hex(),
+        **fields,  # type: ignore[arg-type]
     )
 
 

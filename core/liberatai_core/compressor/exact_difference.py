@@ -83,7 +83,7 @@ def apply(before: Vector, data: bytes) -> Vector:
     zigzag = _unpacked(data[second:], widths) | (np.uint64(1) << widths.astype(np.uint64))
     change = (zigzag >> np.uint64(1)).astype(np.int64) ^ -(zigzag & np.uint64(1)).astype(np.int64)
     new = _ordered(old[places]) + change
-    if (np.abs(new) > 0x7FFFFFFF).any():
+    if (new > 0x7FFFFFFF).any() or (new < -0x80000000).any():
         raise CodecError("difference: leads to no float32")
     result = old.copy()
     result[places] = _unordered(new)
