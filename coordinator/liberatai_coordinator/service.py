@@ -160,6 +160,7 @@ class Service:
         self._spawn(self.devices.run())
         self._spawn(self.frames.run())
         self._spawn(self._expire())
+        self.doors.begin()
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
         # Its own presence, too: before anything is said, it is heard whether this is a copy.

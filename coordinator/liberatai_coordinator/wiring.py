@@ -16,6 +16,7 @@ from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.config import CoordinatorConfig
+from liberatai_coordinator.control.broker_lists import BrokerLists
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.service import Service, presence_frame
@@ -82,7 +83,7 @@ def build(
             payload=presence_frame(signer, config.coordinator, ledger.epoch, "lost"),
         )
         link = make_link(config, will)
-        yield Service(
+        service = Service(
             config=config,
             link=link,
             ledger=ledger,
@@ -96,6 +97,14 @@ def build(
             topics=topics,
             jumps=jumps,
         )
+        if config.broker_dir is not None or config.ca_dir is not None:
+            service.doors.broker = BrokerLists(
+                folder=None if config.broker_dir is None else Path(config.broker_dir),
+                authority=None if config.ca_dir is None else Path(config.ca_dir),
+                fleet=config.fleet,
+                coordinator=config.coordinator,
+            )
+        yield service
     finally:
         ledger.close()
 

@@ -68,6 +68,16 @@ class Doors:
         self.closed |= {name for name, one in self.fleet.devices.items() if one.status == "quarantined"}
         self.publisher.barred = set(self.closed)
 
+    def begin(self) -> None:
+        """Bring the broker in line with what the ledger remembers: it may have been changed meanwhile."""
+        if self.broker is not None:
+            self._spawn(self._at_broker("", ""))
+
+    def reopen(self, device: str) -> None:
+        """Let the broker serve a name again that was shut out: another machine joined with it."""
+        if device in self.closed and device not in self.fleet.devices:
+            self._open(device)
+
     def note(self, device: str, name: str, code: str = "", text: str = "") -> None:
         """Note an event of the fleet."""
         self.ledger.events.note(clock.wall(), device, name, code, text)
@@ -92,6 +102,8 @@ class Doors:
         require_key(known.public_key, key, device)
         changed = self.presence.set_status(device, "approved", "")
         self.note(device, "approved")
+        if device in self.closed:  # an earlier machine of this name was shut out
+            self._open(device)
         return changed
 
     def reject(self, device: str, reason: str) -> None:
@@ -206,12 +218,15 @@ class Doors:
         self.note(device, "shut_out")
 
     async def _at_broker(self, device: str, revoke: str) -> None:
+        told = ""
         while self.broker is not None:
             try:
                 await self.broker(self.shut_out, device if revoke else "", revoke)
             except LiberataiError as error:
-                log.warning("%s: the broker is not in line yet: %s %s", device, error.code, error)
-                self.note(device, "broker_behind", error.code, str(error))
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s: the broker is not in line yet: %s %s", device, error.code, error)
+                    self.note(device, "broker_behind", error.code, told)
                 await asyncio.sleep(self.retry_s)
             else:
                 return
