@@ -119,6 +119,9 @@ def _react(s: Session, event: Happened) -> Stepped:
         case TaskArrived(task=task):
             return _stale(s, "stale_task", task.epoch) or _in_epoch(s, task.epoch, assigned, task)
         case CancelArrived(cancel=cancel):
+            if cancel.epoch < s.epoch and (s.task is None or s.task.job != cancel.job):
+                # The end of a job that is long over stands at the broker: every new connection finds it there.
+                return s, ()
             return _stale(s, "stale_cancel", cancel.epoch) or _in_epoch(s, cancel.epoch, cancelled, cancel)
         case CoordinatorChanged():
             return _stale(s, "stale_coordinator", event.epoch) or _coordinator(s, event)

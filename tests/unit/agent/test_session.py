@@ -204,6 +204,17 @@ def test_a_lower_epoch_is_ignored_and_reported() -> None:
     assert play.of(do.RememberEpoch) == [do.RememberEpoch(epoch=1), do.RememberEpoch(epoch=5)]
 
 
+def test_the_end_of_an_old_job_that_stands_at_the_broker_is_no_news_at_every_connection() -> None:
+    """A job was aborted, the coordinator started anew: its old word stays there for whoever connects."""
+    play = Play(on.Started(epoch=2), on.LinkUp())
+    got = play(on.CancelArrived(cancel=a_cancel(9, epoch=1, job="old")))
+    assert got == []
+    assert play.session.stale == 0, "the device would be shown as gated"
+    play(on.TaskArrived(task=a_task(2, epoch=2)))
+    assert play(on.CancelArrived(cancel=a_cancel(9, epoch=1, job="old"))) == []
+    assert play.session.task is not None
+
+
 def test_the_epoch_is_fenced_across_restarts() -> None:
     play = Play(on.Started(epoch=7), on.LinkUp())
     assert of(play(on.TaskArrived(task=a_task(epoch=6))), do.Emit)[0].code == "E_REPLAY"
