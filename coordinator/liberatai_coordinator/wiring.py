@@ -163,7 +163,6 @@ def serve(config: CoordinatorConfig) -> int:
         LockedError: another coordinator uses this state folder.
         ConfigError, DiskError: it cannot start.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     prepare()
     return asyncio.run(run(config))
 

@@ -23,22 +23,23 @@ def register(commands: Any) -> None:
     )
     add_config(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
+    parser.add_argument(
+        "--log-format",
+        choices=("auto", "text", "json"),
+        default="auto",
+        help="how to log: text (with priorities for the journal), or json (default: %(default)s)",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
-    import logging  # noqa: PLC0415
-
     from liberatai_agent.broker import mqtt_settings  # noqa: PLC0415
     from liberatai_agent.config import load_config, load_profile  # noqa: PLC0415
+    from liberatai_core import logs  # noqa: PLC0415
 
     config = load_config(args.config)
     load_profile(config)
     mqtt_settings(config)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    logs.set_up(args.log_format, verbose=args.verbose)
     import asyncio  # noqa: PLC0415
 
     return asyncio.run(_serve(config))

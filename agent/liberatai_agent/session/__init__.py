@@ -120,7 +120,7 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _stale(s, "stale_task", task.epoch) or _in_epoch(s, task.epoch, assigned, task)
         case CancelArrived(cancel=cancel):
             if cancel.epoch < s.epoch and (s.task is None or s.task.job != cancel.job):
-                # The end of a job that is long over stands at the broker: every new connection finds it there.
+                # The end of a job that is long over stands at the broker, where every connection finds it.
                 return s, ()
             return _stale(s, "stale_cancel", cancel.epoch) or _in_epoch(s, cancel.epoch, cancelled, cancel)
         case CoordinatorChanged():

@@ -3,19 +3,34 @@
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
 import platform
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from liberatai_coordinator.cli.kit import coordinator_config
+from liberatai_core import logs
+
+
+class LogFormat(StrEnum):
+    """How a log is written."""
+
+    AUTO = "auto"
+    TEXT = "text"
+    JSON = "json"
 
 
 def serve(
     config: Annotated[Path, typer.Option("--config", "-c", help="Settings of the coordinator (YAML).")],
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="auto (text; priorities for the journal), text or json.")
+    ] = LogFormat.AUTO,
 ) -> None:
     """Run the coordinator in the foreground until SIGTERM or SIGINT."""
     settings = coordinator_config(config)
+    logs.set_up(log_format.value, verbose=verbose)
     from liberatai_coordinator import wiring
 
     raise typer.Exit(wiring.serve(settings))

@@ -16,6 +16,7 @@ import msgspec
 
 from liberatai_coordinator import clock
 from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Heard, Mark, Status
+from liberatai_coordinator.intake import said
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import DeviceRow, MarkRow, TombstoneRow, TrafficRow
 from liberatai_core.contract.messages import (
@@ -87,6 +88,7 @@ class Presence:
     _telling: asyncio.TimerHandle | None = None
     _told_s: float = -TOLD_AGAIN_S
     _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
+    _said: said.Devices = field(default_factory=said.Devices)
 
     def restore(self) -> None:
         """Take over what the ledger remembers of devices."""
@@ -281,6 +283,7 @@ class Presence:
         changed, self._changed = self._changed, {}
         # As they are now: what was changed twice is told once.
         known = [self.fleet.devices[name] for name in changed if name in self.fleet.devices]
+        self._said.changed(known, self.fleet.shown)
         self.jobs.devices_changed(known, clock.monotonic())
 
     async def _forget(self) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.fleet.plan import Assignment
+from liberatai_coordinator.jobs import said
 from liberatai_coordinator.jobs.merging import COUNTERS
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.runner import Runner
@@ -98,6 +99,7 @@ class Jobs:
     def pause(self, name: str) -> None:
         """Open no further round of a job."""
         self.ledger.jobs.set_state(name, "paused")
+        said.job(name, "paused: the open round is finished, no other opens")
         if name in self.runners:
             self.runners[name].running.clear()
             self._wake()
@@ -105,6 +107,7 @@ class Jobs:
     def unpause(self, name: str) -> None:
         """Go on with a paused job."""
         self.ledger.jobs.set_state(name, "running")
+        said.job(name, "goes on")
         if name in self.runners:
             self.runners[name].running.set()
 
@@ -113,6 +116,7 @@ class Jobs:
         runner = self.runners.get(name)
         if runner is None:
             self.ledger.jobs.end(name, "aborted", "aborted by an operator")
+            said.job(name, "aborted by an operator")
             return
         running = self._running.pop(name, None)
         if running is not None:
@@ -121,6 +125,7 @@ class Jobs:
         if self.ledger.jobs.get(name).state not in LIVE:
             raise StateError(f"job {name} has ended in the meantime: it cannot be aborted")
         await runner.stop("aborted", "aborted by an operator")
+        said.job(name, "aborted by an operator")
         self.runners.pop(name, None)
 
     async def delete(self, name: str) -> None:
@@ -139,6 +144,7 @@ class Jobs:
         await self.slots.clear(name)
         await self.publisher.clear(self.publisher.topics.head(name))
         await asyncio.to_thread(self.ledger.jobs.delete, name)
+        said.job(name, "deleted; its versions stay")
         self.unreadable.pop(name, None)
 
     def cancel(self) -> list[asyncio.Task[None]]:
@@ -227,11 +233,14 @@ class Jobs:
         try:
             if self.ledger.jobs.get(name).state == "waiting":
                 self.ledger.jobs.set_state(name, "running")
+                said.job(name, f"starts, {runner.job.rounds.count} rounds")
+            else:
+                said.job(name, "goes on where the last start left it")
             try:
                 await self._run_on(runner)
             finally:
                 await runner.work.settled()
-            log.info("job %s finished", name)
+            said.job(name, "finished")
             self._forget(name)
         except asyncio.CancelledError:
             raise

@@ -15,12 +15,13 @@ import msgspec
 from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.jobs import said
 from liberatai_coordinator.jobs.collecting import Collecting
 from liberatai_coordinator.jobs.materials import candidates_of, load_public, load_test
 from liberatai_coordinator.jobs.merging import MERGED, Merging
 from liberatai_coordinator.jobs.opening import Opening
 from liberatai_coordinator.jobs.publisher import Publisher
-from liberatai_coordinator.jobs.records import shortened
+from liberatai_coordinator.jobs.records import invited_in, shortened, stats_of
 from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.slots import Slots
 from liberatai_coordinator.jobs.tasks import STEPS, Tasks
@@ -237,10 +238,12 @@ class Runner:
     async def _round(self, unfinished: RoundRow | None) -> None:
         started = clock.monotonic()
         row = await self.opening.open() if unfinished is None else unfinished
+        if unfinished is None:
+            said.opened(self.job.name, row.round, len(invited_in(row)))
         if row.state == "open":
             end = await self._collect(row)
             if isinstance(end, deciding.Abandon):
-                log.warning("round %d of %s abandoned: %s", row.round, self.job.name, end.reason)
+                said.abandoned(self.job.name, row.round, end.reason)
                 self.ledger.rounds.abandon(self.job.name, row.round, end.reason)
                 self._round_over(row)
                 return
@@ -251,11 +254,19 @@ class Runner:
             return
         await self.tasks.publish_newest("running")
         self.ledger.rounds.set_published(self.job.name, row.round)
+        self._say_published(row.round)
         self._round_over(row)
         standing = self.opening.standing(set())
         await self.tasks.drop_unneeded([one.way for one in standing if one.way is not None])
         await self.tidied()
         self._tidying = asyncio.create_task(self._tidy(self.tasks.versions_needed(standing)))
+
+    def _say_published(self, number: int) -> None:
+        row = self.ledger.rounds.get(self.job.name, number)
+        stats = stats_of(row.stats)
+        answered = sum(stats.verdicts.values()) if stats.verdicts else len(stats.contributions)
+        invited = len(invited_in(row))
+        said.published(self.job.name, number, self._published(), (answered, invited), stats)
 
     async def _tidy(self, needed: AbstractSet[int]) -> None:
         """Commit what is new; let go of frames and old versions; the next round does not wait for it."""
