@@ -5,6 +5,8 @@ device has ceilings of its own; what is above one is refused with a code, and th
 """
 
 import math
+from collections.abc import Collection
+from typing import Final
 
 import msgspec
 
@@ -12,10 +14,11 @@ from liberatai_agent.config import AgentConfig
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_SAMPLES
 from liberatai_core.contract.messages import Capability, TaskSpec
 from liberatai_core.errors import MemoryLimitError, TaskLimitError, TooLargeError
+from liberatai_core.profile import Trainer, trainers
 
 MIB = 1 << 20
-RUNTIME_BYTES = 190 * MIB
-"""Torch after its import, without anything to train; the least of what was measured."""
+RUNTIME_BYTES: Final[dict[Trainer, int]] = {"torch": 190 * MIB, "numpy": 36 * MIB}
+"""A process after its imports, without anything to train; the least of what was measured."""
 BYTES_PER_PARAMETER = 30
 """Weights, gradient, momentum, start, base, difference, residual, and selecting: 31 measured with SGD."""
 ADAM_BYTES_PER_PARAMETER = 8
@@ -40,6 +43,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         memory_bytes: for the whole training process.
+        runtimes: what is installed.
         residual_bytes: on disk, for what sparsifying leaves over and for the update itself.
         samples: local ones.
         seen: samples that one training may look at, repetitions counted.
@@ -47,6 +51,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     memory_bytes: int = 1 << 62
+    runtimes: tuple[str, ...] = ("torch",)
     residual_bytes: int = 1 << 62
     samples: int = 0
     seen: int = MAX_SEEN
@@ -63,26 +68,41 @@ def limits_of(config: AgentConfig, caps: Capability, deadline_s: float) -> Limit
     """
     return Limits(
         memory_bytes=caps.memory_bytes or 1 << 62,
+        runtimes=caps.runtimes,
         residual_bytes=int(config.outbox_max_mb * MIB),
         samples=caps.samples,
         cpu_seconds=deadline_s + SPARE_CPU_S,
     )
 
 
-def require_fits(spec: TaskSpec, density: float, limits: Limits) -> None:
+def trainer_of(spec: TaskSpec, limits: Limits, too_heavy: Collection[Trainer] = ()) -> Trainer:
+    """Return what trains a task here: torch if it is installed and there is room for it, else numpy.
+
+    Args:
+        spec: what the task says.
+        limits: the device's.
+        too_heavy: what this structure ran out of memory with.
+    """
+    able = trainers(limits.runtimes, limits.memory_bytes, spec.structure.parameters)
+    lightest: Trainer = "numpy" if "numpy" in limits.runtimes else "torch"
+    return next((one for one in able if one not in too_heavy), lightest)
+
+
+def require_fits(spec: TaskSpec, density: float, limits: Limits, trainer: Trainer = "torch") -> None:
     """Refuse a task that is too large for this device.
 
     Args:
         spec: what the task says.
         density: share of the trained parameters that the update names.
         limits: the device's.
+        trainer: what would train it.
 
     Raises:
         MemoryLimitError: it needs more memory than the device gives.
         TaskLimitError: it asks for more passes over the data than the device makes.
         TooLargeError: its update or what is left over would be larger than what may be sent or kept.
     """
-    needed = memory_bytes(spec, limits.samples)
+    needed = memory_bytes(spec, limits.samples, trainer)
     if needed > limits.memory_bytes:
         raise MemoryLimitError(
             f"{spec.structure.id}: {spec.structure.parameters} parameters and batches of"
@@ -106,13 +126,13 @@ def require_fits(spec: TaskSpec, density: float, limits: Limits) -> None:
         )
 
 
-def memory_bytes(spec: TaskSpec, samples: int) -> int:
+def memory_bytes(spec: TaskSpec, samples: int, trainer: Trainer = "torch") -> int:
     """Return what training takes at least; the activations between the layers are not known here."""
     per_parameter = BYTES_PER_PARAMETER + ADAM_BYTES_PER_PARAMETER * (spec.training.optimizer == "adam")
     values = math.prod(spec.data.input_shape)
     batch = min(spec.training.batch_size, max(samples, 1))
     numbers = COPIES_OF_BATCH * batch * (values + spec.data.classes) + COPIES_OF_DATA * samples * values
-    return RUNTIME_BYTES + per_parameter * spec.structure.parameters + 4 * numbers
+    return RUNTIME_BYTES[trainer] + per_parameter * spec.structure.parameters + 4 * numbers
 
 
 def seen(spec: TaskSpec, samples: int) -> int:

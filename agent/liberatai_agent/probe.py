@@ -28,13 +28,11 @@ from liberatai_agent.link_estimate import NOTHING, Announced
 from liberatai_core import __version__, processes
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import SPARSE_METHODS, Capability
-from liberatai_core.profile import Profile
+from liberatai_core.profile import Profile, trainers
 from liberatai_core.structure import DataContract
 
 Value = TypeVar("Value")
-RUNTIMES = ("torch", "onnxruntime")
-FULL_MEMORY_BYTES = 330 << 20
-"""Torch takes 220 MiB after import; training a LeNet-size model takes about 330 MiB in all."""
+RUNTIMES = ("torch", "onnxruntime", "numpy")
 DEFAULT_STORAGE_BYTES = 256 << 20
 """For a machine without a profile: no model of an edge device is larger, and no card is filled."""
 BENCH_TIMEOUT_S = 120.0
@@ -318,7 +316,7 @@ def tier_of(machine: Machine, memory_bytes: int, data: str | None) -> Tier:
     """Return what the machine can do with this much memory: nothing is trained without data."""
     if data is None:
         return "observe"
-    if "torch" in machine.runtimes and memory_bytes >= FULL_MEMORY_BYTES:
+    if trainers(machine.runtimes, memory_bytes):
         return "full"
     return "head" if "onnxruntime" in machine.runtimes else "observe"
 

@@ -20,11 +20,13 @@ from liberatai_agent.events import (
     TrainingFailed,
     UpdateDropped,
 )
-from liberatai_agent.fits import Limits, require_fits
+from liberatai_agent.fits import Limits, require_fits, trainer_of
 from liberatai_agent.outbox import Outbox, meaning_of
 from liberatai_core.contract.messages import Update
 from liberatai_core.contract.topics import blob_id
-from liberatai_core.errors import CodecError, LiberataiError
+from liberatai_core.errors import CodecError, LiberataiError, MemoryLimitError
+from liberatai_core.profile import Trainer as Runtime
+from liberatai_core.profile import trainers
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Training:
         self._data_path, self._limits, self._seal, self._happened = data_path, limits, seal, happened
         self._running: asyncio.Task[None] | None = None
         self._others: set[asyncio.Task[None]] = set()
+        self._too_heavy: dict[str, set[Runtime]] = {}
         self.last: dict[str, Any] = {}
         self.stopping_since: float | None = None
 
@@ -114,7 +117,9 @@ class Training:
 
     async def _warm(self) -> None:
         try:
-            await self._trainer.warm()
+            limits = self._limits(0.0)
+            able = trainers(limits.runtimes, limits.memory_bytes)
+            await self._trainer.warm(able[0] if able else "numpy")
         except LiberataiError as error:
             log.warning("%s: %s", error.code, error)
 
@@ -122,12 +127,16 @@ class Training:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
             self.stopping_since = None
+        work: Work | None = None
         try:
             work = await self._work(action)
             started = time.monotonic()
             result = await self._trainer.train(work)
             result = msgspec.structs.replace(result, train_seconds=time.monotonic() - started)
         except LiberataiError as error:
+            if isinstance(error, MemoryLimitError) and work is not None:
+                # The next task of this structure is trained with something lighter, if there is anything.
+                self._too_heavy.setdefault(work.structure.id, set()).add(work.runtime)
             self._happened(TrainingFailed(update_id=action.update_id, code=error.code, text=str(error)))
             return
         if result.dropped is not None:
@@ -136,6 +145,7 @@ class Training:
         self.last = {
             "round": action.task.round,
             "structure": action.spec.structure.id,
+            "runtime": work.runtime,
             "samples": result.samples,
             "loss": result.loss,
             "train_seconds": result.train_seconds,
@@ -146,7 +156,8 @@ class Training:
     async def _work(self, action: StartTraining) -> Work:
         task, spec = action.task, action.spec
         limits = self._limits(spec.deadline_s)
-        require_fits(spec, task.density, limits)
+        runtime = trainer_of(spec, limits, self._too_heavy.get(spec.structure.id, ()))
+        require_fits(spec, task.density, limits, runtime)
         left = self._outbox.leftover(task.job, spec.structure.id, meaning_of(spec))
         if left.dropped:
             text = f"{left.dropped} left-overs of a job of this name with other settings, or damaged ones"
@@ -175,6 +186,7 @@ class Training:
             residual_limit=spec.residual_limit,
             memory_bytes=limits.memory_bytes,
             cpu_seconds=limits.cpu_seconds,
+            runtime=runtime,
         )
 
     async def _keep(self, action: StoreUpdate) -> None:

@@ -6,7 +6,7 @@ numbers. Units stand in the names.
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -208,6 +208,47 @@ def shipped_profiles() -> Path:
     package = Path(__file__).parent
     installed = package / "data" / "device_profiles"
     return installed if installed.is_dir() else package.parents[1] / "device_profiles"
+
+
+Trainer = Literal["torch", "numpy"]
+"""What can train a whole network, the wanted one first."""
+PROCESS_BYTES: Final[dict[Trainer, int]] = {"torch": 340 << 20, "numpy": 48 << 20}
+"""Resident memory of a training process before its first batch: with torch 330 MiB were measured, with
+numpy 45 (samples, codecs and a network of 60 000 parameters included)."""
+STATE_BYTES = 24
+"""Per parameter: weights, gradient, two optimiser moments, base and difference, six float32 vectors."""
+MAPS = 2
+"""Times what layers compute from a sample: beside the outputs themselves, their gradients or windows."""
+MAPS_BYTES: Final[dict[Trainer, int]] = {"torch": 1 << 62, "numpy": 16 << 20}
+"""Most that they take: numpy's kernels cut batches into parts."""
+
+
+def training_bytes(trainer: Trainer, parameters: int, batch: int, activation_bytes: int = 0) -> int:
+    """Return what a training takes with a runtime.
+
+    Args:
+        trainer: what computes.
+        parameters: of the network.
+        batch: samples per step.
+        activation_bytes: outputs of all layers for one sample.
+    """
+    maps = min(max(MAPS_BYTES[trainer], MAPS * activation_bytes), MAPS * batch * activation_bytes)
+    return PROCESS_BYTES[trainer] + STATE_BYTES * parameters + maps
+
+
+def trainers(runtimes: Collection[str], memory_bytes: int, parameters: int = 0) -> tuple[Trainer, ...]:
+    """Return what could train a network of this size on a device, the wanted one first.
+
+    Args:
+        runtimes: names of what is installed there.
+        memory_bytes: what training may take; 0: no limit.
+        parameters: of the network.
+    """
+    return tuple(
+        one
+        for one in PROCESS_BYTES
+        if one in runtimes and (not memory_bytes or training_bytes(one, parameters, 0) <= memory_bytes)
+    )
 
 
 def form_of(tier: Literal["full", "head", "observe"], runtimes: Collection[str]) -> Form:

@@ -98,6 +98,7 @@ class ScriptedDevice:
     samples: int = 10
     answers: bool = True
     storage_bytes: int = 100_000
+    runtimes: tuple[str, ...] = ()
     path: tuple[Step, ...] = ()
     link_bits_s: tuple[float, float] | None = None
     made: int = 0
@@ -140,6 +141,7 @@ class ScriptedDevice:
             tier="full",
             storage_bytes=self.storage_bytes,
             memory_bytes=2**30,
+            runtimes=self.runtimes,
             samples=self.samples,
             data=DATA,
             up_bits_s=self.link_bits_s[0] if self.link_bits_s else None,

@@ -188,7 +188,7 @@ class QuickTrainer(Trainer):
         self.hold: asyncio.Event | None = None
         self.changes: dict[str, Any] = {}
 
-    async def warm(self) -> None:
+    async def warm(self, runtime: Any = "torch") -> None:
         pass
 
     async def train(self, work: Work) -> TrainingResult:

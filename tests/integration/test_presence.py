@@ -73,6 +73,31 @@ def test_a_device_that_failed_is_not_waited_for_and_not_asked_again(tmp_path: Pa
     run(scenario())
 
 
+def test_a_device_that_ran_out_of_memory_gets_something_lighter_in_the_next_round(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b") as (_, b), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 2)
+            b.answers, b.runtimes = False, ("torch", "numpy")
+            await b._introduce()
+            await until(lambda: of(service, "b").capability.runtimes == b.runtimes)  # type: ignore[union-attr]
+            text = job_yaml(rounds=3, devices=1, quorum=0.5, deadline_s=3600)
+            await Operations.of(service).jobs.create(text, str(tmp_path))
+            await until(lambda: bool(b.tasks))
+            roster = service.runners["tiny"].roster
+            assert roster.assigned["b"].tier == "full"
+            b.answers = True
+            await reports(b, "failed", 1, "E_MEMORY: the training process was killed for want of memory")
+            await until(lambda: finished(service))
+            assert len(b.tasks) > 1  # without a pause
+            assert roster.assigned["b"].tier == "numpy"
+            assert "with torch it ran out of memory" in roster.assigned["b"].why
+            roster.lighten("b")  # nothing is lighter: it keeps what it has
+            assert roster.assigned["b"].tier == "numpy"
+
+    run(scenario())
+
+
 def test_a_device_that_failed_is_asked_again_when_something_about_it_changed(tmp_path: Path) -> None:
     async def scenario() -> None:
         broker = MemoryBroker()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liberatai_core.learning.augmentation import augment as torch_augment
-from liberatai_core.learning.families import FAMILIES, initial_weights, layers, structure_of
+from liberatai_core.learning.families import FAMILIES, cost, initial_weights, layers, structure_of
 from liberatai_core.learning.families.layers import (
     Convolution,
     Dense,
@@ -26,6 +26,7 @@ from liberatai_core.learning.kernels.augmentation import affine, augment, matric
 from liberatai_core.learning.kernels.loss import cross_entropy
 from liberatai_core.learning.kernels.network import assembled, network
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
+from liberatai_core.profile import MAPS, MAPS_BYTES
 from liberatai_core.structure import DataContract, Structure, to_tensors
 
 torch = pytest.importorskip("torch")
@@ -227,6 +228,18 @@ def test_both_runtimes_train_the_same(
         bound = 1e-5 if how.optimizer == "sgd" else 0.2 * moved
         far = np.abs(found.weights - wanted.weights) > bound
         assert far.mean() <= (0 if how.optimizer == "sgd" else 0.01)
+
+
+def test_a_batch_that_goes_through_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, data, weights = built("cnn", {"width": 8}, (1, 9, 9))
+    x, y = values(2, 23, 1, 9, 9), np.random.default_rng(2).integers(0, 5, 23)
+    how = TrainSettings(epochs=2, batch_size=10, label_smoothing=0.1, mixup=0.3)
+    whole = train(structure, data, weights, x, y, how, 1, runtime="numpy")
+    monkeypatch.setitem(MAPS_BYTES, "numpy", 4 * MAPS * cost(structure, data).activation_bytes_per_sample)
+    parts = train(structure, data, weights, x, y, how, 1, runtime="numpy")
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    np.testing.assert_allclose(parts.weights, whole.weights, rtol=1e-4, atol=1e-5)
+    assert parts.weights.tobytes() != whole.weights.tobytes()
 
 
 def test_equal_seeds_give_equal_bytes_and_a_training_learns() -> None:

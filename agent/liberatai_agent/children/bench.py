@@ -62,12 +62,10 @@ def look_at_data(path: Path) -> dict[str, Any]:
 
 
 def families() -> list[str]:
-    """Return the families that can be trained here; none without torch."""
-    if find_spec("torch") is None:
-        return []
-    from liberatai_core.learning.families import known_families  # noqa: PLC0415
+    """Return the families that can be trained here: without torch only the built-in ones."""
+    from liberatai_core.learning.families import FAMILIES, known_families  # noqa: PLC0415
 
-    return known_families()
+    return sorted(FAMILIES) if find_spec("torch") is None else known_families()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

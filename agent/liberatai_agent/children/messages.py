@@ -8,6 +8,7 @@ from liberatai_agent.events import ResidualFile, Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_ROUND, MAX_SECONDS
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import TooLargeError
+from liberatai_core.profile import Trainer
 from liberatai_core.structure import DataContract, Structure
 
 LENGTH = struct.Struct(">I")
@@ -39,6 +40,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
         returned: refused updates: their content is added to the difference.
         memory_bytes: what the process may take in all.
         cpu_seconds: processor time that this training may take.
+        runtime: what computes.
     """
 
     device: str
@@ -63,6 +65,13 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     residual_limit: int = MAX_ROUND
     memory_bytes: int = 1 << 62
     cpu_seconds: float = MAX_SECONDS
+    runtime: Trainer = "torch"
+
+
+class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
+    """Work will come: import what it needs. Nothing is answered."""
+
+    runtime: Trainer = "torch"
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -81,20 +90,20 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 Answer = Done | Failed
 
 _ENCODER = msgspec.msgpack.Encoder()
-_WORK = msgspec.msgpack.Decoder(Work)
+_REQUEST: "msgspec.msgpack.Decoder[Work | Prepare]" = msgspec.msgpack.Decoder(Work | Prepare)
 _ANSWER = msgspec.msgpack.Decoder(Answer)
 
 
-def encode(message: Work | Answer) -> bytes:
+def encode(message: Work | Prepare | Answer) -> bytes:
     """Return length and body of a message."""
     body = _ENCODER.encode(message)
     require_length(len(body))
     return LENGTH.pack(len(body)) + body
 
 
-def decode_work(body: bytes) -> Work:
-    """Return the work in a body; raises msgspec.MsgspecError."""
-    return _WORK.decode(body)
+def decode_request(body: bytes) -> Work | Prepare:
+    """Return what the agent asks for in a body; raises msgspec.MsgspecError."""
+    return _REQUEST.decode(body)
 
 
 def decode_answer(body: bytes) -> Answer:

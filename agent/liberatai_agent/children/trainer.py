@@ -18,6 +18,7 @@ from liberatai_agent.children import workers
 from liberatai_agent.children.messages import (
     LENGTH,
     Failed,
+    Prepare,
     Work,
     decode_answer,
     encode,
@@ -34,6 +35,7 @@ from liberatai_core.errors import (
     TooLargeError,
     TrainingError,
 )
+from liberatai_core.profile import Trainer as Runtime
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +68,18 @@ class Trainer:
         self._idle: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[int | None] | None = None
         self._busy = False
+        self._runtime: Runtime = "torch"
 
     @property
     def pid(self) -> int | None:
         """Process id while it runs."""
         return None if self._worker is None else self._worker.pid
 
-    async def warm(self) -> None:
+    async def warm(self, runtime: Runtime = "torch") -> None:
         """Start the process if it is not there, so that its imports are done when work comes.
+
+        Args:
+            runtime: what it imports.
 
         Raises:
             TrainingError: it cannot be started.
@@ -83,6 +89,8 @@ class Trainer:
                 try:
                     await self._reap()
                     self._worker = await workers.started(self._command, self._state_dir)
+                    self._runtime = runtime
+                    self._worker.channel[1].write(encode(Prepare(runtime=runtime)))
                 except OSError as error:
                     raise TrainingError(f"the training process cannot be started: {error}") from error
         if not self._busy:
@@ -103,7 +111,9 @@ class Trainer:
         self._stop_clock()
         kills = control_groups.out_of_memory_kills()
         try:
-            await self.warm()
+            if self._runtime == "torch" != work.runtime:
+                await self._reap()  # torch would keep its memory
+            await self.warm(work.runtime)
             assert self._worker is not None  # noqa: S101 - `warm` started it
             self._worker.limit_memory(work.memory_bytes)
             answer = decode_answer(await _ask(self._worker.channel, encode(work)))

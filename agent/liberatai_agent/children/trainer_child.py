@@ -7,6 +7,7 @@ Everything is a function of (task, device, round, data, left-overs), so a traini
 gives the same bytes. P9: only sums, counts and the sparse difference leave this process.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,8 +30,9 @@ from liberatai_agent.children.messages import (
     Done,
     Failed,
     File,
+    Prepare,
     Work,
-    decode_work,
+    decode_request,
     encode,
     require_length,
 )
@@ -48,6 +51,7 @@ from liberatai_core.errors import (
     TooLargeError,
     TrainingError,
 )
+from liberatai_core.profile import MAPS, PROCESS_BYTES, training_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +123,9 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     x, y = samples.x[~held], samples.y[~held]
     evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
     chosen = trained_part(task)
-    trained = training.train(task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain)
+    trained = training.train(
+        task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain, runtime=task.runtime
+    )
     state, body, dropped = _sparsified(
         task, chosen.part, lambda: chosen.gather(trained.weights) - chosen.gather(base)
     )
@@ -153,9 +159,10 @@ def _require_room(task: Work, memory: Memory, samples: int) -> None:
     if memory.cost is None or memory.cost[0] != (task.structure, task.data):
         memory.cost = (task.structure, task.data), cost(task.structure, task.data).activation_bytes_per_sample
     batch = min(task.training.batch_size, samples)
-    if batch * memory.cost[1] > task.memory_bytes:
+    maps = (training_bytes(task.runtime, 0, batch, memory.cost[1]) - PROCESS_BYTES[task.runtime]) // MAPS
+    if maps > task.memory_bytes:
         raise MemoryLimitError(
-            f"a batch of {batch} through {task.structure.id} takes {batch * memory.cost[1] >> 20} MiB,"
+            f"a batch of {batch} through {task.structure.id} takes {maps >> 20} MiB,"
             f" this device gives {task.memory_bytes >> 20}"
         )
 
@@ -330,7 +337,8 @@ def _evaluate(
 ) -> tuple[int, int]:
     from liberatai_core.learning.training import log_probabilities  # noqa: PLC0415
 
-    predicted = log_probabilities(task.structure, task.data, base, x).argmax(axis=1)
+    found = log_probabilities(task.structure, task.data, base, x, runtime=task.runtime)
+    predicted = found.argmax(axis=1)
     return int((predicted == y).sum()), len(y)
 
 
@@ -363,7 +371,11 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         if len(body) != size:
             return
         try:
-            task = decode_work(body)
+            task = decode_request(body)
+            if isinstance(task, Prepare):
+                with contextlib.suppress(ImportError):  # the first task is answered with E_EXTRA
+                    import_module(task.runtime)
+                continue
             limit(task.memory_bytes, task.cpu_seconds)
             answer = _with_files(task, memory)
         except msgspec.MsgspecError as error:
@@ -383,7 +395,7 @@ def _with_files(task: Work, memory: Memory) -> Answer:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Confine the process, load torch while the agent still downloads, then serve.
+    """Confine the process, then serve.
 
     Args:
         argv: process id of the agent that started it, and the socket to it; none if a service manager did,
@@ -396,13 +408,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         channel = _accepted()
     os.set_inheritable(channel, False)
-    try:
-        from liberatai_core.learning.families import require_torch  # noqa: PLC0415
-
-        require_torch()
-    except LiberataiError:
-        # The first task is answered with E_EXTRA, where the operator sees it.
-        pass
     with os.fdopen(channel, "rb") as source, os.fdopen(os.dup(channel), "wb") as sink:
         serve(source, sink)
     return 0

@@ -65,10 +65,7 @@ def _check_machine(config: "AgentConfig") -> Checks:
     found.append((enough, f"disk: {free >> 20} MiB free", "" if enough else "free at least 64 MiB"))
     machine = probe.measure(config.state_path)
     has_torch = "torch" in machine.runtimes
-    advice = "to train: pip install 'liberatai[train]'"
-    found.append(
-        (True if has_torch else None, "torch" if has_torch else "no torch", "" if has_torch else advice)
-    )
+    found.append((True, "torch" if has_torch else "no torch: small networks are trained with numpy", ""))
     now = gate.decide(snapshot(config), config.gate)
     is_open, reason = now.open, now.reason
     found.append(
@@ -96,6 +93,7 @@ def _check_clock() -> Checks:
 
 def _check_data(config: "AgentConfig", profile: Any) -> Checks:
     from liberatai_agent import probe  # noqa: PLC0415
+    from liberatai_core.profile import PROCESS_BYTES, trainers  # noqa: PLC0415
 
     if config.data is None:
         return [(None, "no data", "this device only observes: set data: to an .npz file to train")]
@@ -110,9 +108,11 @@ def _check_data(config: "AgentConfig", profile: Any) -> Checks:
         checks.append((None, found.warning, ""))
     machine = probe.measure(config.state_path)
     caps = probe.capability(config, profile, machine, found, session=0, public_key=bytes(32))
-    enough = caps.tier == "full" or "torch" not in machine.runtimes
-    what = f"tier {caps.tier}, {caps.memory_bytes >> 20} MiB of memory for training"
-    advice = "" if enough else f"training needs {probe.FULL_MEMORY_BYTES >> 20} MiB"
+    able = trainers(caps.runtimes, caps.memory_bytes)
+    enough = caps.tier == "full"
+    with_what = f" with {able[0]}" if able else ""
+    what = f"tier {caps.tier}, {caps.memory_bytes >> 20} MiB of memory for training{with_what}"
+    advice = "" if enough else f"training needs {PROCESS_BYTES['numpy'] >> 20} MiB"
     checks.append((True if enough else None, what, advice))
     return checks
 

@@ -8,11 +8,13 @@ keyframe.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.contract.messages import Capability
+from liberatai_core.profile import Trainer, training_bytes
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
 from liberatai_core.structure import fitting
@@ -22,8 +24,6 @@ MIN_KEYFRAME_BITS = 2.0
 """Below two bits per weight a keyframe without retraining loses too much (compressor benchmark)."""
 CHAIN_ROUNDS = 12
 """Rounds whose deltas must fit beside the keyframe, before a new keyframe must be published."""
-TORCH_BYTES = 340 * 2**20
-"""Resident memory of the training process before the first batch (measured 330 MiB for a LeNet)."""
 PREFERRED_SHARE = 0.5
 """Of the deadline: who is done by then is not held back by `rounds.select: utility`."""
 LINK_SHARE = 0.1
@@ -57,6 +57,12 @@ BISECTIONS = 40
 """Halvings of the interval: far finer than any density that matters."""
 EFFICIENCY = 0.15
 """Share of the measured matrix product that small networks reach in training."""
+
+
+Try = tuple[str, str]
+"""A structure, and the tier that a device trained it in."""
+TIERS: Final[dict[Trainer, str]] = {"torch": "full", "numpy": "numpy"}
+"""What a device does that trains with a runtime, the wanted one first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,7 @@ class Assignment:
         density: share of the parameters that its updates carried when the plan was made.
         why: what speaks for the structure, and against the more wanted ones.
         link: how the density came about, in words.
+        tier: what it does with it: "full" trains with torch, "numpy" with numpy alone; "" without structure.
     """
 
     device: str
@@ -109,6 +116,7 @@ class Assignment:
     density: float
     why: str
     link: str = ""
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +186,24 @@ def down_bytes(job: JobSpec, candidate: Candidate) -> int:
     return update_bytes(candidate.travelling, candidate.down_density or candidate.density) + OVERHEAD_BYTES
 
 
-def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) -> Assignment:
+def assign(
+    job: JobSpec,
+    candidates: Sequence[Candidate],
+    device: Capability,
+    *,
+    too_heavy: Collection[Try] = (),
+) -> Assignment:
     """Return what one device gets: the first structure that nothing speaks against.
 
-    Where a measured link is all that speaks against one, the device gets it with density 0: it cannot take
-    part now, but links recover, and are measured anew only where something travels.
+    A structure is tried with torch, if the device has it, then with numpy. Where a measured link is all that
+    speaks against one, the device gets it with density 0: it cannot take part now, but links recover, and are
+    measured anew only where something travels.
+
+    Args:
+        job: settings.
+        candidates: the job's structures, most wanted first.
+        device: what it says of itself.
+        too_heavy: what it ran out of memory with.
     """
     refusal = unfit(job, device)
     if refusal:
@@ -190,17 +211,19 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
             device=device.device, structure="", budget_bytes=device.storage_bytes, density=0.0, why=refusal
         )
     against: list[str] = []
-    slow: Candidate | None = None
+    slow: tuple[Candidate, str] | None = None
     for candidate in candidates:
-        reason = _too_much(job, candidate, device)
+        tier, reason = _tier(job, candidate, device, too_heavy)
         share, link = density(job, candidate, device, round_s=spacing_s(job, job.rounds.count))
-        if reason is None and share:
-            return _given(job, candidate, device, against, share, link)
-        slow = slow if reason else candidate
+        if tier and share:
+            against += [reason] if reason else []
+            return _given(job, candidate, device, tier, against, share, link)
+        if tier:
+            slow = candidate, tier
         against.append(f"{candidate.id}: {reason or link}")
     if slow is not None and may_recover(device):
-        link = density(job, slow, device, round_s=spacing_s(job, job.rounds.count))[1]
-        return _given(job, slow, device, against, 0.0, link)
+        link = density(job, slow[0], device, round_s=spacing_s(job, job.rounds.count))[1]
+        return _given(job, slow[0], device, slow[1], against, 0.0, link)
     return Assignment(
         device=device.device,
         structure="",
@@ -211,11 +234,18 @@ def assign(job: JobSpec, candidates: Sequence[Candidate], device: Capability) ->
 
 
 def _given(
-    job: JobSpec, candidate: Candidate, device: Capability, against: Sequence[str], share: float, link: str
+    job: JobSpec,
+    candidate: Candidate,
+    device: Capability,
+    tier: str,
+    against: Sequence[str],
+    share: float,
+    link: str,
 ) -> Assignment:
     size = keyframe_budget(job, candidate, device.storage_bytes)
     limit = f"{size_text(device.storage_bytes)} storage" if device.storage_bytes else "unlimited storage"
-    fits = f"{candidate.id} fits: a keyframe of at most {size_text(size)} in {limit}"
+    with_what = "" if tier == "full" else f" with {tier}"
+    fits = f"{candidate.id} fits{with_what}: a keyframe of at most {size_text(size)} in {limit}"
     return Assignment(
         device=device.device,
         structure=candidate.id,
@@ -223,13 +253,14 @@ def _given(
         density=share,
         why="; ".join([*against, fits]),
         link=link,
+        tier=tier,
     )
 
 
 def unfit(job: JobSpec, device: Capability) -> str:
     """Return why a device cannot train in this job, whatever the structure; "": nothing speaks against it."""
     if device.tier != "full":
-        return f"tier {device.tier}: cannot train (torch is not installed or memory is too small)"
+        return f"tier {device.tier}: cannot train (it has no data, or too little memory)"
     if device.samples == 0 or device.data is None:
         return "no usable local data"
     if fitting(device.data.input_shape, job.data.input_shape) is None:
@@ -239,8 +270,38 @@ def unfit(job: JobSpec, device: Capability) -> str:
     return ""
 
 
+def _tier(
+    job: JobSpec, candidate: Candidate, device: Capability, too_heavy: Collection[Try]
+) -> tuple[str, str]:
+    """Return how a device trains a structure, "" for not at all, and what speaks against other ways."""
+    reason = _too_much(job, candidate, device)
+    if reason is not None:
+        return "", reason
+    against: list[str] = []
+    for trainer, tier in TIERS.items():
+        heavy = _too_heavy(job, candidate, device, trainer)
+        if heavy is None and (candidate.id, tier) in too_heavy:
+            heavy = f"with {trainer} it ran out of memory"
+        if heavy is None:
+            return tier, f"{candidate.id}: {'; '.join(against)}" if against else ""
+        against.append(heavy)
+    return "", "; ".join(against)
+
+
+def _too_heavy(job: JobSpec, candidate: Candidate, device: Capability, trainer: Trainer) -> str | None:
+    """Return what speaks against training a structure with a runtime on a device, or None."""
+    if trainer not in (device.runtimes or ("torch",)):
+        return f"{trainer} is not installed"
+    batch = min(job.training.batch_size, max(device.samples, 1))
+    memory = training_bytes(trainer, candidate.parameters, batch, candidate.activation_bytes)
+    if device.memory_bytes and memory > device.memory_bytes:
+        have = size_text(device.memory_bytes)
+        return f"training with {trainer} takes {size_text(memory)} of {have} memory"
+    return None
+
+
 def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | None:
-    """Return what beside its link speaks against a structure on a device, or None."""
+    """Return what beside its link and memory speaks against a structure on a device, or None."""
     if device.families and candidate.family not in device.families:
         return f"the device does not have the family {candidate.family}: install the package that brings it"
     keyframe = _largest_keyframe(job, candidate)
@@ -248,12 +309,6 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
         needs = f"{size_text(keyframe)} keyframe and {size_text(chain)} of deltas"
         return f"{needs} are more than {size_text(device.storage_bytes)} storage"
-    # Weights, gradient, two optimiser moments, the base and the difference: six float32 vectors.
-    memory = (
-        TORCH_BYTES + 24 * candidate.parameters + job.training.batch_size * 2 * candidate.activation_bytes
-    )
-    if device.memory_bytes and memory > device.memory_bytes:
-        return f"training takes {size_text(memory)} of {size_text(device.memory_bytes)} memory"
     seconds, deadline_s = _training_s(job, candidate, device), job.rounds.deadline_s
     if seconds > deadline_s * DEADLINE_MARGIN:
         return (

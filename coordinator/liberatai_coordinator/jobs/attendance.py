@@ -11,6 +11,7 @@ from liberatai_coordinator.fleet.devices import Device
 from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_core.contract.messages import Report
+from liberatai_core.errors import MemoryLimitError
 
 GRACE_S, GRACE_SHARE = 30.0, 0.25
 """How long a round waits for a device that is away: so long, or so much of its deadline if that is less."""
@@ -53,6 +54,8 @@ class Attendance:
             return
         if report.phase == "failed" and device.id not in now.failed:
             job.roster.failures.note(device.id, "failed", device.capability, now_s)
+            if report.reason.startswith(MemoryLimitError.code):
+                job.roster.lighten(device.id)
             job.collecting.decide(deciding.Failed(device=device.id))
         elif report.phase != "failed" and device.online and device.id in now.failed | now.gone:
             job.collecting.decide(deciding.Back(device=device.id))

@@ -48,6 +48,7 @@ class Roster:
         keyframe_bytes: per structure, what a keyframe may take.
         history: of participations, for selection.
         failures: of its devices, which are not asked again for a while.
+        too_heavy: what devices ran out of memory with: they get something lighter.
         trying: invited to the open round although their links were too slow when last measured.
     """
 
@@ -59,6 +60,7 @@ class Roster:
     assigned: dict[str, plan.Assignment] = field(default_factory=dict)
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     history: selection.History = field(default_factory=selection.History)
+    too_heavy: dict[str, frozenset[plan.Try]] = field(default_factory=dict)
     trying: set[str] = field(default_factory=set)
     failures: Failures = field(default_factory=Failures)
     _invited: list[deciding.Invitation] = field(default_factory=list)
@@ -139,7 +141,8 @@ class Roster:
             before = self.assigned.get(device.id)
             if device.capability is None or (before is not None and before.structure):
                 continue
-            made = plan.assign(self.job, present, device.capability)
+            heavy = self.too_heavy.get(device.id, frozenset())
+            made = plan.assign(self.job, present, device.capability, too_heavy=heavy)
             room = made.budget_bytes or self.keyframe_bytes.get(made.structure, 0)
             if made.structure and self.keyframe_bytes[made.structure] > room:
                 why = f"the keyframe is larger than its storage: {made.why}"
@@ -147,6 +150,25 @@ class Roster:
             self.assigned[device.id] = made
             changed = changed or made != before
         self._unsaved = self._unsaved or changed
+
+    def lighten(self, device: str) -> None:
+        """Give a device that ran out of memory something lighter: numpy for torch, or a smaller structure.
+
+        Where nothing lighter fits it keeps what it has, and is asked again after a pause.
+        """
+        assigned, known = self.assigned.get(device), self.fleet.devices.get(device)
+        if assigned is None or not assigned.structure or known is None or known.capability is None:
+            return
+        heavy = self.too_heavy.get(device, frozenset()) | {(assigned.structure, assigned.tier or "full")}
+        present = [c for c in self.candidates.values() if c.id in self.keyframe_bytes]
+        made = plan.assign(self.job, present, known.capability, too_heavy=heavy)
+        if not made.structure:
+            return
+        self.too_heavy[device] = heavy
+        self.assigned[device] = made
+        self.failures.clear(device)
+        self._unsaved = True
+        log.info("device %s ran out of memory: %s", device, made.why)
 
     def taking(self) -> list[tuple[str, str]]:
         """Return every (device, structure) of the plan."""

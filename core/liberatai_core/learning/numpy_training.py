@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_core.errors import TrainingError
-from liberatai_core.learning.families import learned
+from liberatai_core.learning.families import cost, learned, statistics_of
 from liberatai_core.learning.kernels import optimizer
 from liberatai_core.learning.kernels.augmentation import augment
 from liberatai_core.learning.kernels.layer import Array
 from liberatai_core.learning.kernels.loss import cross_entropy, log_softmax
 from liberatai_core.learning.kernels.network import Network, network
 from liberatai_core.learning.training import OnStep, TrainSettings, log_shares
+from liberatai_core.profile import MAPS, MAPS_BYTES
 from liberatai_core.structure import DataContract, Structure
 from liberatai_core.weights import Vector
 
@@ -37,6 +38,7 @@ def fit(
 ) -> tuple[Vector, float]:
     """Return new weights and the mean loss of the last epoch; see `training.train`."""
     model = network(structure, data, weights)
+    most = _most_at_once(structure, data)
     start = model.flat.copy() if settings.proximal else None
     factor = learned(structure, gain)
     offset = np.float32(settings.balance) * log_shares(y, data.classes)[:, None]
@@ -53,7 +55,7 @@ def fit(
         first = (step % batches) * settings.batch_size
         chosen = order[first : first + settings.batch_size]
         batch = augment(x[chosen], settings.augment, random)
-        losses.append(_gradient(model, batch, y[chosen], offset, settings, random))
+        losses.append(_gradient(model, batch, y[chosen], offset, settings, random, most))
         gradient = model.gradient
         if start is not None:
             gradient += np.float32(settings.proximal) * (model.flat - start)
@@ -86,6 +88,13 @@ def log_probabilities(
     return out
 
 
+def _most_at_once(structure: Structure, data: DataContract) -> int:
+    """Return how many samples go through the network at once; batch norms need the whole batch."""
+    if statistics_of(structure):
+        return 1 << 62
+    return max(1, MAPS_BYTES["numpy"] // (MAPS * cost(structure, data).activation_bytes_per_sample))
+
+
 def _stepping(settings: TrainSettings, parameters: int, *, own_decay: bool) -> optimizer.Step:
     decay = settings.weight_decay if own_decay else 0.0
     if settings.optimizer == "adam":
@@ -100,21 +109,33 @@ def _gradient(
     offset: Array,
     settings: TrainSettings,
     random: np.random.Generator,
+    most: int,
 ) -> float:
-    """Write the gradient of one batch's loss into the model; return the loss."""
+    """Write the gradient of one batch's loss into the model, a part after the other; return the loss."""
     share, other = 1.0, labels
     if settings.mixup:
         share = float(random.beta(settings.mixup, settings.mixup))
         places = random.permutation(len(batch))
         other = labels[places]
         batch = np.float32(share) * batch + np.float32(1 - share) * batch[places]
-    logits = model.forward(batch, training=True)
-    logits += offset
-    loss, gradient = cross_entropy(logits, labels, settings.label_smoothing)
-    if settings.mixup:
-        loss_other, gradient_other = cross_entropy(logits, other, settings.label_smoothing)
-        loss = share * loss + (1 - share) * loss_other
-        gradient *= np.float32(share)
-        gradient += np.float32(1 - share) * gradient_other
-    model.backward(gradient)
+    total, loss = None, 0.0
+    for part in (slice(first, first + most) for first in range(0, len(batch), most)):
+        logits = model.forward(batch[part], training=True)
+        logits += offset
+        found, gradient = cross_entropy(logits, labels[part], settings.label_smoothing)
+        if settings.mixup:
+            found_other, gradient_other = cross_entropy(logits, other[part], settings.label_smoothing)
+            found = share * found + (1 - share) * found_other
+            gradient *= np.float32(share)
+            gradient += np.float32(1 - share) * gradient_other
+        whole = len(batch) <= most
+        weight = 1.0 if whole else logits.shape[1] / len(batch)
+        loss += weight * found
+        if not whole:
+            gradient *= np.float32(weight)
+        model.backward(gradient)
+        if not whole:
+            total = model.gradient.copy() if total is None else np.add(total, model.gradient, out=total)
+    if total is not None:
+        model.gradient[:] = total
     return loss

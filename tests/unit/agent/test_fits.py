@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from liberatai_agent.fits import MIB, Limits, memory_bytes, require_fits, seen
+from liberatai_agent.fits import MIB, Limits, memory_bytes, require_fits, seen, trainer_of
 from liberatai_core.contract.messages import TaskSpec, Training
 from liberatai_core.errors import LiberataiError
+from liberatai_core.profile import Trainer
 from liberatai_core.structure import MAX_INPUT, MAX_PARAMETERS, DataContract, Structure, Tensor
 
 BOARD = Limits(memory_bytes=512 * MIB, residual_bytes=128 * MIB, samples=1000)
@@ -17,6 +18,22 @@ def a_spec(*shape: int, **changes: Any) -> TaskSpec:
     structure = Structure("mlp", {"hidden": 1}, (Tensor("w", shape or (100, 100)),))
     fields: dict[str, Any] = {"job": "job", "structure": structure, "data": DataContract((10,), 3)} | changes
     return TaskSpec(**fields)
+
+
+TORCH: Trainer = "torch"
+
+
+def test_numpy_trains_where_torch_does_not_fit_or_did_not() -> None:
+    both = {"runtimes": ("torch", "onnxruntime", "numpy")}
+    roomy, tight = Limits(memory_bytes=512 * MIB, **both), Limits(memory_bytes=300 * MIB, **both)  # type: ignore[arg-type]
+    assert trainer_of(a_spec(), roomy) == "torch"
+    assert trainer_of(a_spec(), roomy, (TORCH,)) == "numpy"
+    assert trainer_of(a_spec(), roomy, ("torch", "numpy")) == "numpy"
+    assert trainer_of(a_spec(), tight) == "numpy"
+    assert trainer_of(a_spec(), Limits()) == "torch"
+    with pytest.raises(LiberataiError, match="this device gives 60"):
+        require_fits(a_spec(), 0.05, Limits(memory_bytes=60 * MIB))
+    require_fits(a_spec(), 0.05, Limits(memory_bytes=60 * MIB), "numpy")
 
 
 def test_an_ordinary_task_fits() -> None:

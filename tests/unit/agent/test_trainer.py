@@ -485,6 +485,48 @@ def test_the_limit_of_the_process_refuses_what_no_estimate_foresaw(chain: Chain,
         asyncio.run(scenario())
 
 
+def test_numpy_trains_without_torch_in_the_process(chain: Chain, data: Path) -> None:
+    without_torch = """
+import sys
+sys.modules["torch"] = None
+from liberatai_agent.children.trainer_child import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+    async def scenario() -> TrainingResult:
+        trainer = Trainer(60.0, [sys.executable, "-c", without_torch])
+        try:
+            return await trainer.train(a_work(chain, data, runtime="numpy"))
+        finally:
+            await trainer.close()
+
+    found = asyncio.run(scenario())
+    assert found.loss is not None
+    assert np.isfinite(total(found)).all()
+    assert np.abs(total(found)).max() > 0
+    here = done(work(a_work(chain, data, runtime="numpy"), Memory()))
+    assert found.body == here.body
+    assert found.body != done(work(a_work(chain, data), Memory())).body
+
+
+def test_after_torch_ran_out_of_memory_a_process_without_it_takes_over(chain: Chain, data: Path) -> None:
+    async def scenario() -> None:
+        trainer = Trainer(60.0)
+        try:
+            await trainer.train(a_work(chain, data))
+            first = trainer.pid
+            await trainer.train(a_work(chain, data, runtime="numpy"))
+            second = trainer.pid
+            assert second != first
+            assert "torch" not in Path(f"/proc/{second}/maps").read_text()
+            await trainer.train(a_work(chain, data, runtime="numpy"))
+            assert trainer.pid == second
+        finally:
+            await trainer.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_training_that_takes_more_processor_time_than_its_deadline_says_so(
     chain: Chain, data: Path
 ) -> None:

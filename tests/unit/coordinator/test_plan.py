@@ -97,6 +97,32 @@ def test_a_limit_leads_to_the_smaller_structure_and_is_named(changes: dict[str, 
     assert reason in given.why
 
 
+BOARD: dict[str, Any] = {"memory_bytes": 100 * 2**20, "runtimes": ("numpy",)}
+
+
+def test_a_board_without_torch_trains_with_numpy() -> None:
+    given = assign(JOB, [LARGE, SMALL], device(**BOARD))
+    assert (given.structure, given.tier) == ("cnn-width32", "numpy")
+    assert "torch is not installed" in given.why
+    assert "fits with numpy" in given.why
+    small = assign(JOB, [LARGE, SMALL], device(**{**BOARD, "memory_bytes": 50 * 2**20}))
+    assert (small.structure, small.tier) == ("mlp", "numpy")
+
+
+def test_torch_that_is_installed_and_too_large_is_not_used() -> None:
+    given = assign(JOB, [LARGE, SMALL], device(memory_bytes=300 * 2**20, runtimes=("torch", "numpy")))
+    assert (given.structure, given.tier) == ("cnn-width32", "numpy")
+    assert "training with torch takes 34" in given.why
+
+
+def test_what_a_device_ran_out_of_memory_with_is_not_given_again() -> None:
+    both = device(runtimes=("torch", "numpy"))
+    tried: list[tuple[str, str]] = []
+    while (given := assign(JOB, [LARGE, SMALL], both, too_heavy=tried)).structure:
+        tried.append((given.structure, given.tier))
+    assert tried == [("cnn-width32", "full"), ("cnn-width32", "numpy"), ("mlp", "full"), ("mlp", "numpy")]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -99,7 +99,7 @@ def test_mlp_has_the_sizes_that_its_parameters_say() -> None:
 @pytest.mark.parametrize(
     ("family", "params", "text"),
     [
-        ("nope", {}, "known are cnn, cnn1d, ds_cnn, mlp"),
+        ("nope", {}, "known: cnn, cnn1d, ds_cnn, mlp"),
         ("cnn", {}, "width must be an integer"),
         ("cnn", {"width": 0}, "width"),
         ("cnn", {"width": 10**9}, "width"),
