@@ -151,7 +151,7 @@ class Service:
         self._restored = True
 
     async def run(self) -> None:
-        """Serve until cancelled, or until `fencing.behind`: then the same must be started once more."""
+        """Serve until cancelled, or until `fencing.ends`: behind, the same must be started once more."""
         if not self._restored:
             self.doors.restore()
             self.devices.restore()
@@ -232,7 +232,7 @@ class Service:
         self.updates.cancel()
         self.doors.cancel()
         self.devices.save_traffic()
-        if not self.fencing.behind:
+        if not self.fencing.ends:
             with contextlib.suppress(TimeoutError, LiberataiError):
                 await asyncio.wait_for(
                     self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
@@ -290,7 +290,7 @@ class Service:
             self._note_fencing()
 
     def _note_fencing(self) -> None:
-        if self.fencing.behind:
+        if self.fencing.ends:
             self._behind.set()
 
     def _refuse(self, topic: str, payload: bytes, error: LiberataiError) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,13 +19,15 @@ from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.broker_lists import BrokerLists
 from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.intake.fencing import first_epoch
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.store.database import REPLACED
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.topics import Topics
-from liberatai_core.errors import ConfigError, DiskError, MissingExtraError
+from liberatai_core.errors import ConfigError, DiskError, MissingExtraError, ReplacedError
 from liberatai_core.learning.families import require_torch
 from liberatai_core.link.link import Link, Will
 from liberatai_core.link.mqtt import MqttLink, MqttSettings
@@ -59,7 +62,12 @@ def mqtt_link(config: CoordinatorConfig, will: Will) -> Link:
 
 @contextmanager
 def build(
-    config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, jumps: int = 0, threaded: bool = True
+    config: CoordinatorConfig,
+    make_link: MakeLink = mqtt_link,
+    *,
+    jumps: int = 0,
+    threaded: bool = True,
+    take_over: bool = False,
 ) -> Iterator[Service]:
     """Put a coordinator together; its ledger is closed at the end.
 
@@ -68,13 +76,15 @@ def build(
         make_link: makes its link.
         jumps: see `Fencing`.
         threaded: see `Ledger.open`.
+        take_over: take the place of every other coordinator with this key.
 
     Raises:
         LockedError: another coordinator uses the state folder.
+        ReplacedError: another one took the place of this one.
         ConfigError, DiskError: a file is missing, unreadable or wrong.
     """
     folder = Path(config.state_dir)
-    ledger = Ledger.open(folder, threaded=threaded)
+    ledger = Ledger.open(folder, threaded=threaded, epoch_after=taking_over if take_over else None)
     try:
         signer = Signer.from_seed(load_key(folder / "coordinator.key"), config.fleet)
         topics = Topics(fleet=config.fleet)
@@ -107,6 +117,11 @@ def build(
         yield service
     finally:
         ledger.close()
+
+
+def taking_over(before: int) -> int:
+    """Return the epoch of a coordinator that now takes the place of one that was at epoch `before`."""
+    return first_epoch(before, time.time())
 
 
 def mqtt_settings(config: CoordinatorConfig) -> MqttSettings:
@@ -156,15 +171,20 @@ def load_key(path: Path) -> bytes:
     return key
 
 
-def serve(config: CoordinatorConfig) -> int:
+def serve(config: CoordinatorConfig, *, take_over: bool = False) -> int:
     """Run a coordinator until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        config: settings.
+        take_over: see `build`.
 
     Raises:
         LockedError: another coordinator uses this state folder.
+        ReplacedError: another one took, or takes, the place of this one.
         ConfigError, DiskError: it cannot start.
     """
     prepare()
-    return asyncio.run(run(config))
+    return asyncio.run(run(config, take_over=take_over))
 
 
 def prepare() -> None:
@@ -182,18 +202,22 @@ def prepare() -> None:
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
-async def run(config: CoordinatorConfig, make_link: MakeLink = mqtt_link) -> int:
+async def run(
+    config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, take_over: bool = False
+) -> int:
     """Run a coordinator in this event loop until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        LockedError, ConfigError, DiskError: see `serve`.
+        LockedError, ReplacedError, ConfigError, DiskError: see `serve`.
     """
     jumps = 0
     while True:
-        with build(config, make_link, jumps=jumps) as service:
+        with build(config, make_link, jumps=jumps, take_over=take_over and not jumps) as service:
             code = await _run(service)
             if service.jobs.working:
                 _leave(service, code)
+        if service.fencing.replaced and code != 0:
+            raise ReplacedError(f"{config.state_dir}: {REPLACED}")
         if not service.fencing.behind or code == 0:
             return code
         jumps += 1

@@ -256,6 +256,12 @@ class LockedError(LiberataiError):
     code = "E_LOCKED"
 
 
+class ReplacedError(LiberataiError):
+    """Another one took this program's place on purpose: it must not run."""
+
+    code = "E_REPLACED"
+
+
 class StateError(LiberataiError):
     """Not possible in the state that the thing is in now."""
 

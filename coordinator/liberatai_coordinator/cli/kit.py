@@ -20,6 +20,7 @@ from liberatai_core.errors import (
     ConfigError,
     LiberataiError,
     NotFoundError,
+    ReplacedError,
     RoundUnknownError,
     UnknownDeviceError,
 )
@@ -32,6 +33,8 @@ Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Version = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
 
 FAILED, USAGE, PARTLY, NOT_FOUND = 1, 2, 3, 4
+STAY_STOPPED = 78
+"""EX_CONFIG of sysexits.h: the service's unit does not start it again by itself."""
 
 _SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,9})?) ?(?P<unit>[A-Za-z]{0,3})")
 _UNITS = {
@@ -80,6 +83,8 @@ def complain(error: LiberataiError) -> int:
         print(f"liberatai: {error.code}: {clean(line)}", file=sys.stderr)
     if isinstance(error, ConfigError):
         return USAGE
+    if isinstance(error, ReplacedError):
+        return STAY_STOPPED
     if isinstance(error, NotFoundError | UnknownDeviceError | RoundUnknownError):
         return NOT_FOUND
     return FAILED

@@ -23,6 +23,9 @@ class LogFormat(StrEnum):
 
 def serve(
     config: Annotated[Path, typer.Option("--config", "-c", help="Settings of the coordinator (YAML).")],
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Shut out every other coordinator with this key.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details.")] = False,
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="auto (text; priorities for the journal), text or json.")
@@ -33,7 +36,7 @@ def serve(
     logs.set_up(log_format.value, verbose=verbose)
     from liberatai_coordinator import wiring
 
-    raise typer.Exit(wiring.serve(settings))
+    raise typer.Exit(wiring.serve(settings, take_over=take_over))
 
 
 def demo(

@@ -21,7 +21,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from liberatai_coordinator.store.migration import SCHEMA_VERSION, create, upgrade
 from liberatai_coordinator.store.tables import META
-from liberatai_core.errors import BusyError, ConfigError, DiskError, LiberataiError, LockedError
+from liberatai_core.errors import (
+    BusyError,
+    ConfigError,
+    DiskError,
+    LiberataiError,
+    LockedError,
+    ReplacedError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,11 @@ MAX_PAUSE_S: Final = 0.05
 
 READERS: Final = 64
 """Threads that read at once; more wait for each other."""
+
+REPLACED: Final = (
+    "another coordinator with this key took the place of this one (restored from its backup, or started with"
+    " --take-over): leave this one stopped; if it is the right one, `liberatai serve --take-over`"
+)
 
 _REFUSED = (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error)
 _FATAL_SYNC = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
@@ -82,17 +94,22 @@ class Database:
         self.wake: Callable[[], None] = lambda: None
 
     @classmethod
-    def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES) -> "Database":
+    def open(
+        cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES, epoch_after: Callable[[int], int] | None = None
+    ) -> "Database":
         """Lock the folder, check the database, and begin a new epoch.
 
         Args:
             folder: made if it is not there.
             reserve_bytes: free space that `require_space` leaves on the disk.
+            epoch_after: the epoch to begin with instead of the next one, from the last one; whoever replaced this
+                coordinator is replaced by it in turn.
 
         Raises:
             LockedError: another coordinator uses the folder.
             DiskError: the disk refuses, or the database is damaged (the text says what to do).
             ConfigError: the database is of a newer LiberatAI or of another program.
+            ReplacedError: another coordinator took the place of this one, see `note_replaced`.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,7 +119,7 @@ class Database:
         engine = _engine(folder / "ledger.db")
         database = cls(folder, lock_fd, engine, reserve_bytes)
         try:
-            database._begin_epoch()
+            database._begin_epoch(epoch_after)
         except BaseException:
             database.close()
             raise
@@ -209,7 +226,7 @@ class Database:
         except _REFUSED as error:
             raise self._translate(error) from error
 
-    def _begin_epoch(self) -> None:
+    def _begin_epoch(self, epoch_after: Callable[[int], int] | None) -> None:
         version = self._check()
         copy = self._keep_copy(version) if 0 < version < SCHEMA_VERSION else None
         with self.write() as connection:
@@ -219,8 +236,12 @@ class Database:
                 upgrade(connection, version)
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            before = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch")).scalar()
-            self.epoch = (before or 0) + 1
+            before = _number(connection, "epoch")
+            self.epoch = before + 1
+            if epoch_after is not None:
+                self.epoch = epoch_after(max(before, _number(connection, "replaced_by")))
+            elif _number(connection, "replaced_by") > before:
+                raise ReplacedError(f"{self.folder}: {REPLACED}")
             upsert_many(connection, META, [{"key": "epoch", "value": self.epoch}], keys=("key",))
         if copy is not None:
             log.warning("the ledger went from schema %d to %d; before: %s", version, SCHEMA_VERSION, copy)
@@ -274,6 +295,18 @@ class Database:
         with self.write() as connection:
             value = max(self.epoch, epoch)
             upsert_many(connection, META, [{"key": "epoch", "value": value}], keys=("key",))
+
+    def note_replaced(self, epoch: int) -> None:
+        """Let no start on this folder succeed any more, but one that says what it wants (`epoch_after`).
+
+        Args:
+            epoch: of the coordinator that took the place of this one.
+
+        Raises:
+            DiskError, BusyError: it cannot be written.
+        """
+        with self.write() as connection:
+            upsert_many(connection, META, [{"key": "replaced_by", "value": epoch}], keys=("key",))
 
     def _check(self) -> int:
         """Return the number of the schema; 0: the database is empty."""
@@ -337,6 +370,10 @@ def upsert_many(
         if name not in (*keys, *keep)
     }
     connection.execute(insert.on_conflict_do_update(keys, set_=new), list(rows))
+
+
+def _number(connection: sa.Connection, key: str) -> int:
+    return connection.execute(sa.select(META.c.value).where(META.c.key == key)).scalar() or 0
 
 
 def columns_of(row: Any) -> dict[str, Any]:

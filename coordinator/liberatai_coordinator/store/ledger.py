@@ -4,6 +4,7 @@ One store per noun; all of them share one database and one writer thread. Every 
 transaction and may be called from any thread.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +37,29 @@ class Ledger:
     audit: AuditStore
 
     @classmethod
-    def open(cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES, threaded: bool = True) -> "Ledger":
+    def open(
+        cls,
+        folder: Path,
+        *,
+        reserve_bytes: int = RESERVE_BYTES,
+        threaded: bool = True,
+        epoch_after: Callable[[int], int] | None = None,
+    ) -> "Ledger":
         """Lock the folder, check the database, and begin a new epoch.
 
         Args:
             folder: made if it is not there.
             reserve_bytes: free space that updates leave on the disk.
             threaded: a thread writes; without one, whoever opened it calls `writer.write_queued`.
+            epoch_after: see `Database.open`.
 
         Raises:
             LockedError: another coordinator uses the folder.
             DiskError: the disk refuses, or the database is damaged (the text says what to do).
             ConfigError: the database is of a newer LiberatAI or of another program.
+            ReplacedError: another coordinator took the place of this one.
         """
-        database = Database.open(folder, reserve_bytes=reserve_bytes)
+        database = Database.open(folder, reserve_bytes=reserve_bytes, epoch_after=epoch_after)
         try:
             writer = Writer(database)
             ledger = cls(
@@ -85,6 +95,10 @@ class Ledger:
     def raise_epoch(self, epoch: int) -> None:
         """Let the next start begin above an epoch that was used before; see `Database.raise_epoch`."""
         self.database.raise_epoch(epoch)
+
+    def note_replaced(self, epoch: int) -> None:
+        """Let no start on this folder succeed any more; see `Database.note_replaced`."""
+        self.database.note_replaced(epoch)
 
     def close(self) -> None:
         """Write what is queued, and let go of the folder; idempotent."""

@@ -5,12 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_coordinator.intake.fencing import MAX_JUMPS, Fencing
+from liberatai_coordinator.intake.fencing import (
+    BEGIN_2026_S,
+    LAST_EPOCH,
+    MAX_JUMPS,
+    Fencing,
+    first_epoch,
+    generation,
+)
 from liberatai_coordinator.service import presence_frame
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Head
-from liberatai_core.errors import FrameError, ReplayError, SignatureError, UnknownDeviceError
+from liberatai_core.errors import (
+    FrameError,
+    ReplacedError,
+    ReplayError,
+    SignatureError,
+    UnknownDeviceError,
+)
 
 OWN, OTHER = Signer.from_seed(b"o" * 32, "f"), Signer.from_seed(b"x" * 32, "f")
 
@@ -101,3 +114,56 @@ def test_two_that_jump_above_each_other_come_to_an_end(ledger: Ledger) -> None:
     found.shown("d0", presence_frame(OWN, "co1", 9, "online"))
     assert not found.behind
     assert found.fault
+
+
+# --- one that was put in the place of another ----------------------------------------------------------
+
+NOW_S = BEGIN_2026_S + 365 * 86_400
+
+
+@pytest.mark.parametrize("now_s", [0.0, NOW_S, 2e10])
+@pytest.mark.parametrize("before", [0, 1, 5, first_epoch(3, NOW_S) + 7, first_epoch(first_epoch(3, NOW_S), NOW_S)])
+def test_whoever_takes_a_place_begins_above_it_whatever_the_clock_says(before: int, now_s: float) -> None:
+    epoch = first_epoch(before, now_s)
+    assert generation(epoch) > generation(before)
+    assert before < epoch < LAST_EPOCH
+    assert generation(epoch + 1000) == generation(epoch)  # its next starts
+
+
+def test_the_later_of_two_restored_ones_takes_the_place() -> None:
+    assert generation(first_epoch(5, NOW_S + 60)) > generation(first_epoch(5, NOW_S))
+
+
+@pytest.mark.parametrize("epoch", [1, 10**6, 10**9, 2**40, 2**52, LAST_EPOCH])
+def test_plain_numbers_are_no_generation(epoch: int) -> None:
+    assert generation(epoch) == 0
+
+
+def test_one_that_was_replaced_never_starts_again_unless_told_to(ledger: Ledger) -> None:
+    found = fencing(ledger)
+    other = first_epoch(3, NOW_S)
+    found.shown("d0", presence_frame(OWN, "co1", other, "online"))
+    assert (found.replaced, found.behind, found.ends) == (True, False, True)
+    ledger.close()
+    for _ in range(2):
+        with pytest.raises(ReplacedError, match="--take-over"):
+            Ledger.open(ledger.folder)
+    back = Ledger.open(ledger.folder, epoch_after=lambda before: first_epoch(before, NOW_S))
+    assert generation(back.epoch) > generation(other)
+    back.close()
+    again = Ledger.open(ledger.folder)
+    assert again.epoch == back.epoch + 1
+    again.close()
+
+
+def test_one_that_was_put_in_the_place_goes_on_above_a_copy_of_its_own(ledger: Ledger) -> None:
+    mine = first_epoch(0, NOW_S)
+    ledger.raise_epoch(mine)
+    ledger.close()
+    again = Ledger.open(ledger.folder)
+    found = fencing(again)
+    found.own_presence(presence_frame(OWN, "co1", 5, "online"))
+    assert not found.ends
+    found.own_presence(presence_frame(OWN, "co1", mine + 9, "online"))
+    assert (found.replaced, found.behind) == (False, True)
+    again.close()
