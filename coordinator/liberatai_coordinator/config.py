@@ -323,6 +323,12 @@ class Joining(Settings, frozen=True, kw_only=True):
     rejoin_days: Annotated[float, Meta(ge=0, le=3650)] = 30.0
 
 
+FILES = ("password_file", "ca_file", "cert_file", "key_file")
+FOLDERS = ("ca_dir", "broker_dir")
+"""Settings that name files and folders: they start from the folder of the settings file, and a backup takes
+them along."""
+
+
 class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     """Settings of `liberatai serve`.
 
@@ -363,8 +369,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
 
     def relative_to(self, folder: PurePath) -> "CoordinatorConfig":
         """Return the settings with their paths taken from `folder`, where the settings file lies."""
-        names = ("password_file", "ca_file", "cert_file", "key_file", "state_dir", "ca_dir", "broker_dir")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in (*FILES, *FOLDERS, "state_dir")}
         return msgspec.structs.replace(
             self, **{name: str(folder / path) for name, path in given.items() if path is not None}
         )

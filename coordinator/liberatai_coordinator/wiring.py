@@ -21,11 +21,13 @@ from liberatai_coordinator.control.broker_lists import BrokerLists
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.intake.fencing import first_epoch
 from liberatai_coordinator.jobs.publisher import Publisher
+from liberatai_coordinator.jobs.renewal import renew
 from liberatai_coordinator.service import Service, presence_frame
 from liberatai_coordinator.store.database import REPLACED
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract.frame import Signer
+from liberatai_core.contract.messages import RUN_BYTES
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError, MissingExtraError, ReplacedError
 from liberatai_core.learning.families import require_torch
@@ -86,6 +88,8 @@ def build(
     folder = Path(config.state_dir)
     ledger = Ledger.open(folder, threaded=threaded, epoch_after=taking_over if take_over else None)
     try:
+        if jumps or take_over:
+            renew(ledger, os.urandom(RUN_BYTES))
         signer = Signer.from_seed(load_key(folder / "coordinator.key"), config.fleet)
         topics = Topics(fleet=config.fleet)
         will = Will(
@@ -202,9 +206,7 @@ def prepare() -> None:
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
-async def run(
-    config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, take_over: bool = False
-) -> int:
+async def run(config: CoordinatorConfig, make_link: MakeLink = mqtt_link, *, take_over: bool = False) -> int:
     """Run a coordinator in this event loop until SIGTERM or SIGINT; returns the exit code.
 
     Raises:

@@ -342,7 +342,7 @@ def test_a_ledger_from_before_there_were_variants_gets_the_table(tmp_path: Path)
     with repository(tmp_path):
         pass
     database = sqlite3.connect(tmp_path / "ledger.db")
-    database.execute("DROP TABLE variants")
+    database.executescript("DROP TABLE variants; DROP TABLE alembic_version; PRAGMA user_version = 2;")
     database.close()
     with repository(tmp_path) as service:
         assert service.ledger.versions.variants("tiny") == []

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from liberatai_coordinator.cli import (
+    backup,
     broker,
     ca,
     devices,
@@ -33,6 +34,7 @@ DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
 
 
 app = group("Train one model together on devices that differ.", "liberatai devices list")
+app.add_typer(backup.app, name="backup")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")
 app.add_typer(devices.app, name="devices")

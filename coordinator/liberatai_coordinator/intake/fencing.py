@@ -4,9 +4,9 @@ Devices ignore a word of a lower epoch than one that they have believed of the s
 to nobody until it has been started often enough. What its own key has signed tells it: its retained presence
 at the broker, or the frame that a device shows it (EpochSeen). No word of anybody else is believed.
 
-Whoever is put in its place on purpose (a backup is restored, `serve --take-over`) begins a new *generation*: the
-upper bits of an epoch, the minutes since 2026. A coordinator that hears of a later generation than its own is
-not a copy that is behind but the one that was replaced: it stops, and does not start again.
+Whoever is put in its place on purpose (a backup is restored, `serve --take-over`) begins a new *generation*:
+the upper bits of an epoch, the minutes since 2026. A coordinator that hears of a later generation than its
+own is not a copy that is behind but the one that was replaced: it stops, and does not start again.
 """
 
 import logging
@@ -29,8 +29,8 @@ STARTS_BITS = 24
 """Lower bits of an epoch: starts of one generation. Once a second, they last for half a year."""
 FIRST_GENERATION = 480_000
 LAST_GENERATION = 40_000_000
-"""Minutes since 2026: November 2026, when there were generations for the first time, and 2102. What is outside
-comes from a clock that is wrong, or is the plain number of a coordinator that was never replaced."""
+"""Minutes since 2026: November 2026, when there were generations for the first time, and 2102. What is
+outside comes from a clock that is wrong, or is the plain number of a coordinator that was never replaced."""
 BEGIN_2026_S = 1_767_225_600.0
 
 

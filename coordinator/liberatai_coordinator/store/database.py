@@ -95,15 +95,19 @@ class Database:
 
     @classmethod
     def open(
-        cls, folder: Path, *, reserve_bytes: int = RESERVE_BYTES, epoch_after: Callable[[int], int] | None = None
+        cls,
+        folder: Path,
+        *,
+        reserve_bytes: int = RESERVE_BYTES,
+        epoch_after: Callable[[int], int] | None = None,
     ) -> "Database":
         """Lock the folder, check the database, and begin a new epoch.
 
         Args:
             folder: made if it is not there.
             reserve_bytes: free space that `require_space` leaves on the disk.
-            epoch_after: the epoch to begin with instead of the next one, from the last one; whoever replaced this
-                coordinator is replaced by it in turn.
+            epoch_after: the epoch to begin with instead of the next one, from the last one; whoever replaced
+                this coordinator is replaced by it in turn.
 
         Raises:
             LockedError: another coordinator uses the folder.
@@ -125,6 +129,56 @@ class Database:
             raise
         return database
 
+    @classmethod
+    def look(cls, folder: Path) -> "Database":
+        """Open a copy of a database to read it; it is checked, and nothing in it changes.
+
+        Raises:
+            LockedError: somebody uses the folder.
+            DiskError: it is damaged.
+            ConfigError: it is not of this release.
+        """
+        database = cls(folder, _lock(folder / "lock"), _engine(folder / "ledger.db"), 0)
+        try:
+            database._require_today()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _require_today(self) -> None:
+        version = self._check()
+        if version != SCHEMA_VERSION:
+            fault = f"schema {version}, this program reads {SCHEMA_VERSION}: use the release that runs there"
+            raise ConfigError(str(self._path), [fault])
+
+    @staticmethod
+    def copy(path: Path, copy: Path) -> None:
+        """Write a consistent copy of a database while others use it; it is whole or absent.
+
+        Args:
+            path: of the database.
+            copy: of the copy; nobody else may read it.
+
+        Raises:
+            DiskError: it cannot be written, or the database is damaged.
+        """
+        beside = copy.with_name(f"{copy.name}.tmp")
+        try:
+            beside.unlink(missing_ok=True)
+            beside.touch(mode=0o600)
+            with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_MS / 1000)) as connection:
+                connection.execute("VACUUM INTO ?", (str(beside),))
+            _sync(beside)
+            beside.replace(copy)
+            _sync(copy.parent)
+        except OSError as error:
+            raise DiskError(f"{copy}: {error.strerror}; free space or check the disk") from error
+        except sqlite3.Error as error:
+            if (error.sqlite_errorcode or 0) & 0xFF in _DAMAGED:
+                raise _damaged(path, str(error)) from error
+            raise DiskError(f"{copy}: {error}; free space or check the disk") from error
+
     def close(self) -> None:
         """Let go of the folder; idempotent."""
         if self._lock_fd < 0:
@@ -132,6 +186,11 @@ class Database:
         self.engine.dispose()
         os.close(self._lock_fd)
         self._lock_fd = -1
+
+    def number(self, key: str) -> int:
+        """Return a number that the ledger keeps for itself, e.g. "epoch"; 0 if there is none."""
+        with self.read() as connection:
+            return _number(connection, key)
 
     def require_alive(self) -> None:
         """Refuse when nothing can be promised any more.
@@ -262,29 +321,8 @@ class Database:
                 f"{self.folder}: no room for a copy of the ledger before its upgrade from schema {version}"
             )
             raise DiskError(f"{fault} to {SCHEMA_VERSION}: free {size + self._reserve_bytes >> 20} MiB")
-        self.copy_to(copy)
+        self.copy(self._path, copy)
         return copy
-
-    def copy_to(self, copy: Path) -> None:
-        """Write a consistent copy of the database while others go on; it is whole or absent.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
-        beside = copy.with_name(f"{copy.name}.tmp")
-        try:
-            beside.unlink(missing_ok=True)
-            beside.touch(mode=0o600)
-            with closing(self.engine.raw_connection()) as connection:
-                driver: Any = connection.driver_connection
-                driver.execute("VACUUM INTO ?", (str(beside),))
-            _sync(beside)
-            beside.replace(copy)
-            _sync(copy.parent)
-        except OSError as error:
-            raise DiskError(f"{copy}: {error.strerror}; free space or check the disk") from error
-        except _REFUSED as error:
-            raise self._translate(error) from error
 
     def raise_epoch(self, epoch: int) -> None:
         """Let the next start begin above an epoch that was used before; on disk when this returns.
@@ -392,6 +430,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_unused(folder: Path) -> None:
+    """Refuse a state folder that somebody works on.
+
+    Raises:
+        LockedError: another coordinator uses it. DiskError: it cannot be looked at.
+    """
+    os.close(_lock(folder / "lock"))
 
 
 def _lock(path: Path) -> int:

@@ -106,6 +106,17 @@ class JobStore:
             raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
         return JobRow(**row)
 
+    def set_spec(self, name: str, spec: bytes) -> None:
+        """Change the specification of a job: where its files lie.
+
+        Raises:
+            NotFoundError: no such job.
+        """
+        change = sa.update(JOBS).where(JOBS.c.name == name).values(spec=spec)
+        with self._database.write() as connection:
+            if not connection.execute(change).rowcount:
+                raise NotFoundError(f"job {name}: not known (see `liberatai jobs list`)")
+
     def set_state(self, name: str, state: str, reason: str = "") -> None:
         """Change the state of a job, and why.
 

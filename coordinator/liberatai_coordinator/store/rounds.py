@@ -61,6 +61,26 @@ class RoundStore:
             changes = {"epoch": row.epoch, "opened_s": row.opened_s, "asked": asked, "invited": invited}
             _change_round(connection, before, changes)
 
+    def invite_anew(self, job: str, invited: Mapping[int, bytes], values: Mapping[str, bytes]) -> None:
+        """Replace the invitations of open rounds, together with values of their job.
+
+        Args:
+            job: name of the job.
+            invited: the invitations, by the number of the round.
+            values: as `JobStore.set_value` writes them.
+
+        Raises:
+            RoundUnknownError, RoundClosedError: no such round, or it is not open; nothing is changed.
+        """
+        with self._database.write() as connection:
+            for number, content in invited.items():
+                row = _known_state(connection, job, number)
+                if row.state != "open":
+                    raise RoundClosedError(f"round {number} of {job} is {row.state}")
+                _change_round(connection, row, {"invited": zlib.compress(content, 1)})
+            rows = [{"job": job, "key": key, "value": value} for key, value in values.items()]
+            upsert_many(connection, JOB_VALUES, rows, keys=("job", "key"))
+
     def close(self, job: str, number: int, frozen: Sequence[bytes] | None = None) -> tuple[bytes, ...]:
         """Freeze the round's set of updates, in the same transaction that closes it.
 

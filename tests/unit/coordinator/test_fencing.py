@@ -122,7 +122,9 @@ NOW_S = BEGIN_2026_S + 365 * 86_400
 
 
 @pytest.mark.parametrize("now_s", [0.0, NOW_S, 2e10])
-@pytest.mark.parametrize("before", [0, 1, 5, first_epoch(3, NOW_S) + 7, first_epoch(first_epoch(3, NOW_S), NOW_S)])
+@pytest.mark.parametrize(
+    "before", [0, 1, 5, first_epoch(3, NOW_S) + 7, first_epoch(first_epoch(3, NOW_S), NOW_S)]
+)
 def test_whoever_takes_a_place_begins_above_it_whatever_the_clock_says(before: int, now_s: float) -> None:
     epoch = first_epoch(before, now_s)
     assert generation(epoch) > generation(before)

@@ -1,0 +1,1 @@
+"""A coordinator in one file: taken while it runs, put back on another machine."""
