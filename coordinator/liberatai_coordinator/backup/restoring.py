@@ -104,11 +104,12 @@ class _Places:
         old = Path(contents.settings)
         self.contents = contents
         self.settings = old if into is None else into / old.name
-        self.state_dir = (self._old_state if into is None else into / "state").resolve()
+        self.state_dir = self._old_state if into is None else into / "state"
         self.outside = {name: self.moved(Path(old)) for name, old in contents.outside.items()}
         for where in (self.settings, self.state_dir, *self.outside.values()):
             if not where.is_absolute() or ".." in where.parts:
                 raise DamagedError(f"the backup names {str(where)!r}, which is no place for a file")
+        self.state_dir = self.state_dir.resolve()  # systemd keeps it elsewhere, behind a link
 
     def moved(self, old: Path) -> Path:
         """Return where a path of the machine that was backed up lies here."""

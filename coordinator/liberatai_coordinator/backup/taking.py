@@ -79,8 +79,8 @@ def take(
                 fleet=config.fleet,
                 coordinator=config.coordinator,
                 epoch=epoch,
-                settings=str(settings.absolute()),
-                state_dir=str(state.absolute()),
+                settings=os.path.normpath(settings.absolute()),
+                state_dir=os.path.normpath(state.absolute()),
                 files=entries,
                 **found,
             )
@@ -176,13 +176,13 @@ def _add_settings(
         folder = getattr(config, name)
         named += sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
     for number, path in enumerate(dict.fromkeys(named)):
-        if path.absolute().is_relative_to(state.absolute()):
+        if Path(os.path.normpath(path.absolute())).is_relative_to(os.path.normpath(state.absolute())):
             continue
         if not os.access(path, os.R_OK):
             found["lacks"].append(f"{path}: cannot be read")
             continue
         sources[f"outside/{number}"] = keep(path)
-        found["outside"][f"outside/{number}"] = str(path.absolute())
+        found["outside"][f"outside/{number}"] = os.path.normpath(path.absolute())
 
 
 def _add_data(snapshot: Database, sources: dict[str, Path], found: dict[str, Any]) -> None:
