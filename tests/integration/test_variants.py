@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -336,17 +335,6 @@ def test_a_damaged_file_in_the_repository_is_found_and_is_the_coordinators_fault
     place.service.repository.path(manifest.file).write_bytes(file[:-1] + b"\xff\xff")
     with pytest.raises(DigestError, match="is damaged"):
         place.client.variants.file(made)
-
-
-def test_a_ledger_from_before_there_were_variants_gets_the_table(tmp_path: Path) -> None:
-    with repository(tmp_path):
-        pass
-    database = sqlite3.connect(tmp_path / "ledger.db")
-    database.executescript("DROP TABLE variants; DROP TABLE alembic_version; PRAGMA user_version = 2;")
-    database.close()
-    with repository(tmp_path) as service:
-        assert service.ledger.versions.variants("tiny") == []
-        assert len(service.ledger.versions.all("tiny")) == 1
 
 
 def test_a_variant_is_found_by_the_beginning_of_its_id_if_only_one_begins_so(place: Place) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         data: of jobs that had not ended: job to key of its file ("teach.unlabeled") to name in the archive.
         jobs: names of jobs that had not ended.
         lacks: what could not be read, in words.
+        links: files of which one copy is enough: name to the name of the same file, which is listed.
         files: all members, in their order.
     """
 
@@ -68,6 +70,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data: dict[str, dict[str, str]] = {}
     jobs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    links: dict[str, str] = {}
     files: tuple[Entry, ...] = ()
 
     @property
@@ -155,6 +158,9 @@ def extract(path: Path, folder: Path | None, progress: Progress) -> Contents:
             digest.require_whole()
             done += entry.size
             progress(done, contents.size_bytes)
+    if folder is not None:
+        for name, other in contents.links.items():
+            _link(folder / name, folder / other)
     return contents
 
 
@@ -183,6 +189,17 @@ class _Digest:
         """Raise DamagedError unless all of it was read, and is right."""
         if (self._read, self._sha.hexdigest()) != (self._entry.size, self._entry.sha256):
             raise DamagedError(f"{self._where}{self._entry.name} is not what was written")
+
+
+def _link(name: Path, other: Path) -> None:
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            name.hardlink_to(other)
+        except OSError:  # a file system without links
+            shutil.copyfile(other, name)
+    except OSError as error:
+        raise DiskError(f"{name}: {error.strerror or error}; free space") from None
 
 
 def _copy(source: _Digest, target: Path | None) -> None:
@@ -237,12 +254,13 @@ def _contents(path: Path, archive: tarfile.TarFile) -> Contents:
     if number != FORMAT:
         raise ConfigError(str(path), [f"a backup of format {number}, this release reads {FORMAT}"])
     names = [entry.name for entry in contents.files]
-    wrong = next((name for name in names if not _is_plain(name)), None)
-    if wrong is not None or len(set(names)) != len(names):
+    all_names = [*names, *contents.links]
+    wrong = next((name for name in all_names if not _is_plain(name)), None)
+    if wrong is not None or len(set(all_names)) != len(all_names):
         raise DamagedError(f"{path}: {CONTENTS} names {wrong!r}, or a file twice")
-    if not {*contents.outside, *(name for data in contents.data.values() for name in data.values())} <= {
-        *names
-    }:
+    used = {*contents.outside, *contents.links.values()}
+    used.update(name for data in contents.data.values() for name in data.values())
+    if not used <= {*names}:
         raise DamagedError(f"{path}: {CONTENTS} names files that it does not list")
     return contents
 

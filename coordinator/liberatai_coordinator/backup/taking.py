@@ -5,6 +5,7 @@ ones are removed: hard links hold those that the snapshot needs until they are i
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ TRIES: Final = 20
 HELD: Final = ".backup-"
 OWN_FILES: Final = {"teach.unlabeled", "aggregate.validation", "evaluate.test"}
 """Keys of a job that name files of the coordinator's own samples."""
+_CONTENT: Final = re.compile("[0-9a-f]{64}")
 _NOT_TAKEN: Final = ("ledger.db", "ledger-schema-", HELD)
 
 
@@ -64,7 +66,7 @@ def take(
             found: dict[str, Any] = {"outside": {}, "data": {}, "jobs": (), "lacks": []}
             try:
                 keep = _Keep(Path(work))
-                _add_state(state, sources, keep)
+                found["links"] = _add_state(state, held, sources, keep)
                 _add_settings(config, settings, state, sources, found, keep)
                 _add_data(snapshot, sources, found)
                 epoch = snapshot.number("epoch")
@@ -149,16 +151,35 @@ class _Keep:
         return Path(shutil.copyfile(path, self._folder / f"kept-{self._count}"))
 
 
-def _add_state(state: Path, sources: dict[str, Path], keep: _Keep) -> None:
-    """Add what else lies in the state folder: keys, certificates, whatever later releases put there."""
+def _add_state(state: Path, held: Path, sources: dict[str, Path], keep: _Keep) -> dict[str, str]:
+    """Add what else lies in the state folder: keys, certificates, whatever later releases put there.
+
+    Returns:
+        Files that are links to others which are in the archive already: name to name.
+    """
+    known = {_inode(path): name for name, path in sources.items()}
+    links = {}
     for path in sorted(state.rglob("*")):
         name = path.relative_to(state)
         first = name.parts[0]
         if first in ("blobs", "lock") or first.startswith(_NOT_TAKEN) or path.name.endswith(".tmp"):
             continue
         if path.is_file() and not path.is_symlink():
+            member = f"state/{name.as_posix()}"
             with suppress(FileNotFoundError):
-                sources[f"state/{name.as_posix()}"] = keep(path)
+                if (same := known.get(_inode(path))) is not None:
+                    links[member] = same
+                elif _CONTENT.fullmatch(path.name):  # named by what is in it: it never changes
+                    sources[member] = _hold(path, held / f"{len(sources)}-{path.name}")
+                    known[_inode(path)] = member
+                else:
+                    sources[member] = keep(path)
+    return links
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _add_settings(

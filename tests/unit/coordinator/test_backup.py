@@ -183,6 +183,26 @@ def add_version(ledger: Ledger, repository: Repository, number: int) -> VersionR
     return row
 
 
+def test_files_that_are_one_file_lie_in_a_backup_once_and_are_one_file_again(
+    machine: Machine, tmp_path: Path
+) -> None:
+    repository = Repository(machine.state)
+    with machine.ledger() as ledger:
+        version = add_version(ledger, repository, 0)
+    models = machine.state / "models" / "blobs" / "sha256"
+    models.mkdir(parents=True)
+    (models / version.id).hardlink_to(machine.state / "blobs" / "sha256" / version.id)
+    (models / ("f" * 64)).write_text("a commit of its own")
+    contents = machine.take(tmp_path / "b.tar")
+    names = [entry.name for entry in contents.files]
+    assert f"state/models/blobs/sha256/{version.id}" not in names
+    assert f"state/models/blobs/sha256/{'f' * 64}" in names
+    there = restored(tmp_path / "b.tar", tmp_path / "there").state_dir
+    again = there / "models" / "blobs" / "sha256"
+    assert (again / version.id).samefile(there / "blobs" / "sha256" / version.id)
+    assert (again / ("f" * 64)).read_text() == "a commit of its own"
+
+
 def test_old_versions_that_go_while_a_backup_is_taken_are_in_it_or_not_needed(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
