@@ -108,6 +108,9 @@ class SocketLink:
                 await self._task
         self._mailbox.close()
 
+    async def renew(self) -> None:
+        """Nothing: this link has no certificate."""
+
     def events(self) -> AsyncIterator[LinkEvent]:
         """Yield events until the link is closed; one consumer."""
         return self._mailbox.events()

@@ -14,9 +14,12 @@ from typing import Any
 import msgspec
 
 from liberatai_coordinator import clock
+from liberatai_coordinator.authority.authority import Authority
+from liberatai_coordinator.authority.invitations import Invitation
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.doors import Doors
 from liberatai_coordinator.fleet.devices import Device, Fleet
+from liberatai_coordinator.intake.enrolment import Enrolment
 from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.frames import Frame, Frames, Opened
 from liberatai_coordinator.intake.presence import LEAF, Presence
@@ -32,6 +35,8 @@ from liberatai_core.contract import messages
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, seal
 from liberatai_core.contract.messages import (
     Capability,
+    CertificateReply,
+    CertificateRequest,
     CoordinatorState,
     EpochSeen,
     Event,
@@ -74,6 +79,7 @@ class Service:
     fleet: Fleet
     publisher: Publisher
     topics: Topics
+    authority: Authority | None = None
     jumps: int = 0
     jobs: Jobs = field(init=False)
     frames: Frames = field(init=False)
@@ -81,6 +87,7 @@ class Service:
     devices: Presence = field(init=False)
     fencing: Fencing = field(init=False)
     doors: Doors = field(init=False)
+    enrolment: Enrolment | None = field(init=False)
     connected: str = ""
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=clock.wall)
@@ -122,12 +129,41 @@ class Service:
             refused=self._count,
             again=self._open_again,
         )
+        self.enrolment = self._enrolment()
         self.frames = Frames(
             fleet=self.topics.fleet,
             key=self.fleet.key,
             look=self.updates.look,
             handle=self._handle_all,
         )
+
+    def _enrolment(self) -> Enrolment | None:
+        if self.authority is None:
+            return None
+        return Enrolment(
+            config=self.config,
+            fleet=self.fleet,
+            authority=self.authority,
+            remember=self._enrolled,
+            sync=self._sync_broker,
+            send=self._send_certificate,
+            renew_link=self.link.renew,
+        )
+
+    def _enrolled(self, device: Device, invitation: Invitation) -> None:
+        """Write down a device that came with an invitation, with what the invitation says of it."""
+        self.devices.enrolled(device)
+        self.doors.note(device.id, "invited", text=f"{invitation.claim}, {device.status}")
+        if invitation.group:
+            self.doors.label(device.id, {"group": invitation.group})
+        self.doors.welcome(device.id)
+
+    async def _sync_broker(self) -> None:
+        if self.doors.broker is not None:
+            await self.doors.broker(self.doors.shut_out, "", "")
+
+    async def _send_certificate(self, to: str, reply: CertificateReply) -> None:
+        await self.publisher.send(self.topics.provisioning(to, "crt"), reply)
 
     def _open_again(self, frame: Frame) -> None:
         self.frames.add(frame)
@@ -147,6 +183,8 @@ class Service:
         self.doors.restore()
         await asyncio.to_thread(self.devices.restore)
         self.doors.restored()
+        if self.enrolment is not None:
+            await self.enrolment.load()
         await self._sweep()  # now, for nobody makes files yet
         self._restored = True
 
@@ -161,6 +199,9 @@ class Service:
         self._spawn(self.frames.run())
         self._spawn(self._expire())
         self.doors.begin()
+        if self.enrolment is not None:
+            self._spawn(self.enrolment.look_after())
+            await self.link.subscribe(self.topics.requests)
         presence = self.topics.coordinator(self.config.coordinator)
         self.publisher.retained[presence] = self.presence("online")
         # Its own presence, too: before anything is said, it is heard whether this is a copy.
@@ -329,6 +370,10 @@ class Service:
     async def _handle(self, opened: Opened) -> bool:
         """Give a message to whoever handles it; True: they acknowledge it."""
         frame, message = opened.frame, opened.message
+        if isinstance(message, CertificateRequest) and frame.place.leaf == "csr":
+            if self.enrolment is not None:
+                await self.enrolment.hear(message, opened.public_key, frame.place)
+            return False
         if message is not None:
             self._require_own(message, opened.public_key, frame.place)
         if isinstance(message, Update) and frame.place.leaf == "x":

@@ -16,6 +16,7 @@ from typing import NoReturn
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
+from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.broker_lists import BrokerLists
 from liberatai_coordinator.fleet.devices import Fleet
@@ -109,6 +110,7 @@ def build(
             ),
             publisher=Publisher(link=link, signer=signer, topics=topics),
             topics=topics,
+            authority=Authority(Path(config.ca_dir)) if config.ca_dir is not None else None,
             jumps=jumps,
         )
         if config.broker_dir is not None or config.ca_dir is not None:

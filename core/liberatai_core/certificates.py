@@ -12,11 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from liberatai_core.contract.limits import MAX_CERTIFICATE_BYTES, MAX_REQUEST_BYTES
 from liberatai_core.errors import CertificateError, TooLargeError
 
-MAX_REQUEST_BYTES = 2048
-"""A request with an EC key and one name has some 220 bytes."""
-MAX_CERTIFICATE_BYTES = 8192
 CURVES = ("secp256r1", "secp384r1")
 """What brokers and TLS libraries all take; RSA keys cost a small device seconds."""
 ROLES = ("device", "coordinator", "server", "claim")

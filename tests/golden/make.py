@@ -100,6 +100,10 @@ MINIMAL: dict[type[m.Message], m.Message] = {
     m.Credit: m.Credit(device="dev-1", transfer=BLOB, have=b"\x05", chunks=4),
     m.Receipt: m.Receipt(device="dev-1", update_id=ID16, accepted=True),
     m.SessionSeen: m.SessionSeen(device="dev-1", session=41),
+    m.CertificateRequest: m.CertificateRequest(
+        device="dev-1", public_key=SIGNER.public_key, nonce=ID16, request=b"\x30\x03\x02\x01\x00"
+    ),
+    m.CertificateReply: m.CertificateReply(device="dev-1", nonce=ID16, state="pending"),
     m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000),
     m.Head: m.Head(job="digits", epoch=2, version=4, state="running", chains={}),
     m.CoordinatorState: m.CoordinatorState(coordinator="co1", state="online", epoch=2),
@@ -164,6 +168,21 @@ FULL: dict[type[m.Message], m.Message] = {
     m.Cancel: msgspec.structs.replace(MINIMAL[m.Cancel], held=BASE, final=(DELTA,)),
     m.Receipt: m.Receipt(
         device="dev-1", update_id=ID16, accepted=False, code="E_BUSY", text="try again later", retry=True
+    ),
+    m.CertificateRequest: msgspec.structs.replace(
+        MINIMAL[m.CertificateRequest], claim="claim-abc", proof=b"\x30\x00"
+    ),
+    m.CertificateReply: m.CertificateReply(
+        device="dev-1",
+        nonce=ID16,
+        state="issued",
+        code="E_CERT",
+        text="a word",
+        now_s=1.8e9,
+        certificate=b"\x30\x01",
+        authority=b"\x30\x02",
+        claim=b"\x30\x03",
+        profile="pi4",
     ),
     m.BlobManifest: m.BlobManifest(blob=BLOB, size_bytes=300_000, chunk_bytes=65_536),
     m.Head: m.Head(

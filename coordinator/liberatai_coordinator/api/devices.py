@@ -139,4 +139,5 @@ class DeviceOperations:
             fleet.refusals.get(device.id, {}),
             invited.get(device.id),
             fleet.knocks.get(device.id),
+            self.service.enrolment.ends_s.get(device.id, 0.0) if self.service.enrolment else 0.0,
         )

@@ -9,6 +9,7 @@ from typing import Any, Self
 from liberatai_coordinator import clock
 from liberatai_coordinator.api.devices import DeviceOperations
 from liberatai_coordinator.api.groups import GroupOperations
+from liberatai_coordinator.api.invitations import InvitationOperations
 from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.journal import AuditOperations, EventOperations
 from liberatai_coordinator.api.models import ModelOperations
@@ -28,6 +29,7 @@ class Operations:
     models: ModelOperations
     variants: VariantOperations
     groups: GroupOperations
+    invitations: InvitationOperations
     events: EventOperations
     audit: AuditOperations
 
@@ -42,6 +44,7 @@ class Operations:
             models=ModelOperations(service),
             variants=VariantOperations(service),
             groups=GroupOperations(service),
+            invitations=InvitationOperations(service),
             events=EventOperations(service),
             audit=AuditOperations(service),
         )

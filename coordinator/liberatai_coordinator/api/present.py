@@ -32,7 +32,7 @@ from liberatai_coordinator.store.manifests import Manifest, MemberRecord, decode
 from liberatai_coordinator.store.rows import JobRow, RoundSummary, VariantRow, VersionRow
 from liberatai_core.compressor.codebook import smallest_bytes
 from liberatai_core.compressor.contents import TensorSize
-from liberatai_core.contract.frame import key_id
+from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.messages import Capability, Report
 from liberatai_core.profile import form_of
 from liberatai_core.structure import Structure
@@ -50,6 +50,7 @@ def device_view(
     refusals: Mapping[str, int],
     invited: tuple[str, int] | None,
     knock: Knock | None = None,
+    certificate_end_s: float = 0.0,
 ) -> DeviceView:
     """Return a device.
 
@@ -60,6 +61,7 @@ def device_view(
         refusals: number of refused messages by error code.
         invited: (job, round) that waits for its update; None: none does.
         knock: another key that asks for its name.
+        certificate_end_s: end of its newest certificate; 0: it has none from here.
     """
     capability = device.capability
     phase, job, number = _work_of(device.report, invited)
@@ -96,10 +98,11 @@ def device_view(
         round_sent_bytes=device.traffic.sent_bytes // max(1, device.updates),
         round_received_bytes=device.traffic.received_bytes // max(1, device.updates),
         refusals=dict(refusals),
-        key=key_id(device.public_key).hex(),
+        key=fingerprint(device.public_key),
+        certificate_end_s=certificate_end_s,
         labels=dict(device.labels),
         drained=device.drained is not None,
-        knocks=key_id(knock.public_key).hex() if knock else "",
+        knocks=fingerprint(knock.public_key) if knock else "",
     )
 
 

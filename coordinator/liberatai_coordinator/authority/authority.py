@@ -13,7 +13,6 @@ import base64
 import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.authority.signing import (
     DAY_S,
     Role,
@@ -110,7 +110,7 @@ class Authority:
             StateError: there is one already. TopicError: no fleet can have this name. DiskError.
         """
         require_id(fleet, "fleet")
-        now_s = time.time() if now_s is None else now_s
+        now_s = clock.wall() if now_s is None else now_s
         if any((folder / f"{kind}.key").exists() for kind in KINDS):
             raise StateError(f"{folder} holds an authority: a new one would shut out every device")
         try:
@@ -154,7 +154,7 @@ class Authority:
             CertificateError: nobody may have this name in this role.
             NotFoundError: the authority's key is not here. DiskError: it cannot be noted.
         """
-        now_s = time.time() if now_s is None else now_s
+        now_s = clock.wall() if now_s is None else now_s
         if role != "server":
             require_id(name, "name")
         if (role == "claim") != name.startswith(CLAIM_PREFIX):
@@ -229,7 +229,7 @@ class Authority:
             NotFoundError: nobody of this name ever had a certificate, or the authority's key is not here.
             DiskError: it cannot be written.
         """
-        now_s = time.time() if now_s is None else now_s
+        now_s = clock.wall() if now_s is None else now_s
         names = {name, claim_name(name)}
         with self._locked():
             found = [one for one in self.issued() if one.name in names]
@@ -247,7 +247,7 @@ class Authority:
         Raises:
             NotFoundError: none with this number. DiskError.
         """
-        now_s = time.time() if now_s is None else now_s
+        now_s = clock.wall() if now_s is None else now_s
         with self._locked():
             found = {one.serial: one for one in self.issued()}
             if serial not in found:
@@ -298,7 +298,7 @@ class Authority:
         path = self.folder / LIST
         try:
             if not path.exists() or path.stat().st_size > LARGE_BYTES:
-                write_durably(path, b"".join(map(_line, self._kept(time.time()))))
+                write_durably(path, b"".join(map(_line, self._kept(clock.wall()))))
             with path.open("r+b") as file:
                 # After a crash the last line may be half a line: the next one begins anew.
                 file.write(_line(line) if _ends_whole(file) else b"\n" + _line(line))

@@ -14,11 +14,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
+from liberatai_coordinator import clock
 from liberatai_coordinator.authority.authority import KINDS, Authority
 from liberatai_coordinator.authority.mosquitto import (
     MosquittoPlan,
@@ -104,13 +104,13 @@ def sync(
             for kind in KINDS:
                 wanted[folder / "certs" / f"{kind}.crt"] = certificate_pem(authority.certificates[kind])
                 wanted[folder / "certs" / f"{kind}.crl"] = (authority.folder / f"{kind}.crl").read_bytes()
-            changed = renew_server(folder, authority, time.time() if now_s is None else now_s)
+            changed = renew_server(folder, authority, clock.wall() if now_s is None else now_s)
         for path, content in wanted.items():
             if _content(path) != content:
                 write_durably(path, content, mode=READABLE)
                 changed = True
         if changed:
-            (folder / STAMP).write_text(f"{time.time_ns()}\n")
+            (folder / STAMP).write_text(f"{clock.wall()}\n")
     except OSError as error:
         raise DiskError(f"{error.filename or folder}: {error.strerror}") from error
     return changed
@@ -187,7 +187,7 @@ def _serves(path: Path, authority: Authority, hosts: Sequence[str]) -> bool:
         found is not None
         and sorted(found.hosts) == sorted(hosts)
         and found.issuer == facts(authority.certificates["ca"]).name
-        and found.end_s > time.time()
+        and found.end_s > clock.wall()
     )
 
 

@@ -1,12 +1,13 @@
 """`liberatai devices`: who is there, who is let in."""
 
 import sys
+import time
 from typing import Annotated
 
 import msgspec
 import typer
 
-from liberatai_coordinator.cli import device_verbs
+from liberatai_coordinator.cli import device_verbs, invite
 from liberatai_coordinator.cli.device_verbs import Group, KeyOption, Names, Selector, each, meant
 from liberatai_coordinator.cli.kit import client_of, group
 from liberatai_coordinator.cli.tables import (
@@ -110,6 +111,18 @@ def devices_release(
 
 
 device_verbs.add_to(app)
+invite.add_to(app)
+invite.add_to(app)
+
+
+def _certificate(end_s: float) -> str:
+    """Return for how long a device's certificate is valid; "" where another authority made it."""
+    if not end_s:
+        return ""
+    days = (end_s - time.time()) / 86_400
+    if days <= 0:
+        return f"ended {-days:.0f} d ago"
+    return f"{days:.0f} d" if days >= 2 else f"{days * 24:.0f} h left"
 
 
 def _link_words(device: DeviceView) -> str:
@@ -135,6 +148,8 @@ DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("STORAGE", lambda row: size_text(row.storage_bytes), right=True),
     Column("STRUCTURE", lambda row: row.structure),
     Column("JOB", lambda row: f"{row.job}/{row.round}" if row.job else ""),
+    Column("CERT", lambda row: _certificate(row.certificate_end_s), right=True),
+    Column("KEY", lambda row: row.key if row.status == "pending" else ""),
     Column("SEEN", lambda row: ago_text(row.last_seen_s), right=True),
     Column("MEMORY", lambda row: size_text(row.memory_bytes), wide=True, right=True),
     Column("CPU", lambda row: f"{row.cpu_share:g} of {row.cores} {row.arch}", wide=True),
@@ -149,7 +164,7 @@ DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("UPDATES", lambda row: count_text(row.updates), wide=True, right=True),
     Column("VERSION", lambda row: row.agent_version, wide=True),
     Column("LABELS", lambda row: ",".join(f"{k}={v}" for k, v in sorted(row.labels.items())), wide=True),
-    Column("KEY", lambda row: row.key, wide=True),
+    Column("FINGERPRINT", lambda row: row.key, wide=True),
     Column("REFUSALS", lambda row: _counts(row.refusals), wide=True),
     Column("REASON", lambda row: row.reason, wide=True, note=True),
 ]

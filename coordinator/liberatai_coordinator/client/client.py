@@ -17,6 +17,7 @@ from liberatai_coordinator.client.fleet import AuditClient, EventsClient, Groups
 from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
+    InvitationView,
     JobSummary,
     JobView,
     PlanView,
@@ -26,6 +27,7 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.client.wire import (
+    InvitationRequest,
     JobRequest,
     Key,
     Labels,
@@ -60,6 +62,7 @@ class Client:
         self.socket = socket
         self.timeout_s = timeout_s
         self.devices = DevicesClient(self)
+        self.invitations = InvitationsClient(self)
         self.jobs = JobsClient(self)
         self.models = ModelsClient(self)
         self.variants = VariantsClient(self)
@@ -162,6 +165,21 @@ class DevicesClient:
     def release(self, name: str) -> DeviceView:
         """Let a quarantined device in again."""
         return self._client.ask("POST", f"/devices/{_part(name)}/release", DeviceView)
+
+
+class InvitationsClient:
+    """Invitations of a coordinator."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> tuple[InvitationView, ...]:
+        """Return all invitations, without their tokens."""
+        return self._client.ask("GET", "/invitations", tuple[InvitationView, ...])
+
+    def create(self, wanted: InvitationRequest) -> tuple[InvitationView, ...]:
+        """Make invitations; their tokens are in the answer and nowhere else."""
+        return self._client.ask("POST", "/invitations", tuple[InvitationView, ...], wanted)
 
 
 class JobsClient:

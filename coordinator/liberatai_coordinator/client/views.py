@@ -64,6 +64,7 @@ class DeviceView(View, frozen=True, kw_only=True):
         contributions: of its newest updates that were merged, the newest first; only where one device is
             asked for.
         conditions: what holds of it, since when and why; only where one device is asked for.
+        certificate_end_s: of its newest certificate from this coordinator; 0: it has none from here.
         knocks: fingerprint of another key that asks for its name; "": none does.
     """
 
@@ -105,6 +106,30 @@ class DeviceView(View, frozen=True, kw_only=True):
     contributions: tuple[ContributionView, ...] = ()
     conditions: tuple[ConditionView, ...] = ()
     knocks: str = ""
+    certificate_end_s: float = 0.0
+
+
+class InvitationView(View, frozen=True, kw_only=True):
+    """An invitation to join, for one device.
+
+    Attributes:
+        claim: name of its claim credential.
+        state: "open", "used" by `device`, or "expired".
+        approval: "auto": who holds the token is let in; "hand": an operator compares keys.
+        token, line: the token, and what to run on the device; only when it is made.
+    """
+
+    claim: str
+    state: str
+    device: str
+    profile: str
+    group: str
+    approval: str
+    created_s: float
+    expires_s: float
+    used_s: float = 0.0
+    token: str = ""
+    line: str = ""
 
 
 class AssignmentView(View, frozen=True, kw_only=True):

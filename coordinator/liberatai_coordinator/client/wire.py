@@ -1,6 +1,6 @@
 """Records that travel between a client and the coordinator beside the views: requests, errors, weights."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -44,6 +44,17 @@ class GroupRequest(Wire, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(pattern=NAME)]
     query: Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class InvitationRequest(Wire, frozen=True, kw_only=True):
+    """New invitations, see `InvitationView`."""
+
+    count: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    ttl_s: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 3600.0
+    device: Annotated[str, Meta(max_length=32)] = ""
+    profile: Annotated[str, Meta(max_length=64)] = ""
+    group: Annotated[str, Meta(max_length=64)] = ""
+    approval: Literal["auto", "hand"] = "auto"
 
 
 class JobRequest(Wire, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from liberatai_coordinator.intake.presence import Presence
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import MarkRow, TombstoneRow
-from liberatai_core.contract.frame import key_id
+from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.topics import DOWN_LEAVES, UP_LEAVES
 from liberatai_core.errors import LiberataiError, NotFoundError, StateError
 
@@ -76,6 +76,11 @@ class Doors:
     def reopen(self, device: str) -> None:
         """Let the broker serve a name again that was shut out: another machine joined with it."""
         if device in self.closed and device not in self.fleet.devices:
+            self._open(device)
+
+    def welcome(self, device: str) -> None:
+        """Let the broker serve a name again that was shut out: an operator invited a device that has it."""
+        if device in self.closed and self.fleet.require(device).status != "quarantined":
             self._open(device)
 
     def note(self, device: str, name: str, code: str = "", text: str = "") -> None:
@@ -256,21 +261,17 @@ class Doors:
             task.cancel()
 
 
-def fingerprint(public_key: bytes) -> str:
-    """Return what people compare of a key: its id as it travels in frames, hex."""
-    return key_id(public_key).hex()
-
-
 def require_key(public_key: bytes, shown: str, device: str) -> None:
     """Refuse a key that is not the one that somebody reads at the device.
 
     Raises:
         StateError: it is another one. NotFoundError: too little of it was given.
     """
-    wanted = shown.replace(":", "").lower()
+    wanted = shown.replace(":", "").replace("-", "").strip().lower()
     if not wanted:
         return
-    if len(wanted) < 8:
-        raise NotFoundError(f"--key {shown}: give at least 8 characters of what the device shows")
-    if not (fingerprint(public_key).startswith(wanted) or public_key.hex().startswith(wanted)):
+    if len(wanted) < 16:
+        raise NotFoundError(f"--key {shown}: give at least 16 digits of what the device shows")
+    known = fingerprint(public_key).replace("-", "")
+    if not (known.startswith(wanted) or public_key.hex().startswith(wanted)):
         raise StateError(f"{device} has key {fingerprint(public_key)}, not {shown}: it is another machine")

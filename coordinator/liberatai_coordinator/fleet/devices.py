@@ -354,6 +354,34 @@ class Fleet:
         )
         return self._put(fresh)
 
+    def enrol(self, device: str, public_key: bytes, status: Status, now_s: float, wall_s: float) -> Device:
+        """Register a device with its key; of one that is known, pending becomes approved and nothing else.
+
+        Args:
+            device: its name.
+            public_key: that it signs with.
+            status: "approved", or "pending" where an operator decides.
+            now_s: the coordinator's own clock.
+            wall_s: the time of day.
+
+        Raises:
+            SignatureError: the name has another key. UnknownDeviceError: too many devices.
+        """
+        self.require_alive(public_key)
+        known = self.devices.get(device)
+        if known is not None:
+            if known.public_key != public_key:
+                raise SignatureError(f"{device} has another key")
+            is_let_in = known.status == "pending" and status == "approved"
+            return self._put(replace(known, status=status)) if is_let_in else known
+        if len(self.devices) >= MAX_DEVICES or (status == "pending" and len(self._pending) >= MAX_PENDING):
+            raise UnknownDeviceError(f"{len(self.devices)} devices are known already")
+        made = self._put(
+            Device(id=device, public_key=public_key, status=status, alive_s=now_s, last_seen_s=wall_s)
+        )
+        self._index[key_id(public_key)] = device
+        return made
+
     def count_refusal(self, device: str, error: LiberataiError) -> None:
         """Count what was refused, per device (or "" for a stranger) and code."""
         self.refusals.setdefault(device, Counter())[error.code] += 1

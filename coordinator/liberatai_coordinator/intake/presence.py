@@ -165,6 +165,11 @@ class Presence:
         if isinstance(message, Event) and message.code == BaseMissingError.code:
             self.jobs.base_missing(device)
 
+    def enrolled(self, device: Device) -> None:
+        """Write down a device that came with an invitation."""
+        self.ledger.devices.remember(device_row(device))
+        self._note_changed(device)
+
     def note_alive(self, device: str) -> None:
         """Take an update, an offer or a part of an upload as a sign of life."""
         if device in self.fleet.devices and self.fleet.note_alive(device, clock.monotonic(), clock.wall()):

@@ -17,7 +17,15 @@ import msgspec
 
 from liberatai_core.contract.ed25519 import LIBRARY, PrivateKey, PublicKey
 from liberatai_core.contract.limits import MAX_SPEC_BYTES
-from liberatai_core.contract.messages import KIND_OF, KINDS, MAX_BYTES, Capability, Message, TaskSpec
+from liberatai_core.contract.messages import (
+    KIND_OF,
+    KINDS,
+    MAX_BYTES,
+    Capability,
+    CertificateRequest,
+    Message,
+    TaskSpec,
+)
 from liberatai_core.errors import (
     FrameError,
     ProtocolVersionError,
@@ -96,6 +104,12 @@ def key_id(public_key: bytes) -> bytes:
     return hashlib.sha256(public_key).digest()[:KEY_ID_BYTES]
 
 
+def fingerprint(public_key: bytes) -> str:
+    """Return what people compare of a key: 32 digits (hex) of its SHA-256, which begins with the key id."""
+    digits = hashlib.sha256(public_key).hexdigest()[:32]
+    return "-".join(digits[start : start + 4] for start in range(0, 32, 4))
+
+
 def seal(message: Message, signer: Signer) -> bytes:
     """Return the signed frame of a message.
 
@@ -115,8 +129,8 @@ def seal(message: Message, signer: Signer) -> bytes:
 def open_frame(data: bytes, fleet: str, keys: Keys) -> Opened:
     """Verify and decode one frame.
 
-    A Capability of an unknown key is verified with the key that it carries itself: that is how a new
-    device introduces itself. Whether it is let in is decided elsewhere.
+    A Capability or CertificateRequest of an unknown key is verified with the key that it carries itself:
+    that is how a new device introduces itself. Whether it is let in is decided elsewhere.
 
     Raises:
         FrameError, ProtocolVersionError, TooLargeError, UnknownDeviceError, SignatureError, SchemaError:
@@ -126,7 +140,7 @@ def open_frame(data: bytes, fleet: str, keys: Keys) -> Opened:
     body = data[HEADER_BYTES:]
     claimed = claimed_key(data)
     public = keys(claimed)
-    if public is None and KINDS[kind] is Capability:
+    if public is None and KINDS[kind] in (Capability, CertificateRequest):
         return _open_introduction(data, fleet, claimed)
     if public is None:
         raise UnknownDeviceError(f"no enrolled device has key {claimed.hex()}")
@@ -159,7 +173,7 @@ def _open_introduction(data: bytes, fleet: str, claimed: bytes) -> Opened:
     # unless the signature then verifies.
     kind, body = data[3], data[HEADER_BYTES:]
     message = _decode(kind, body)
-    if not isinstance(message, Capability) or key_id(message.public_key) != claimed:
+    if not isinstance(message, Capability | CertificateRequest) or key_id(message.public_key) != claimed:
         raise SignatureError("the introduction names another key than it is signed with")
     _verify(message.public_key, data[4 + KEY_ID_BYTES : HEADER_BYTES], _signed(fleet, kind, body))
     return Opened(message=message, public_key=message.public_key)

@@ -47,6 +47,12 @@ MAX_SESSION: Final = 2**52
 MAX_WORD_BYTES: Final = 1152
 """The frame of a coordinator's presence, carried inside another message."""
 
+MAX_REQUEST_BYTES: Final = 2048
+"""A request for a certificate with an EC key and one name has some 220 bytes."""
+
+MAX_CERTIFICATE_BYTES: Final = 8192
+"""Certificates of EC keys have some 500 bytes; authorities of others may have RSA keys."""
+
 MAX_TEXT: Final = 512
 """Reasons and names: one line on an operator's screen."""
 

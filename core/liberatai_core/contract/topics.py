@@ -4,6 +4,7 @@
     lai/v1/<fleet>/dn/<dev>/{want,task,req,xa}
     lai/v1/<fleet>/pub/{head/<job>,b/<blob>/m,b/<blob>/<n>}
     lai/v1/<fleet>/co/<cid>/state
+    lai/v1/<fleet>/prov/<who>/{csr,crt}
 
 Builders and the parser live together; the parser refuses everything that no builder makes.
 """
@@ -29,6 +30,8 @@ _BLOB = re.compile(BLOB)
 _INDEX = re.compile("^(0|[1-9][0-9]{0,3})$")
 UP_LEAVES = frozenset({"state", "caps", "rep", "tele", "ev", "rsp", "have"})
 DOWN_LEAVES = frozenset({"want", "task", "req", "xa"})
+
+_PROVISIONING_LEAVES = frozenset({"csr", "crt"})
 
 
 def require_id(value: str, what: str = "id") -> str:
@@ -93,6 +96,17 @@ class Topics:
         """Return the retained presence of a coordinator."""
         return f"{ROOT}/{self.fleet}/co/{require_id(coordinator, 'coordinator')}/state"
 
+    def provisioning(self, who: str, leaf: str) -> str:
+        """Return where a device or a claim asks for a certificate ("csr"), or hears the answer ("crt")."""
+        if leaf not in _PROVISIONING_LEAVES:
+            raise TopicError(f"prov/{leaf}: no such topic")
+        return f"{ROOT}/{self.fleet}/prov/{require_id(who, 'claim')}/{leaf}"
+
+    @property
+    def requests(self) -> str:
+        """Filter of everybody's requests for a certificate."""
+        return f"{ROOT}/{self.fleet}/prov/+/csr"
+
     @property
     def from_devices(self) -> tuple[str, ...]:
         """Filters of everything that devices say to the coordinator."""
@@ -112,8 +126,8 @@ class Place:
     """Where a message came from.
 
     Attributes:
-        side: "up", "dn", "pub" or "co".
-        owner: the device, blob, job or coordinator named by the topic.
+        side: "up", "dn", "pub", "co" or "prov".
+        owner: the device, blob, job, coordinator or claim named by the topic.
         leaf: last fixed level: "state", "task", "x" (upload), "b" (blob), "head" …
         transfer: upload id for leaf "x".
         part: chunk number; None for a manifest.
@@ -148,6 +162,8 @@ def parse(topic: str, fleet: str) -> Place:
             return Place(side="pub", owner=require_name(job), leaf="head")
         case ["pub", "b", blob, part]:
             return Place(side="pub", owner=_blob(blob), leaf="b", part=_part(part))
+        case ["prov", who, leaf] if leaf in _PROVISIONING_LEAVES:
+            return Place(side="prov", owner=require_id(who), leaf=leaf)
         case ["co", coordinator, "state"]:
             return Place(side="co", owner=require_id(coordinator), leaf="state")
         case _:

@@ -120,6 +120,9 @@ class Link(Protocol):
     def events(self) -> AsyncIterator[LinkEvent]:
         """Yield events until the link is closed; one consumer."""
 
+    async def renew(self) -> None:
+        """Connect anew at once, with what now lies in the files that say who we are; the session stays."""
+
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
         """Send one message.
 

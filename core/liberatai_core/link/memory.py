@@ -298,6 +298,12 @@ class MemoryLink:
         """Yield events until the link is closed; one consumer."""
         return self._mailbox.events()
 
+    async def renew(self) -> None:
+        """Connect anew; the session stays."""
+        if self._connection is not None:
+            self._broker.end(self._connection, "connecting anew")
+        await asyncio.sleep(0)
+
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
         """Send one message (see `link.Link.publish`)."""
         check_topic(topic)

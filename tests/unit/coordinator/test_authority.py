@@ -12,6 +12,7 @@ from cryptography.x509.oid import NameOID
 
 from liberatai_coordinator.authority.authority import LIST, Authority, claim_name
 from liberatai_core import certificates
+from liberatai_core.contract.limits import MAX_REQUEST_BYTES
 from liberatai_core.errors import CertificateError, NotFoundError, StateError, TooLargeError, TopicError
 
 DAY_S = 86_400.0
@@ -187,7 +188,7 @@ def test_dishonest_requests_are_refused() -> None:
     for what, der in wrong.items():
         assert refusal(der) == "E_CERT", what
     with pytest.raises(TooLargeError):
-        certificates.requested_key(bytes(certificates.MAX_REQUEST_BYTES + 1), "dev-a")
+        certificates.requested_key(bytes(MAX_REQUEST_BYTES + 1), "dev-a")
 
 
 def refusal(der: bytes) -> str:

@@ -5,6 +5,7 @@ Everything here runs in the connection's thread. What paho reports is handed to 
 
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ PAUSE_MESSAGES, PAUSE_BYTES = 64, 2 << 20  # unread messages that stop the readi
 GIVE_UP_MESSAGES, GIVE_UP_BYTES = 1024, 16 << 20  # ... and the connection, when acknowledgements are awaited
 LINGER_S = 1.0  # for the broker to close its side after a goodbye
 FAILURE = 0x80  # MQTT 5 reason codes from here on are failures
+ALERTS = {
+    "ALERT_CERTIFICATE_EXPIRED": "it has expired, says the broker's clock",
+    "ALERT_CERTIFICATE_REVOKED": "it was revoked",
+    "ALERT_UNKNOWN_CA": "it is not signed by the authority that the broker trusts",
+    "ALERT_CERTIFICATE_REQUIRED": "it has shown none (cert_file, key_file)",
+    "ALERT_BAD_CERTIFICATE": "it is damaged, or not valid yet",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "it is not made for a client",
+    "ALERT_CERTIFICATE_UNKNOWN": "the broker does not say why",
+}
+"""Alerts of TLS (RFC 8446, 6.2) about our own certificate."""
 NEEDED = ("MaximumQoS", "RetainAvailable")  # a broker that announces 0 for one of them is unusable
 
 
@@ -59,8 +70,8 @@ class Handler(Protocol):
     def ended(self, reason: str, code: int = 0) -> None:
         """The connection ends for this reason; the first one counts."""
 
-    def closed(self, reason: str) -> None:
-        """The socket was closed or broke; the reason may be empty."""
+    def closed(self, reason: str, alert: str = "") -> None:
+        """The socket was closed or broke; the reason may be empty. `alert`: what TLS said before."""
 
     def heard(self, message: MQTTMessage, topic: str) -> None:
         """A message came."""
@@ -120,7 +131,7 @@ class PahoClient(Client):
         )
         self._mqtt5, self._settings, self._handler, self._counters = mqtt5, settings, handler, counters
         self._alive = Keepalive(settings.keepalive_s, time.monotonic(), time.monotonic())
-        self._refused = ""
+        self._refused = self._alert = ""
         self._strange_code = 0
         self._lingering = False
         self.connect_timeout = settings.connect_timeout_s
@@ -218,7 +229,11 @@ class PahoClient(Client):
         if bufsize > MAX_INCOMING_BYTES:
             self._refused = f"the broker announced a packet of {bufsize} bytes"
             raise _RefusedPacketError(self._refused)
-        data = super()._sock_recv(min(bufsize, READ_BYTES))
+        try:
+            data = super()._sock_recv(min(bufsize, READ_BYTES))
+        except ssl.SSLError as error:
+            self._alert = alert_words(error)
+            raise ConnectionError(self._alert) from error
         self._counters.moved(received=len(data))
         if data:
             self._alive.heard(time.monotonic())
@@ -297,7 +312,7 @@ class PahoClient(Client):
         elif flags.is_disconnect_packet_from_server:
             self._handler.ended(f"the broker ended the session: {reason}", reason.value)
         else:
-            self._handler.closed("" if reason.value == FAILURE else str(reason))
+            self._handler.closed("" if reason.value == FAILURE else str(reason), self._alert)
 
     def _message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         try:
@@ -318,6 +333,15 @@ class PahoClient(Client):
     ) -> None:
         refused = [reason for reason in reasons if reason.value >= FAILURE]
         self._handler.answered(mid, Answer(refused[0].value, str(refused[0])) if refused else Answer())
+
+
+def alert_words(error: ssl.SSLError) -> str:
+    """Return what a TLS alert means for whoever set up this program."""
+    alert = error.reason or ""
+    for part, words in ALERTS.items():
+        if part in alert:
+            return f"the broker refuses this program's certificate: {words}"
+    return f"TLS failed: {alert or error}"
 
 
 def _known_codes(packet_type: int) -> frozenset[int]:

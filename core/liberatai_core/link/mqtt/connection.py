@@ -277,14 +277,15 @@ class _Pump:
     def ended(self, reason: str, code: int = 0) -> None:
         self._loss = self._loss or (Loss("closed") if self.polite else Loss(reason, code))
 
-    def closed(self, reason: str) -> None:
+    def closed(self, reason: str, alert: str = "") -> None:
         if self.polite or self._loss is not None:
             self.ended("closed")
         elif self._answered:
             text = f"connection lost: {reason}" if reason else "connection lost"
             self._loss = Loss(text, unexplained=not reason)
         else:
-            self._loss = Loss("the broker closed the connection before it answered", unanswered=True)
+            text = alert or "the broker closed the connection before it answered"
+            self._loss = Loss(text, unanswered=True, certificate=bool(alert))
 
     def heard(self, message: "MQTTMessage", topic: str) -> None:
         if self._counters.full and message.qos == 0:

@@ -11,9 +11,11 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from liberatai_core.errors import BrokerRefusedError, LinkError, TooLargeError
+from liberatai_core.files import sync_folder
 from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Received, Refused, Traffic, Will
 from liberatai_core.link.mailbox import Mailbox
 from liberatai_core.link.mqtt import connection as made
@@ -63,6 +65,8 @@ class MqttLink:
             spread_s=settings.spread_s,
         )
         self._hurry = asyncio.Event()
+        self._at_once = False
+        self._beside = False  # the attempt uses the new certificate
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -83,6 +87,13 @@ class MqttLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._mailbox.close()
+
+    async def renew(self) -> None:
+        """Connect anew at once, with a certificate that lies beside the old one, if there is one."""
+        connection = self._newest
+        if connection is not None and connection.welcome.done() and not connection.lost.done():
+            self._at_once, self._beside = True, False
+            await connection.goodbye()
 
     def events(self) -> AsyncIterator[LinkEvent]:
         """Yield events until the link is closed; one consumer."""
@@ -221,6 +232,8 @@ class MqttLink:
             if loss.unexplained or loss.code == TOO_LARGE:
                 self._say(self._evidence.lost(loss.under_way, now_s, code=loss.code))
             pause = self._reconnect.lost(loss, now_s - started_s, random.uniform)
+            if self._at_once:
+                self._at_once, pause = False, Pause("connecting anew", 0.0)
             self._mailbox.put(Disconnected(reason=pause.reason, retry_in_s=pause.seconds))
             await self._rest(pause)
 
@@ -240,8 +253,9 @@ class MqttLink:
 
     async def _connect_once(self) -> Loss:
         self._generation += 1
+        settings = self._for_attempt()
         connection = Connection(
-            self._settings,
+            settings,
             self._will,
             self._counters,
             self._receive,
@@ -254,6 +268,7 @@ class MqttLink:
             welcome = await connection.established()
             self._reconnect.welcomed()
             self._version_known = True
+            self._prove()
             await self._restore(connection, session_present=welcome.session_present)
             self._announce(connection, welcome)
             return await asyncio.shield(connection.lost)
@@ -268,6 +283,28 @@ class MqttLink:
                 self._counters.handed_over(-1, -len(event.payload))
             self._held = []
             connection.break_off("closed")
+
+    def _for_attempt(self) -> MqttSettings:
+        """Return the settings of this attempt: a new certificate and the old one are tried in turn."""
+        tls = self._settings.tls
+        if tls is None:
+            return self._settings
+        chosen = tls.choose(beside=not self._beside)
+        self._beside = chosen is not tls
+        return replace(self._settings, tls=chosen)
+
+    def _prove(self) -> None:
+        """Put the new certificate in the place of the old one, once the broker has let it in."""
+        tls = self._settings.tls
+        if not self._beside or tls is None or tls.beside is None or tls.cert_file is None:
+            return
+        try:
+            tls.beside.replace(tls.cert_file)
+            sync_folder(tls.cert_file.parent)
+        except OSError as error:
+            log.warning("E_DISK: %s: %s", tls.cert_file, error.strerror)
+        else:
+            log.info("the broker took the new certificate: %s", tls.cert_file)
 
     async def _restore(self, connection: Connection, *, session_present: bool) -> None:
         if session_present and self._forgotten:

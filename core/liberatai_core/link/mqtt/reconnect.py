@@ -28,6 +28,7 @@ class Loss:
         code: the MQTT 5 reason code, if the broker gave one.
         unanswered: TCP and TLS stood, and no CONNACK came.
         unexplained: it broke after that without a word.
+        certificate: TLS said what is wrong with our certificate.
         under_way: topic and packet size of what was sent and not acknowledged.
     """
 
@@ -35,6 +36,7 @@ class Loss:
     code: int = 0
     unanswered: bool = False
     unexplained: bool = False
+    certificate: bool = False
     under_way: tuple[tuple[str, int], ...] = ()
 
 
@@ -93,7 +95,9 @@ class Reconnect:
         if self.secure and loss.unanswered:
             self.unanswered += 1
             if self.unanswered >= REFUSED_IN_A_ROW:
-                text = f"{loss.reason}, {self.unanswered} times: certificate refused or revoked?"
+                text = loss.reason
+                if not loss.certificate:
+                    text = f"{text}, {self.unanswered} times: certificate refused or revoked?"
                 return Pause(text, max(seconds, REFUSED_RETRY_S * draw(0.5, 1)), in_vain=True)
         return Pause(loss.reason, seconds)
 

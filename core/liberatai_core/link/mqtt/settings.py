@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
-from liberatai_core.errors import ConfigError
+from liberatai_core.errors import CertificateError, ConfigError
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -18,19 +18,45 @@ MAX_INCOMING_BYTES = 1 << 20  # four of the largest chunks; a hostile broker may
 MAX_PACKET_BYTES = 266_240  # the largest chunk (256 KiB) and 4 KiB of headers
 IN_FLIGHT = 8  # unacknowledged messages: 8 chunks of 128 KiB are 1 MiB of memory
 MAX_PASSWORD_BYTES = 65_535  # the length of a password is written as two bytes
+NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which Python has no name for
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
-    """Files for TLS; `cert_file` and `key_file` make it mutual; no `ca_file`: the system's roots count."""
+    """Files for TLS; `cert_file` and `key_file` make it mutual; no `ca_file`: the system's roots count.
+
+    A certificate that came to be renewed lies beside the old one (`beside`), and takes its place when the
+    broker has let it in: the link tries both in turn.
+
+    Attributes:
+        name: common name that the certificate must carry; "": any.
+    """
 
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    name: str = ""
+
+    @property
+    def beside(self) -> Path | None:
+        """Where a new certificate with its key lies until it is proven; None: these files are not renewed."""
+        if self.cert_file is None or self.cert_file != self.key_file:
+            return None
+        return self.cert_file.with_name(f"{self.cert_file.stem}.next{self.cert_file.suffix}")
+
+    def choose(self, *, beside: bool) -> "TlsSettings":
+        """Return the settings of one attempt: with the new certificate, if it is wanted and there."""
+        new = self.beside
+        if not beside or new is None or not new.is_file():
+            return self
+        return replace(self, cert_file=new, key_file=new)
 
     def context(self) -> "SSLContext":
         """Read the files.
+
+        Of a broker's certificate the dates count only where this clock may be right: a device without a
+        battery-backed clock begins in 1970, and its own certificate shows that.
 
         Raises:
             ConfigError: one of them is missing, unreadable or wrong.
@@ -54,10 +80,24 @@ class TlsSettings:
             if self.cert_file is not None:
                 what = f"cert_file, key_file: {self.cert_file}, {self.key_file}"
                 context.load_cert_chain(self.cert_file, self.key_file)
+                self._look_at_own(context)
         except OSError as error:  # ssl.SSLError is one
             text = error.reason if isinstance(error, ssl.SSLError) else error.strerror
             raise ConfigError("broker", [f"{what}: cannot be used: {text or error}"]) from None
+        except CertificateError as error:
+            raise ConfigError("broker", [f"cert_file: {error}"]) from None
         return context
+
+    def _look_at_own(self, context: "SSLContext") -> None:
+        from liberatai_core.certificate_file import read_dates, require_name  # noqa: PLC0415 - as ssl
+
+        if self.cert_file is None:
+            return
+        dates = read_dates(self.cert_file)
+        if self.name:
+            require_name(dates, self.cert_file, self.name)
+        if not dates.is_possible():
+            context.verify_flags |= NO_CHECK_TIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +288,11 @@ class MqttSettings:
         ca, cert, key, password = (
             Path(name) if name is not None else None for name in (ca_file, cert_file, key_file, password_file)
         )
-        tls = TlsSettings(ca_file=ca, cert_file=cert, key_file=key) if ca or cert or key else None
+        tls = (
+            TlsSettings(ca_file=ca, cert_file=cert, key_file=key, name=client_id)
+            if ca or cert or key
+            else None
+        )
         settings = cls.from_url(url, client_id=client_id, tls=tls)
         if username is not None or password is not None:
             name = username or settings.username

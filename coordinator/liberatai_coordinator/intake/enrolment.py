@@ -1,0 +1,212 @@
+"""Requests for certificates: from a signed message to a certificate, a word of patience, or a refusal.
+
+Devices ask again until they are answered, so nothing here is queued or repeated. A certificate is in the
+authority's list before it is sent; one that is lost on the way is asked for again, and ends unused.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from liberatai_coordinator import clock
+from liberatai_coordinator.authority.authority import Authority, claim_name
+from liberatai_coordinator.authority.invitations import Invitation, Invitations
+from liberatai_coordinator.config import CoordinatorConfig
+from liberatai_coordinator.fleet.devices import Device, Fleet, Status
+from liberatai_coordinator.fleet.joining import DAY_S, Known, answer, door_of
+from liberatai_core.certificate_file import read_dates
+from liberatai_core.certificates import certificate_pem, facts, key_pem, new_key, proves, requested_key
+from liberatai_core.contract.frame import fingerprint
+from liberatai_core.contract.messages import CertificateReply, CertificateRequest, claimed
+from liberatai_core.contract.topics import Place
+from liberatai_core.errors import LiberataiError, QuotaError, StateError, TokenError
+from liberatai_core.files import write_durably
+
+log = logging.getLogger(__name__)
+
+MAX_PER_DAY: Final = 20
+"""Certificates that a device gets in a day: each is a line in a list for ever, and a signature."""
+LOOK_S: Final = 3600.0
+"""Between two looks at the coordinator's and the broker's own certificates."""
+FIRST_LOOK_S: Final = 5.0
+PENDING_DAYS: Final = 7.0
+"""A device that waits for approval may ask again for so long; as long as the registry keeps it."""
+
+Send = Callable[[str, CertificateReply], Awaitable[None]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Enrolment:
+    """Answers requests for certificates.
+
+    Attributes:
+        config: settings.
+        fleet: who is let in.
+        authority: signs.
+        remember: writes a device down.
+        send: sends the answer to a claim or a device.
+        sync: brings the broker's files up to date.
+        renew_link: lets the coordinator's own link connect anew.
+    """
+
+    config: CoordinatorConfig
+    fleet: Fleet
+    authority: Authority
+    remember: Callable[[Device, Invitation], None]
+    send: Send
+    sync: Callable[[], Awaitable[None]]
+    renew_link: Callable[[], Awaitable[None]]
+    invitations: Invitations = field(init=False)
+    ends_s: dict[str, float] = field(default_factory=dict)
+    _given: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        """Open the list of invitations."""
+        self.invitations = Invitations(self.authority)
+
+    async def load(self) -> None:
+        """Learn when devices' certificates end."""
+        issued = await asyncio.to_thread(self.authority.issued)
+        for one in issued:
+            if one.role == "device" and one.revoked_s is None:
+                self.ends_s[one.name] = max(one.end_s, self.ends_s.get(one.name, 0.0))
+
+    async def hear(self, request: CertificateRequest, signer: bytes, place: Place) -> None:
+        """Answer a request; who is refused is told the code.
+
+        Raises:
+            LiberataiError: refused; to be counted by the caller.
+        """
+        async with self._lock:  # one after the other: each reads and writes the authority's files
+            try:
+                reply = await self._answer(request, signer, place)
+            except LiberataiError as error:
+                log.warning("no certificate for %s: %s %s", request.device, error.code, error)
+                await self._send(place, self._reply(request, "refused", code=error.code, text=str(error)))
+                raise
+        await self._send(place, reply)
+
+    async def _send(self, place: Place, reply: CertificateReply) -> None:
+        try:
+            await self.send(place.owner, reply)
+        except LiberataiError as error:
+            log.info("an answer to %s was not sent: %s %s", place.owner, error.code, error)
+
+    async def _answer(self, request: CertificateRequest, signer: bytes, place: Place) -> CertificateReply:
+        name = request.device
+        door = door_of(request, place.owner, claim_name(name))
+        key = requested_key(request.request, name)
+        invitation = None
+        if request.claim is not None:
+            invitation = await asyncio.to_thread(self._invited, request)
+        newest = await asyncio.to_thread(self.authority.newest, name) if invitation is None else None
+        known = Known(
+            device=self.fleet.devices.get(name),
+            end_s=newest.end_s if newest else None,
+            revoked=newest is not None and newest.revoked_s is not None,
+            approval=invitation.approval if invitation else None,
+        )
+        if name == self.config.coordinator:
+            raise StateError(f"{name} is the coordinator's name: take another one")
+        decided = answer(request, signer, door, known, clock.wall(), self.config.joining.rejoin_days * DAY_S)
+        if decided == "issue":
+            self._require_quota(name)
+        if invitation is not None:
+            invitation = await asyncio.to_thread(self.invitations.use, invitation.claim, name, signer)
+            status: Status = "approved" if decided == "issue" else "pending"
+            now_s, wall_s = clock.monotonic(), clock.wall()
+            self.remember(self.fleet.enrol(name, signer, status, now_s, wall_s), invitation)
+        life_s = self.config.joining.certificate_days * DAY_S
+        profile = invitation.profile if invitation else ""
+        if decided == "pending":
+            claim = b""
+            if place.owner != claim_name(name):  # it has none yet that lasts until somebody approves it
+                self._require_quota(name)
+                claim = await asyncio.to_thread(
+                    self.authority.issue, key, "claim", claim_name(name), PENDING_DAYS * DAY_S
+                )
+            mark = fingerprint(signer)
+            if claim:
+                approve = f"liberatai devices approve {name} --key {mark}"
+                log.warning("%s waits for approval, key %s: `%s`", name, mark, approve)
+            text = f"coordinator {self.config.coordinator} has to approve {name}, key {mark}"
+            return self._reply(request, "pending", text=text, claim=claim, profile=profile)
+        certificate = await asyncio.to_thread(self.authority.issue, key, "device", name, life_s)
+        grace_s = self.config.joining.rejoin_days * DAY_S
+        claim = await asyncio.to_thread(
+            self.authority.issue, key, "claim", claim_name(name), life_s + grace_s
+        )
+        self.ends_s[name] = facts(certificate).end_s
+        log.info("%s has a new certificate, key %s", name, fingerprint(signer))
+        return self._reply(request, "issued", certificate=certificate, claim=claim, profile=profile)
+
+    def _reply(self, request: CertificateRequest, state: str, **more: object) -> CertificateReply:
+        fields = {
+            "device": request.device,
+            "nonce": request.nonce,
+            "state": state,
+            "now_s": clock.wall(),
+            "authority": self.authority.certificates["ca"],
+            **more,
+        }
+        if "text" in fields:
+            fields["text"] = str(fields["text"])[:500]
+        return msgspec.convert(fields, CertificateReply, builtin_types=(bytes,))
+
+    def _invited(self, request: CertificateRequest) -> Invitation:
+        claim = request.claim or ""
+        found = self.invitations.find(claim)
+        said = claimed(self.config.fleet, request.device, request.public_key, request.request)
+        if not proves(found.certificate, request.proof, said):
+            raise TokenError("the request is not signed with the invitation's key")
+        self.invitations.check(found, request.device, request.public_key, clock.wall())
+        return found
+
+    def _require_quota(self, name: str) -> None:
+        now_s = clock.monotonic()
+        since_s, count = self._given.get(name, (now_s, 0))
+        if now_s - since_s > DAY_S:
+            since_s, count = now_s, 0
+        if count >= MAX_PER_DAY:
+            raise QuotaError(f"{name}: {MAX_PER_DAY} certificates in a day are enough")
+        self._given[name] = since_s, count + 1
+
+    # --- certificates of our own ------------------------------------------------------------------
+
+    async def look_after(self) -> None:
+        """Renew the coordinator's own certificate and the broker's, for ever."""
+        await asyncio.sleep(FIRST_LOOK_S)
+        while True:
+            try:
+                if await asyncio.to_thread(self.renew_own):
+                    await self.renew_link()
+                await self.sync()
+            except LiberataiError as error:
+                log.warning("certificates of our own are not renewed: %s %s", error.code, error)
+            await asyncio.sleep(LOOK_S)
+
+    def renew_own(self) -> bool:
+        """Put a new certificate beside the coordinator's own, when two thirds of its life are over.
+
+        Returns:
+            Whether the link has something to prove.
+        """
+        own = self.config.cert_file
+        if own is None or own != self.config.key_file:
+            return False
+        path = Path(own)
+        beside = path.with_name(f"{path.stem}.next{path.suffix}")
+        dates = read_dates(path)
+        if beside.exists() or clock.wall() < dates.renew_s:
+            return beside.exists()
+        key, name = new_key(), self.config.coordinator
+        der = self.authority.issue(key.public_key(), "coordinator", name, dates.end_s - dates.start_s)
+        write_durably(beside, certificate_pem(der) + key_pem(key))
+        log.info("a new certificate of coordinator %s lies beside the old one", name)
+        return True
