@@ -127,8 +127,8 @@ async def test_a_device_with_a_new_key_knocks_and_is_taken(broker: MemoryBroker,
         assert [one.name for one in shown.conditions if one.name == "Knocking"]
         assert "knocking" in [one.name for one in await ask.events.last(20, "a")]
         with pytest.raises(StateError, match="another machine"):
-            await ask.devices.rekey("a", "0" * 8)
-        taken = await ask.devices.rekey("a", shown.knocks[:8])
+            await ask.devices.rekey("a", "0" * 16)
+        taken = await ask.devices.rekey("a", shown.knocks[:19])
         assert (taken.key, taken.labels, taken.status) == (shown.knocks, {"site": "hall"}, "approved")
         await anew._introduce()
         await until(lambda: there(service, "a"))
@@ -146,7 +146,7 @@ async def test_who_is_approved_by_key_has_that_key(broker: MemoryBroker, tmp_pat
         ask = Operations.of(service)
         key = (await ask.devices.show("a")).key
         with pytest.raises(StateError, match="another machine"):
-            await ask.devices.approve("a", "ffffffff")
+            await ask.devices.approve("a", "f" * 16)
         assert (await ask.devices.approve("a", key)).status == "approved"
         await ask.devices.quarantine("a", "nonsense")
         with pytest.raises(StateError, match="quarantined"):
