@@ -11,18 +11,14 @@ import typer
 
 from liberatai_coordinator.cli.fit import fit
 from liberatai_coordinator.cli.kit import Model, Version, client_of, group, only_structure
+from liberatai_coordinator.cli.model_care import gc, verify
+from liberatai_coordinator.cli.model_commit import commit
+from liberatai_coordinator.cli.model_history import diff, log, models_list
+from liberatai_coordinator.cli.model_names import branch, tag, trust
+from liberatai_coordinator.cli.model_remote import fetch, push
+from liberatai_coordinator.cli.model_store import choose_store
 from liberatai_coordinator.cli.pull import pull
-from liberatai_coordinator.cli.tables import (
-    Column,
-    Output,
-    OutputOption,
-    WatchOption,
-    count_text,
-    progress,
-    show_list,
-    size_text,
-    when_text,
-)
+from liberatai_coordinator.cli.tables import progress, size_text
 from liberatai_coordinator.cli.version import show_version
 from liberatai_coordinator.client.views import VersionView
 from liberatai_core.errors import ConfigError, DigestError
@@ -42,25 +38,37 @@ class Format(StrEnum):
 app = group("The model repository: versions, and variants for small storage.", "liberatai models list")
 
 
-@app.command("list", epilog="Example: liberatai models list")
-def models_list(
-    context: typer.Context, output: OutputOption = Output.TABLE, watch: WatchOption = False
+@app.callback()
+def _options(
+    context: typer.Context,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            envvar="LIBERATAI_STORE",
+            help="Folder of the repository [default: this machine's coordinator's, else one's own].",
+        ),
+    ] = None,
 ) -> None:
-    """List the newest version of every model."""
-    with client_of(context) as client:
-        show_list(client.models.list, _VERSION_COLUMNS, output, watch=watch)
+    choose_store(context, store)
 
 
+app.command(
+    "commit", epilog="Example: liberatai models commit digits.safetensors --model digits -m 'first try'"
+)(commit)
+app.command("list", epilog="Example: liberatai models list")(models_list)
 app.command("show", epilog="Example: liberatai models show digits --version 3")(show_version)
 
 
-@app.command("log", epilog="Example: liberatai models log digits -o wide")
-def models_log(
-    context: typer.Context, name: Model, output: OutputOption = Output.TABLE, watch: WatchOption = False
-) -> None:
-    """List all versions of a model, newest first."""
-    with client_of(context) as client:
-        show_list(lambda: client.models.log(name), _VERSION_COLUMNS, output, watch=watch)
+app.command("log", epilog="Example: liberatai models log digits --graph")(log)
+app.command("diff", epilog="Example: liberatai models diff digits:v1 digits --samples images.npz")(diff)
+app.command("tag", epilog="Example: liberatai models tag digits:12 v1")(tag)
+app.command("branch", epilog="Example: liberatai models branch digits:v1 try")(branch)
+app.command("trust", epilog="Example: liberatai models trust lab $KEY --model 'lab/*'")(trust)
+app.command("push", epilog="Example: liberatai models push digits registry.example.org/lab/digits:v1")(push)
+app.command("fetch", epilog="Example: liberatai models fetch registry.example.org/lab/digits:v1")(fetch)
+app.command("verify", epilog="Example: liberatai models verify digits")(verify)
+app.command("gc", epilog="Example: liberatai models gc --newest 100 --every 50 --dry-run")(gc)
 
 
 app.command(
@@ -146,18 +154,3 @@ def _metadata(view: VersionView, structure: str, params: object) -> dict[str, st
         "params": json.dumps(params, sort_keys=True),
         "weights_sha256": view.digests[structure],
     }
-
-
-_VERSION_COLUMNS: list[Column[VersionView]] = [
-    Column("MODEL", lambda row: row.model),
-    Column("VERSION", lambda row: str(row.version), right=True),
-    Column("ID", lambda row: row.id[:12]),
-    Column("ROUND", lambda row: str(row.round), right=True),
-    Column("UPDATES", lambda row: count_text(row.updates), right=True),
-    Column("SIZE", lambda row: size_text(sum(row.bytes.values())), right=True),
-    Column("ENSEMBLE", lambda row: row.ensemble),
-    Column("CREATED", lambda row: when_text(row.created_s)),
-    Column("TAGS", lambda row: ", ".join(row.tags)),
-    Column("PARENT", lambda row: (row.parent or "-")[:12], wide=True),
-    Column("GUARD", lambda row: row.guard, wide=True, note=True),
-]

@@ -1,0 +1,1 @@
+"""Other repositories: any registry that speaks OCI distribution 1.1."""
