@@ -15,6 +15,7 @@ class PublishState(Value, frozen=True, kw_only=True):
     """
 
     capability: Capability | None = None
+    resting: bool = False
 
 
 class PublishCapability(Value, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from liberatai_agent import windows
 from liberatai_core.contract.topics import FLEET_OR_DEVICE
 from liberatai_core.errors import ConfigError, NotFoundError
 from liberatai_core.link.mqtt.settings import broker_address
@@ -33,6 +34,18 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_temp_c: Annotated[float, Meta(gt=0, le=200)] | None = 85.0
     min_free_disk_mb: Annotated[float, Meta(ge=0)] | None = 32.0
     min_free_memory_mb: Annotated[float, Meta(ge=0)] | None = 64.0
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a device takes part at all; outside of it, it says that it rests, and is not invited.
+
+    Attributes:
+        windows: times of the day, local: "22:00-06:00", "mon-fri 19:00-07:00", "sat,sun"; none: always.
+        on_metered: whether it takes part while its link is metered.
+    """
+
+    windows: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)] = ()
+    on_metered: bool = True
 
 
 class LinkSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +91,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         outbox_max_mb: MiB of updates that may wait for a receipt.
         gate: when the device may train.
         link: what of the link may be used.
+        train: when the device takes part at all.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -102,6 +116,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     outbox_max_mb: Annotated[float, Meta(gt=0, le=65_536)] = 128.0
     gate: GateSettings = GateSettings()
     link: LinkSettings = LinkSettings()
+    train: TrainSettings = TrainSettings()
 
     @property
     def state_path(self) -> Path:
@@ -168,10 +183,15 @@ def load_profile(config: AgentConfig) -> Profile | None:
 def _across(config: AgentConfig) -> list[str]:
     """Return faults that no single key shows."""
     found = []
+    for window in config.train.windows:
+        try:
+            windows.parse(window)
+        except ValueError as error:
+            found.append(f"train.windows: {error}")
     try:
         address = broker_address(config.broker)
     except ConfigError:
-        return [f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")']
+        return [*found, f'broker: must be mqtt://host:port or mqtts://host:port (got "{config.broker}")']
     if address.username or address.password:
         found.append("broker: no credentials in the URL: use username and password_file")
     if config.password_file is not None and config.username is None:

@@ -279,10 +279,16 @@ class ChunksSent(Value, frozen=True, kw_only=True):
 
 
 class GateChanged(Value, frozen=True, kw_only=True):
-    """Training is allowed now, or not any more."""
+    """Training is allowed now, or not any more.
+
+    Attributes:
+        open, reason: whether it is, and why not.
+        resting: the device wants no part in anything for a while.
+    """
 
     open: bool
     reason: str = ""
+    resting: bool = False
 
 
 class QuotaChanged(Value, frozen=True, kw_only=True):

@@ -39,6 +39,9 @@ class Snapshot:
         memory_available_bytes: on the machine or in its container.
         own_memory_bytes: that the training process holds: it would be available without it.
         training: whether a training runs.
+        paused: why somebody at the device wants peace, in words; "" if nobody does.
+        outside: the windows that the time of the day is outside of, in words; "" if it is inside of one.
+        metered: why the link counts as metered and may not be used, in words; "" if it may.
     """
 
     load_others: float | None = None
@@ -49,6 +52,13 @@ class Snapshot:
     memory_available_bytes: int | None = None
     own_memory_bytes: int = 0
     training: bool = False
+    paused: str = ""
+    outside: str = ""
+    metered: str = ""
+
+
+RESTING = frozenset({"paused", "windows", "metered"})
+"""Rules by which the device takes part in nothing for a while: it says so, and is not invited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +78,11 @@ class Gate:
     broken: frozenset[str] = frozenset()
     run_s: float = RUN_S
     began_s: float | None = None
+
+    @property
+    def resting(self) -> bool:
+        """Whether the device takes part in nothing for a while."""
+        return bool(self.broken & RESTING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +146,10 @@ def decide(now: Snapshot, rules: GateSettings, before: Gate | None = None, now_s
 
 
 def _judged(now: Snapshot, rules: GateSettings) -> Iterator[_Rule]:
+    # Somebody who wants peace has it at once; a training that runs when a window ends may come to its end.
+    yield _Rule("paused", bool(now.paused), 0.5, 0.5, 0.5, now.paused, True)
+    yield _Rule("windows", bool(now.outside), 0.5, 0.5, 1.5, now.outside, True)
+    yield _Rule("metered", bool(now.metered), 0.5, 0.5, 1.5, now.metered, True)
     limit, load = rules.max_load_others, now.load_others
     if limit is not None and load is not None:
         words = f"other programs use {load:.2f} processors (max {limit:g})"

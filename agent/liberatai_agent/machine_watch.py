@@ -7,7 +7,8 @@ when something begins.
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from liberatai_agent import gate, probe
@@ -17,6 +18,8 @@ from liberatai_agent.events import GateChanged, MachineChanged, QuotaChanged
 from liberatai_agent.fits import Limits, limits_of
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.pausing import paused
+from liberatai_agent.windows import open_at
 from liberatai_core.contract.messages import Capability, Telemetry
 from liberatai_core.errors import BusyError
 from liberatai_core.profile import Profile
@@ -25,6 +28,8 @@ BUSY_S = 5.0
 """Between two looks at load, heat and battery while a task is in hand."""
 MACHINE_S = 60.0
 """Between two looks at limits and the data file, and at everything while nothing is to be done."""
+BUILT_IN = 2026
+"""A clock that stands before this year was never set: a board without a battery begins in 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +114,17 @@ class MachineWatch:
         rules = self._config.gate
         load = self._load.others(self._pids()) if rules.max_load_others is not None else None
         own = sum(probe.rss(pid) or 0 for pid in self._pids() if pid != os.getpid())
-        seen = snapshot(self._config, load, own_memory_bytes=own, training=self._watched.is_training())
+        seen = snapshot(
+            self._config,
+            load,
+            own_memory_bytes=own,
+            training=self._watched.is_training(),
+            metered=probe.is_metered(self._config, self._profile),
+        )
         before, self._gate = self._gate, gate.decide(seen, rules, self._gate, now_s())
-        if (before.open, before.reason) != (self._gate.open, self._gate.reason):
-            self._happened(GateChanged(open=self._gate.open, reason=self._gate.reason))
+        now = self._gate
+        if (before.open, before.reason, before.resting) != (now.open, now.reason, now.resting):
+            self._happened(GateChanged(open=now.open, reason=now.reason, resting=now.resting))
         self._meter.count()
         quota = self._meter.quota_bytes
         words = gate.quota_words(self._meter.day_bytes, quota) if quota and self._meter.spent else ""
@@ -179,9 +191,11 @@ def snapshot(
     *,
     own_memory_bytes: int = 0,
     training: bool = False,
+    metered: bool = False,
 ) -> gate.Snapshot:
     """Return what the gate decides on."""
     percent, on_mains = probe.battery()
+    pause = paused(config.state_path, time.time())
     return gate.Snapshot(
         load_others=load_others,
         battery_percent=percent,
@@ -191,7 +205,23 @@ def snapshot(
         memory_available_bytes=probe.memory_available(),
         own_memory_bytes=own_memory_bytes,
         training=training,
+        paused=pause.words if pause is not None else "",
+        outside=outside(config.train.windows, time.localtime()),
+        metered="the link is metered (train.on_metered: false)"
+        if metered and not config.train.on_metered
+        else "",
     )
+
+
+def outside(windows: Sequence[str], now: time.struct_time) -> str:
+    """Return in words that a device may not train at this time of the day; "" if it may."""
+    if not windows:
+        return ""
+    if now.tm_year < BUILT_IN:
+        return "the clock is not set: nobody knows whether this is within train.windows"
+    if open_at(windows, now.tm_wday, now.tm_hour * 60 + now.tm_min):
+        return ""
+    return f"outside of its windows ({'; '.join(windows)})"
 
 
 def sample(device: str, session: int, sent_bytes: int, received_bytes: int) -> Telemetry:

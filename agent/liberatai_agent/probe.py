@@ -32,6 +32,8 @@ from liberatai_core.profile import Profile, trainers
 from liberatai_core.structure import DataContract
 
 Value = TypeVar("Value")
+MODEMS = ("wwan", "wwp", "rmnet", "ppp")
+"""How the kernel names network devices of mobile modems."""
 RUNTIMES = ("torch", "onnxruntime", "numpy")
 DEFAULT_STORAGE_BYTES = 256 << 20
 """For a machine without a profile: no model of an edge device is larger, and no card is filled."""
@@ -321,6 +323,23 @@ def tier_of(machine: Machine, memory_bytes: int, data: str | None) -> Tier:
     return "head" if "onnxruntime" in machine.runtimes else "observe"
 
 
+def is_metered(config: AgentConfig, profile: Profile | None) -> bool:
+    """Whether traffic costs money: by the settings, else by a quota, the profile, or a modem in use."""
+    if config.link.metered is not None:
+        return config.link.metered
+    by_profile = profile is not None and profile.net is not None and profile.net.metered
+    return config.link.quota_bytes is not None or by_profile or uses_modem()
+
+
+def uses_modem(routes: Path = Path("/proc/net/route")) -> bool:
+    """Whether the default route goes through a mobile modem, by the kernel's names of those."""
+    with contextlib.suppress(OSError):
+        lines = routes.read_text(encoding="ascii", errors="replace").splitlines()[1:]
+        fields = [line.split() for line in lines]
+        return any(len(f) > 1 and f[1] == "00000000" and f[0].startswith(MODEMS) for f in fields)
+    return False
+
+
 def capability(
     config: AgentConfig,
     profile: Profile | None,
@@ -363,13 +382,9 @@ def capability(
         if config.storage_kb is not None
         else (profile.storage_bytes if profile else DEFAULT_STORAGE_BYTES),
     )
-    net, wished = profile.net if profile else None, config.link
     up_promised, down_promised = promised_bits_s(config, profile)
     up, up_measured = _rate(link.up_bits_s, up_promised)
     down, _ = _rate(link.down_bits_s, down_promised)
-    metered = wished.metered
-    if metered is None:
-        metered = wished.quota_bytes is not None or (net is not None and net.metered)
     return Capability(
         device=config.device,
         public_key=public_key,
@@ -386,14 +401,14 @@ def capability(
         gflops=_slower(found.gflops, profile),
         up_bits_s=up,
         down_bits_s=down,
-        metered=metered,
+        metered=is_metered(config, profile),
         samples=found.samples,
         data=found.data,
         families=found.families[:64],
         runtimes=machine.runtimes,
         codecs=SPARSE_METHODS,
         link_measured=up_measured,
-        day_quota_bytes=wished.quota_bytes or 0,
+        day_quota_bytes=config.link.quota_bytes or 0,
         quota_spent=quota_spent,
         telemetry_s=config.telemetry_s,
     )

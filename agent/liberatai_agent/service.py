@@ -237,6 +237,10 @@ class Service:
             async with asyncio.timeout(GOODBYE_S):
                 await self._connection.link.close()
 
+    def look_soon(self) -> None:
+        """Look at the machine and at what its people want before long; from the event loop's thread."""
+        self._machine.look_soon()
+
     # --- events and actions --------------------------------------------------------------------
 
     def happened(self, event: on.Happened) -> None:
@@ -297,10 +301,10 @@ class Service:
 
     def _perform(self, action: do.Action) -> None:
         match action:
-            case do.PublishState(capability=capability):
+            case do.PublishState(capability=capability, resting=resting):
                 if capability is not None:
                     self._saying.capability(capability)
-                self._saying.state("online")
+                self._saying.state("draining" if resting else "online")
             case do.PublishCapability(capability=capability):
                 self._saying.capability(capability)
             case do.PublishReport():

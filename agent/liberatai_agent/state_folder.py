@@ -30,8 +30,27 @@ class StateLock:
                 raise DiskError(f"{folder}: cannot be locked: {error.strerror}") from error
             raise LockedError(f"{folder}: another agent uses this state folder") from None
 
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
     def close(self) -> None:
         """Release the folder; idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def holder(folder: Path) -> int | None:
+    """Return the process id of the agent that uses a state folder, None if none does.
+
+    The lock itself is not tried: that would keep an agent out which starts just now.
+    """
+    try:
+        with (folder / "lock").open("rb") as file:
+            text = file.read(32).strip()
+        if not text.isdigit() or int(text) <= 1:
+            return None
+        command = Path(f"/proc/{int(text)}/cmdline").read_bytes()
+    except OSError:
+        return None
+    return int(text) if b"liberatai" in command else None

@@ -16,6 +16,7 @@ ALLOWED = frozenset(
         "HOME",
         "LANG",
         "LANGUAGE",
+        "LIBERATAI_TRAIN_PRIORITY",
         "LOGNAME",
         "PATH",
         "PYTHONDONTWRITEBYTECODE",

@@ -217,6 +217,33 @@ def test_while_the_broker_is_away_nobody_is_given_up(tmp_path: Path, monkeypatch
     run(scenario())
 
 
+def test_a_device_at_rest_is_not_waited_for_not_asked_and_asked_again_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "GRACE_S", 0.1)
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as (a, b, c), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 3)
+            c.answers = False
+            text = job_yaml(rounds=3, devices=2, quorum=0.6, deadline_s=3600)
+            await Operations.of(service).jobs.create(text, str(tmp_path))
+            await until(lambda: bool(c.tasks))
+            await says(c, "draining")
+            await reports(c, "gated", 1, "paused at the device: we measure")
+            await until(lambda: finished(service))  # in an hour, if a round waited for the third one
+            assert len(c.tasks) == 1
+            assert [len(d.tasks) for d in (a, b)] == [3, 3]
+            shown = await Operations.of(service).devices.show("c")
+            assert (shown.state, shown.reason) == ("draining", "paused at the device: we measure")
+            assert [one.reason for one in shown.conditions if one.name == "Resting"] == [shown.reason]
+            await says(c, "online")
+            await until(lambda: len(service.fleet.ready()) == 3)
+
+    run(scenario())
+
+
 def test_after_a_restart_who_says_nothing_or_was_lost_before_is_not_waited_for_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

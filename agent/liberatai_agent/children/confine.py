@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 
 NICE = 10
+PRIORITY = "LIBERATAI_TRAIN_PRIORITY"
+"""Environment variable: "low" keeps a training from stepping back behind everything else."""
 OPEN_FILES = 256
 FILE_BYTES = 128 << 20
 """The residual of the largest structure; it also bounds what a faulty library may leave behind."""
@@ -47,6 +49,20 @@ def be_small() -> None:
         hard = resource.getrlimit(what)[1]
         wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (wanted, wanted))
+
+
+def step_back() -> None:
+    """Take only the processor time that nobody else wants: what people do on this machine must not feel it.
+
+    Where all that runs has one purpose (a simulated fleet), LIBERATAI_TRAIN_PRIORITY=low leaves it a share.
+    """
+    if os.environ.get(PRIORITY) == "low":
+        return
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def die_with(channel: int) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import msgspec
 
 from liberatai_agent.children import residual, start
-from liberatai_agent.children.confine import be_small, confine, die_with, limit
+from liberatai_agent.children.confine import be_small, confine, die_with, limit, step_back
 from liberatai_agent.children.messages import (
     HELLO,
     LENGTH,
@@ -404,6 +404,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if argv:
         confine(int(argv[0]))
+        step_back()
         channel = int(argv[1])
     else:
         channel = _accepted()
@@ -422,6 +423,7 @@ def _accepted() -> int:
         sys.stderr.write("E_STATE: the training process is started by the agent or by its socket unit\n")
         sys.exit(2)
     be_small()
+    step_back()
     if state := os.environ.get("STATE_DIRECTORY"):
         folder = start.fresh_folder(Path(state), "trainer")
         os.environ.update(start.environment(folder))

@@ -63,6 +63,7 @@ async def _serve(config: "AgentConfig") -> int:
         service = Service(config, make_link, damaged=damaged)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stop)
+        loop.add_signal_handler(signal.SIGHUP, service.look_soon)
         try:
             await service.run()
         except StandstillError as error:

@@ -147,8 +147,8 @@ def _react(s: Session, event: Happened) -> Stepped:
             return credited(s, event)
         case ChunksSent(update_id=uid):
             return chunks_sent(s, uid)
-        case GateChanged(open=is_open, reason=reason):
-            return worked(replace(s, gate_open=is_open, gate_reason=reason), event)
+        case GateChanged():
+            return _gate(s, event)
         case QuotaChanged(words=words):
             s = replace(s, quota=words)
             return worked(s if words else quota_renewed(s), event)
@@ -156,6 +156,14 @@ def _react(s: Session, event: Happened) -> Stepped:
             return _machine(s, event)
         case Started():
             return _started(s, event)
+
+
+def _gate(s: Session, event: GateChanged) -> Stepped:
+    news = event.resting != s.resting and s.connected and s.measured
+    s = replace(s, gate_open=event.open, gate_reason=event.reason, resting=event.resting)
+    s, actions = worked(s, event)
+    # Whoever rests is not invited, and is not waited for.
+    return s, (*actions, PublishState(resting=s.resting)) if news else actions
 
 
 def _refused(s: Session, event: BrokerRefused) -> Stepped:
@@ -195,7 +203,7 @@ def _machine(s: Session, event: MachineChanged) -> Stepped:
 def _introduced(s: Session) -> Stepped:
     """Say who is there, and send everything: the connection is new, or the first look is over."""
     s, sends = send_all(link_returned(s))
-    return replace(s, told=s.found), (PublishState(capability=s.found), *sends)
+    return replace(s, told=s.found), (PublishState(capability=s.found, resting=s.resting), *sends)
 
 
 def _stored(s: Session, event: OutboxStored) -> Stepped:

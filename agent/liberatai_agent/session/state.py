@@ -217,6 +217,7 @@ class Session(Value, frozen=True, kw_only=True):
         found: what was measured of the machine last, as it is told.
         told: what was told of it last on this connection; None: nothing yet.
         gate_open, gate_reason: whether the machine may train.
+        resting: it takes part in nothing for a while, and should not be invited.
         quota: words about the day's quota of the link if it is used up, else "".
         work: what is under way.
         spec: what the newest task's spec says, with the id of its blob.
@@ -249,6 +250,7 @@ class Session(Value, frozen=True, kw_only=True):
     told: Capability | None = None
     gate_open: bool = True
     gate_reason: str = ""
+    resting: bool = False
     quota: str = ""
     work: Work = Idle()
     spec: tuple[str, TaskSpec] | None = None

@@ -91,6 +91,8 @@ def conditions_of(
     report, capability = device.report, device.capability
     if report is not None and report.phase in ("gated", "failed"):
         name = "Gated" if report.phase == "gated" else "Failed"
+        if device.said == "draining":
+            name = "Resting"
         found.append(Condition(name, True, report.reason, device.phase_s))
     if capability is not None and capability.quota_spent:
         found.append(Condition("QuotaSpent", True, "today's link quota is used up"))
@@ -113,7 +115,8 @@ def conditions_of(
 def _not_online(device: Device, connected: bool) -> str:
     if not connected and device.said in LIVING:
         return "the coordinator has no broker"
-    return "" if device.online else device.note or f"it is {device.state}"
+    resting = device.said == "draining" and device.report is not None and device.report.reason
+    return "" if device.online else device.note or resting or f"it is {device.state}"
 
 
 def _not_ready(device: Device, connected: bool) -> str:

@@ -37,7 +37,7 @@ class Attendance:
                 self._away.pop(device.id, None)
             elif device.silent:
                 self._away[device.id] = now_s - GRACE_S  # its silence was long enough
-            elif device.said != "draining":
+            elif device.said != "draining" or _rests(device):
                 self._away.setdefault(device.id, now_s)
         for job in self.runners.values():
             job.opening.fleet_changed.set()
@@ -48,6 +48,8 @@ class Attendance:
 
     def reported(self, device: Device, report: Report, now_s: float) -> None:
         """Let the round of a task know that its device failed, or that it tries again after all."""
+        if device.said == "draining" and _rests(device):
+            self._away.setdefault(device.id, now_s)  # it finishes nothing: it waits
         job = self.runners.get(report.job)
         now = job.open_round if job is not None else None
         if job is None or now is None or now.asked(device.id) != report.round:
@@ -84,7 +86,7 @@ class Attendance:
 
     def _give_up(self, job: Runner, now: deciding.Round, device: str, now_s: float) -> None:
         known = job.fleet.devices.get(device)
-        if device not in now.stored and known is not None:
+        if device not in now.stored and known is not None and known.said != "draining":
             job.roster.failures.note(device, "lost", known.capability, now_s)
         job.collecting.decide(deciding.Gone(device=device))
 
@@ -93,3 +95,8 @@ class Attendance:
             job.collecting.decide(deciding.Gone(device=device.id))
         elif device.online and device.status == "approved" and device.id in now.gone:
             job.collecting.decide(deciding.Back(device=device.id))
+
+
+def _rests(device: Device) -> bool:
+    """Whether a device that wants no new work does not go on with what it has either."""
+    return device.report is not None and device.report.phase == "gated"

@@ -1,6 +1,7 @@
 """One child process with its log."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ ENVIRONMENT: Final = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "ORT_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
+    # Coordinator, broker and trainings are one fleet: all shall go on.
+    "LIBERATAI_TRAIN_PRIORITY": os.environ.get("LIBERATAI_TRAIN_PRIORITY", "low"),
 }
 
 

@@ -894,3 +894,16 @@ def test_a_step_leaves_the_old_session_alone() -> None:
     s.step(before, on.TaskArrived(task=a_task()))
     assert before == replace(before)
     assert before.task is None
+
+
+def test_a_device_at_rest_says_so_and_says_when_it_is_back() -> None:
+    play = online()
+    rests = on.GateChanged(open=False, reason="paused at the device", resting=True)
+    assert of(play(rests), do.PublishState) == [do.PublishState(resting=True)]
+    assert of(play(rests), do.PublishState) == []
+    # a new connection says everything again, and so that it still rests
+    assert [one.resting for one in of(play(on.LinkDown(), on.LinkUp()), do.PublishState)] == [True]
+    assert play.phase == "gated"
+    assert of(play(on.GateChanged(open=True)), do.PublishState) == [do.PublishState()]
+    # heat and load are no rest: the device may be asked, and begins when it can
+    assert of(play(on.GateChanged(open=False, reason="90 °C")), do.PublishState) == []
