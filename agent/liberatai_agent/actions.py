@@ -113,9 +113,14 @@ class DropBlobs(Value, frozen=True, kw_only=True):
 
 
 class KeepPath(Value, frozen=True, kw_only=True):
-    """Store which files, in which order, lead to the weights that the device holds."""
+    """Store which files, in which order, lead to the weights that the device holds.
+
+    Attributes:
+        spec: what they are weights of; None: as before.
+    """
 
     path: tuple[Step, ...]
+    spec: TaskSpec | None = None
 
 
 class RememberEpoch(Value, frozen=True, kw_only=True):

@@ -21,9 +21,9 @@ import msgspec
 
 from liberatai_agent.files import sync_folder, write_durably
 from liberatai_core.contract import chunks
-from liberatai_core.contract.frame import Keys, expect
+from liberatai_core.contract.frame import Keys, encode_spec, expect
 from liberatai_core.contract.limits import MAX_CHAIN, MAX_SINGLE_BYTES, WINDOW_CHUNKS
-from liberatai_core.contract.messages import BlobManifest, BlobRef, Step
+from liberatai_core.contract.messages import BlobManifest, BlobRef, Step, TaskSpec
 from liberatai_core.contract.topics import Topics, blob_id
 from liberatai_core.errors import (
     DigestError,
@@ -58,7 +58,7 @@ _UNBELIEVED = (
 Answer = TypeVar("Answer")
 _MAP = ".map"
 _PART = ".part"
-_PATH = "path.msgpack"
+_PATH, _SPEC = "path.msgpack", "model.spec"
 _PATH_BYTES = 128 * MAX_CHAIN
 """A step takes some 60 bytes."""
 _STEPS = msgspec.msgpack.Decoder(tuple[Step, ...])
@@ -77,6 +77,7 @@ class BlobStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._spec = b""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -140,12 +141,20 @@ class BlobStore:
             raise DigestError(f"blob {blob}: the file is damaged")
         return content
 
-    def remember_path(self, path: tuple[Step, ...]) -> None:
+    def remember_path(self, path: tuple[Step, ...], spec: TaskSpec | None = None) -> None:
         """Store durably which blobs, in which order, lead to the weights that the device holds.
+
+        Args:
+            path: the blobs.
+            spec: what they are weights of, for who uses the model (`liberatai_core.model`); None: as before.
 
         Raises:
             DiskError: the disk refuses.
         """
+        if spec is not None and (content := encode_spec(spec)) != self._spec:
+            with _disk(_SPEC):
+                write_durably(self._folder.parent / _SPEC, content, mode=0o600)
+            self._spec = content
         with _disk(_PATH):
             write_durably(self._folder.parent / _PATH, msgspec.msgpack.encode(path), mode=0o600)
 

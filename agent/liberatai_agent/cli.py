@@ -8,11 +8,11 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 
-from liberatai_agent.commands import doctor, enrol, pause, probe, run, status, version
+from liberatai_agent.commands import doctor, enrol, pause, predict, probe, run, status, version
 from liberatai_agent.commands.kit import FAILED, NOT_FOUND, USAGE, complain
 from liberatai_core.errors import ConfigError, LiberataiError, NotFoundError
 
-COMMANDS = (run, probe, status, pause, doctor, enrol, version)
+COMMANDS = (run, probe, status, predict, pause, doctor, enrol, version)
 """In the order of `--help`."""
 
 

@@ -88,6 +88,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         keepalive_s: the broker notices a dead link after 1.5 times this.
         telemetry_s: seconds between two samples of load and traffic, ±20 %.
         trainer_idle_s: the training process ends after so long without work.
+        predict_idle_s: the process that answers at the local socket ends after so long; 0: no socket.
         outbox_max_mb: MiB of updates that may wait for a receipt.
         gate: when the device may train.
         link: what of the link may be used.
@@ -113,6 +114,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keepalive_s: Annotated[int, Meta(ge=1, le=65_535)] = 60
     telemetry_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
     trainer_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
+    predict_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
     outbox_max_mb: Annotated[float, Meta(gt=0, le=65_536)] = 128.0
     gate: GateSettings = GateSettings()
     link: LinkSettings = LinkSettings()

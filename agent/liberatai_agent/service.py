@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
+from liberatai_agent.answering import Answering
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.clock import now_s
@@ -182,6 +183,7 @@ class Service:
             run,
         )
         self._status = StatusFile(folder, self.status)
+        self._answering = Answering(config)
 
     async def _run(self, damaged: str) -> None:
         self.happened(
@@ -206,6 +208,7 @@ class Service:
                 self._watch_machine,
                 self._sample,
                 self._status.run,
+                self._answering.run,
             )
             for part in (*parts, self._supervisor.watch):
                 self._supervisor.run_part(part())
@@ -321,8 +324,8 @@ class Service:
                 self._downloads.keep_only(keep)
             case do.ReadSpec(blob=blob):
                 self._downloads.read_spec(blob)
-            case do.KeepPath(path=path):
-                self._store.remember_path(path)
+            case do.KeepPath(path=path, spec=spec):
+                self._store.remember_path(path, spec)
             case do.WarmTrainer():
                 self._machine.look_soon()
                 self._training.warm()

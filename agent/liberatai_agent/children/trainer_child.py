@@ -38,7 +38,7 @@ from liberatai_agent.children.messages import (
 )
 from liberatai_agent.events import Returned, TrainingResult
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
-from liberatai_core.contract.messages import part_seed, weights_name, work_seed
+from liberatai_core.contract.messages import part_seed, work_seed
 from liberatai_core.errors import (
     CodecError,
     ConfigError,
@@ -257,34 +257,18 @@ def base_weights(task: Work, memory: Memory) -> "Vector":
     Raises:
         DigestError: it leads to other weights than the task names, or a file cannot be read.
     """
-    from liberatai_core.compressor.artifact import restore  # noqa: PLC0415
-    from liberatai_core.sparsifier.top_k import densify  # noqa: PLC0415
-    from liberatai_core.weights import digest  # noqa: PLC0415
+    from liberatai_core.learning.held import followed  # noqa: PLC0415
 
-    weights: Vector | None = None
+    start: Vector | None = None
     steps = task.path
     names = [step.digest for step in steps]
     if memory.base is not None and memory.base[0] in names:
         known = len(names) - 1 - names[::-1].index(memory.base[0])
         if memory.base[1].shape == (task.structure.parameters,):
-            weights, steps = memory.base[1], steps[known + 1 :]
+            start, steps = memory.base[1], steps[known + 1 :]
     memory.base = None
-    chosen = trained_part(task)
-    for step in steps:
-        content = _read(step)
-        try:
-            if weights is None:
-                weights = restore(content, task.structure)
-            else:
-                weights = chosen.added(weights, densify(content, chosen.part))
-        except LiberataiError as error:
-            # Its SHA-256 was checked when it was stored.
-            raise DigestError(f"{Path(step.path).name}: damaged: {error}") from error
-    if weights is None:
-        raise DigestError("no file leads to the base")
-    found = weights_name(digest(weights))
-    if found != names[-1]:
-        raise DigestError(f"the files give weights {found.hex()}, wanted {names[-1].hex()}")
+    files = ((Path(step.path).name, _read(step)) for step in steps)
+    weights = followed(files, trained_part(task), names[-1] if names else b"", start)
     memory.base = (names[-1], weights)
     return weights
 

@@ -186,7 +186,11 @@ def _without_half_a_final(s: Session) -> Session:
 
 
 def _final_is_here(s: Session, final: tuple[Step, ...]) -> Stepped:
-    return replace(s, path=final, work=Idle(final=final)), (KeepPath(path=final),)
+    return replace(s, path=final, work=Idle(final=final)), (_keep(s, final),)
+
+
+def _keep(s: Session, path: tuple[Step, ...]) -> KeepPath:
+    return KeepPath(path=path, spec=None if s.spec is None else s.spec[1])
 
 
 def _final_blob_stored(s: Session, work: FetchingFinal, event: BlobStored) -> Stepped:
@@ -335,7 +339,7 @@ def _stored(s: Session, work: Storing, event: OutboxStored) -> Stepped:
     task = work.assignment.task
     event = replace(event, job=task.job, round=task.round)
     # On disk before the update is sent: the coordinator goes on from what it was made from.
-    keep = () if s.path == work.chain else (KeepPath(path=work.chain),)
+    keep = () if s.path == work.chain else (_keep(s, work.chain),)
     s = with_pending(replace(s, path=work.chain, work=Idle()), event)
     drop = DropBlobs(keep=kept(s))
     s, sends = send(s, event.update_id)

@@ -95,10 +95,22 @@ def _write_checked(detail: VariantDetail, file: bytes, out: Path) -> None:
         raise DigestError(
             f"variant {detail.variant.id[:12]} decodes to other weights than it names: not written"
         )
+    from liberatai_core.model import Description, describe
+
     part = out.with_name(f"{out.name}.part")
     try:
         part.write_bytes(file)
         part.replace(out)
+        describe(
+            out,
+            Description(
+                family=detail.structure.family,
+                params=detail.structure.params,
+                data=detail.data,
+                model=detail.variant.model,
+                version=detail.variant.version,
+            ),
+        )
     except OSError as error:
         raise DiskError(f"{out}: cannot be written ({error.strerror})") from None
 

@@ -136,6 +136,27 @@ def load_unlabeled(
     return _prepared(inputs, data, where)
 
 
+def class_names(path: Path | str) -> tuple[str, ...]:
+    """Return the names of classes in a file; none if it has none, or there is no such file."""
+    if not str(path):
+        return ()
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            named = loaded["classes"] if "classes" in loaded.files else np.empty(0)
+        return tuple(str(name) for name in np.atleast_1d(named).ravel())
+    except UNREADABLE:
+        return ()
+
+
+def as_inputs(inputs: NDArray[Any], data: DataContract, where: str) -> NDArray[np.float32]:
+    """Return samples as a network takes them: in the contract's shape, uint8 as shares of 255.
+
+    Raises:
+        DataError: no numbers, another shape, or not finite.
+    """
+    return _prepared(inputs, data, where)
+
+
 def contract_of(samples: Samples) -> DataContract:
     """Return the contract that these samples fulfil: their shape, and as many classes as they name or show.
 

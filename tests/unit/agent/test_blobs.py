@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from liberatai_agent.blobs import BlobStore
-from liberatai_core.contract.messages import BlobRef, Step
+from liberatai_core.contract.frame import decode_spec
+from liberatai_core.contract.messages import BlobRef, Step, TaskSpec
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import DigestError, DiskError, NotFoundError, SchemaError
+from liberatai_core.structure import DataContract, Structure, Tensor
 
 CONTENT = bytes(range(256)) * 40
 REF = BlobRef(blob=blob_id(CONTENT), size_bytes=len(CONTENT))
@@ -130,6 +133,19 @@ def test_the_path_is_there_after_a_restart_up_to_the_first_file_that_is_not(stor
     assert again.recall_path() == path[:1]
     store.remember_path(())
     assert again.recall_path() == ()
+
+
+def test_what_the_weights_are_of_stands_beside_the_path(store: BlobStore) -> None:
+    structure = Structure("mlp", {"hidden": 1}, (Tensor("w", (4,)),))
+    spec = TaskSpec(job="digits", structure=structure, data=DataContract((4,), 2))
+    note = store.path("x").parent.parent / "model.spec"
+    store.remember_path((), spec)
+    assert decode_spec(note.read_bytes()) == spec
+    store.remember_path(())
+    assert note.exists()
+    other = replace(spec, job="other")
+    store.remember_path((), other)
+    assert decode_spec(note.read_bytes()) == other
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"\x91\x91", b"\xdd\xff\xff\xff\xff"])
