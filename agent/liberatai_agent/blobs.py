@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -292,6 +292,7 @@ class Fetcher:
         self._link, self._topics, self._keys, self._store = link, topics, keys, store
         self._refused, self._timeout_s = refused, timeout_s
         self._waiting: dict[str, asyncio.Queue[Received]] = {}
+        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
         self._window = asyncio.Semaphore(WINDOW_CHUNKS)
 
     def deliver(self, message: Received) -> None:
@@ -302,26 +303,48 @@ class Fetcher:
         else:
             queue.put_nowait(message)
 
-    async def fetch(self, ref: BlobRef) -> None:
+    async def fetch(self, ref: BlobRef, store: BlobStore | None = None) -> None:
         """Bring a blob to the disk, verified; returns at once if it is there.
+
+        Args:
+            ref: it.
+            store: where it goes; None: to the files of training.
 
         Raises:
             NotFoundError: the broker does not have it (yet).
             DigestError: what the broker has is something else.
             DiskError, LinkError: for now.
         """
-        if self._store.has(ref):
+        async with self._turn(ref.blob):  # messages of a topic go to one who waits
+            await self._bring(ref, store or self._store)
+
+    async def _bring(self, ref: BlobRef, store: BlobStore) -> None:
+        if store.has(ref):
             return
         if ref.size_bytes <= MAX_SINGLE_BYTES:
-            manifest = await self._single(ref)
+            manifest = await self._single(ref, store)
             if manifest is None:
                 return
         else:
             async with self._window:
                 manifest = await self._manifest(ref)
-        partial = self._store.partial(ref, manifest.chunk_bytes)
+        partial = store.partial(ref, manifest.chunk_bytes)
         await self._chunks(ref, partial)
         await asyncio.to_thread(partial.finish)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, blob: str) -> AsyncIterator[None]:
+        lock, users = self._turns.get(blob, (asyncio.Lock(), 0))
+        self._turns[blob] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._turns[blob]
+            if users > 1:
+                self._turns[blob] = lock, users - 1
+            else:
+                del self._turns[blob]
 
     async def _chunks(self, ref: BlobRef, partial: PartialBlob) -> None:
         numbers = iter(partial.missing())
@@ -339,7 +362,7 @@ class Fetcher:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _single(self, ref: BlobRef) -> BlobManifest | None:
+    async def _single(self, ref: BlobRef, store: BlobStore) -> BlobManifest | None:
         """Fetch a blob in one message; a manifest: it was cut, for a broker that takes only smaller ones."""
         is_cut = asyncio.Event()
 
@@ -347,7 +370,7 @@ class Fetcher:
             if MIN_CHUNK_BYTES <= len(payload) < ref.size_bytes:
                 is_cut.set()
                 raise _CutError
-            self._store.put(ref, payload)
+            store.put(ref, payload)
 
         async def cut() -> BlobManifest | None:
             await is_cut.wait()

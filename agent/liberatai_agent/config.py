@@ -90,6 +90,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         trainer_idle_s: the training process ends after so long without work.
         predict_idle_s: the process that answers at the local socket ends after so long; 0: no socket.
         outbox_max_mb: MiB of updates that may wait for a receipt.
+        share_logs: whether the fleet may ask for the newest lines of the log (never words about the data).
         gate: when the device may train.
         link: what of the link may be used.
         train: when the device takes part at all.
@@ -116,6 +117,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trainer_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
     predict_idle_s: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
     outbox_max_mb: Annotated[float, Meta(gt=0, le=65_536)] = 128.0
+    share_logs: bool = True
     gate: GateSettings = GateSettings()
     link: LinkSettings = LinkSettings()
     train: TrainSettings = TrainSettings()

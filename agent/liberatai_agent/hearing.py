@@ -21,12 +21,16 @@ from liberatai_core.contract.messages import (
     Credit,
     Message,
     Receipt,
+    Request,
     SessionSeen,
     Task,
+    Want,
     update_id,
 )
 from liberatai_core.errors import SchemaError, TopicError
 
+Asked = Want | Request
+"""Words that the session of rounds has nothing to do with."""
 Heard = TaskArrived | CancelArrived | CoordinatorChanged | ReceiptArrived | CreditArrived | SessionBehind
 
 
@@ -47,7 +51,7 @@ class Ear:
         """Return the key with this id, if it may speak to us."""
         return self.coordinator_key if claimed == key_id(self.coordinator_key) else None
 
-    def hear(self, topic: str, payload: bytes) -> Heard | None:
+    def hear(self, topic: str, payload: bytes) -> Heard | Asked | None:
         """Return what a message says; None: nothing (a retained topic was emptied).
 
         Raises:
@@ -58,7 +62,7 @@ class Ear:
             return None
         return self._event(place, open_frame(payload, self.fleet, self.key).message, payload)
 
-    def _event(self, place: topics.Place, message: Message, frame: bytes) -> Heard:
+    def _event(self, place: topics.Place, message: Message, frame: bytes) -> Heard | Asked:
         match (place.leaf, message):
             case ("state", CoordinatorState()):
                 if message.coordinator != place.owner:
@@ -73,6 +77,12 @@ class Ear:
             case ("task", Cancel()):
                 self._require_own(message.device)
                 return CancelArrived(cancel=message)
+            case ("want", Want() as asked):
+                self._require_own(asked.device)
+                return asked
+            case ("req", Request() as asked):
+                self._require_own(asked.device)
+                return asked
             case ("xa", Receipt()):
                 self._require_own(message.device)
                 return ReceiptArrived(receipt=message)

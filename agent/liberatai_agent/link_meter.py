@@ -85,6 +85,10 @@ class LinkMeter:
         """What a day may move."""
         return self._quota_bytes
 
+    @quota_bytes.setter
+    def quota_bytes(self, size_bytes: int | None) -> None:
+        self._quota_bytes = size_bytes
+
     @property
     def spent(self) -> bool:
         """Whether the day's quota is used up."""

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from liberatai_agent import gate, probe
 from liberatai_agent.clock import now_s
@@ -30,6 +30,9 @@ MACHINE_S = 60.0
 """Between two looks at limits and the data file, and at everything while nothing is to be done."""
 BUILT_IN = 2026
 """A clock that stands before this year was never set: a board without a battery begins in 1970."""
+
+
+PAUSED = "the fleet has paused this device: `liberatai shadow show` says why"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +81,18 @@ class MachineWatch:
         self._meter, self._watched, self._happened = meter, watched, happened
         self._load = probe.LoadMeter()
         self._gate = gate.Gate()
+        self._paused = False
         self._quota = ""
         self._look = asyncio.Event()
         self._data_mark: tuple[str, int, int] | None = None
         self.found: probe.Bench | None = None
         self.capability: Capability | None = None
+
+    def configure(self, config: AgentConfig, *, paused: bool) -> None:
+        """Go by other settings from now on; `paused`: by wish of the fleet nothing is trained."""
+        self._config, self._paused = config, paused
+        self._meter.quota_bytes = config.link.quota_bytes
+        self._look.set()
 
     def look_soon(self) -> None:
         """Look at the gate before long: something begins."""
@@ -122,6 +132,8 @@ class MachineWatch:
             metered=probe.is_metered(self._config, self._profile),
         )
         before, self._gate = self._gate, gate.decide(seen, rules, self._gate, now_s())
+        if self._paused:
+            self._gate = replace(self._gate, open=False, reason=PAUSED)
         now = self._gate
         if (before.open, before.reason, before.resting) != (now.open, now.reason, now.resting):
             self._happened(GateChanged(open=now.open, reason=now.reason, resting=now.resting))

@@ -21,6 +21,7 @@ from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.session import Session, report_of
 from liberatai_agent.session.state import final_of, missing_of
+from liberatai_agent.shadow.models import Deployed
 from liberatai_agent.status import FILE, last_error
 from liberatai_core import __version__
 from liberatai_core.contract.messages import Capability, Step
@@ -51,6 +52,8 @@ class Seen:
     found: probe.Bench | None
     last_training: dict[str, Any]
     blobs: Path
+    deployed: Deployed | None
+    deployed_files: list[str]
     started_at: float
 
 
@@ -88,6 +91,7 @@ def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
         "updates_waiting": len(state.pending),
         "last_training": last,
         "model": _model(final_of(state.work), seen.blobs, complete=not missing_of(state.work)),
+        "deployed": _deployed(seen.deployed, seen.deployed_files),
         "broker_refuses": [words for _, words in state.refused],
         "refusals": dict(sorted(seen.faults.refused.items())),
         "updates_refused": dict(state.refusals),
@@ -124,6 +128,20 @@ def _model(chain: tuple[Step, ...], blobs: Path, *, complete: bool) -> dict[str,
         "digest": chain[-1].digest.hex(),
         "complete": complete,
         "files": [str(blobs / step.blob.blob) for step in chain],
+    }
+
+
+def _deployed(one: Deployed | None, files: list[str]) -> dict[str, Any]:
+    """Return the model that the fleet has put on this device: a program that uses it reads these files."""
+    if one is None:
+        return {}
+    return {
+        "model": one.wish.model,
+        "version": one.wish.version,
+        "structure": one.structure,
+        "digest": one.wish.steps[-1].digest.hex(),
+        "evaluation": one.evaluation,
+        "files": files,
     }
 
 

@@ -18,7 +18,17 @@ from liberatai_agent.link_meter import LinkMeter
 from liberatai_agent.privacy import outward
 from liberatai_core import __version__
 from liberatai_core.contract.frame import seal
-from liberatai_core.contract.messages import Capability, EpochSeen, Event, Message, Report, State, Telemetry
+from liberatai_core.contract.messages import (
+    Answer,
+    Capability,
+    EpochSeen,
+    Event,
+    Have,
+    Message,
+    Report,
+    State,
+    Telemetry,
+)
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import LiberataiError, LinkError
 from liberatai_core.link.link import Link
@@ -91,6 +101,16 @@ class Saying:
             reason=outward(action.reason.partition(":")[0], action.reason),
         )
         self._keep("rep", self._seal(report))
+
+    def have(self, have: Have) -> None:
+        """Say what the device is like, by what it shall be."""
+        self._keep("have", self._seal(msgspec.structs.replace(have, session=self._identity.session)))
+
+    def answer(self, answer: Answer) -> None:
+        """Answer a request once."""
+        told = msgspec.structs.replace(answer, session=self._identity.session)
+        self._events.append((self._topic("rsp"), self._seal(told)))
+        self._there.set()
 
     def event(self, action: Emit) -> None:
         """Say what happened once."""

@@ -30,18 +30,22 @@ from liberatai_agent.faults import Faults
 from liberatai_agent.hearing import Ear, is_blob
 from liberatai_agent.identity import Identity
 from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.logbook import Logbook
 from liberatai_agent.machine_watch import MachineWatch, Watched, sample
 from liberatai_agent.outbox import Outbox, open_database
 from liberatai_agent.overview import Seen, StatusFile, overview
 from liberatai_agent.probe import promised_bits_s
+from liberatai_agent.replying import Replying
 from liberatai_agent.saying import Saying
 from liberatai_agent.session.state import Training as TrainingNow
+from liberatai_agent.shadow.models import Models
+from liberatai_agent.shadow.shadow import Shadow
 from liberatai_agent.state_folder import StateLock
 from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back
 from liberatai_agent.training import Training
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
-from liberatai_core.contract.messages import Telemetry, Update
+from liberatai_core.contract.messages import Request, Telemetry, Update, Want
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import DamagedError, LiberataiError
 from liberatai_core.link.link import Link, Received
@@ -91,6 +95,7 @@ class Service:
         self._timer: asyncio.TimerHandle | None = None
         self._supervisor = Supervisor(self._signs)
         self._started_at = time.time()
+        self._logbook = Logbook()
         self._said = ""
 
     # --- life ----------------------------------------------------------------------------------
@@ -102,6 +107,7 @@ class Service:
     async def run(self) -> None:
         """Run until `stop`."""
         lock = StateLock(self._config.state_path)
+        logging.getLogger().addHandler(self._logbook)
         try:
             database = open_database(self._config.state_path, self._config.device)
             try:
@@ -114,6 +120,7 @@ class Service:
             finally:
                 database.close()
         finally:
+            logging.getLogger().removeHandler(self._logbook)
             lock.close()
 
     def _build(self, database: Database) -> None:
@@ -172,6 +179,29 @@ class Service:
             self._store.size_bytes,
         )
         self._machine = MachineWatch(config, profile, self._identity, self._meter, watched, self.happened)
+        self._models = Models(
+            folder,
+            config.device,
+            fetcher,
+            config.data or "",
+            self._machine.limits,
+            self._trainer.train,
+            lambda: self._session.storage_bytes,
+        )
+        self._shadow = Shadow(
+            config,
+            folder,
+            self._ear.key,
+            self._models,
+            lambda new, paused: self._machine.configure(new, paused=paused),
+            self._saying.have,
+        )
+        self._replying = Replying(
+            config.device,
+            self._logbook if config.share_logs else None,
+            self._machine.look_at_machine,
+            self._saying.answer,
+        )
         self._training = Training(
             self._trainer,
             self._store,
@@ -202,7 +232,9 @@ class Service:
         log.info("agent %s of fleet %s: session %d", config.device, config.fleet, self._identity.session)
         try:
             await self._connection.link.open()
+            self._shadow.recall()
             parts = (
+                self._shadow.run,
                 self._connection.listen,
                 self._saying.run,
                 self._watch_machine,
@@ -259,6 +291,8 @@ class Service:
                     self._failed(one.code, one.text)
                 if isinstance(one, on.LinkUp | on.LinkDown):
                     self._saying.connected(isinstance(one, on.LinkUp))
+                if isinstance(one, on.LinkUp):
+                    self._shadow.say()
                 self._step(on.Tick(now_s=now_s()))
                 self._step(one)
         except Exception as error:
@@ -364,7 +398,12 @@ class Service:
                 self._downloads.deliver(message)
                 return
             event = self._ear.hear(message.topic, message.payload)
-            if event is not None:
+            if isinstance(event, Want):
+                self._shadow.heard(event, message.payload, self._session.epoch)
+            elif isinstance(event, Request):
+                self._replying.require_new(event, self._session.epoch, now_s())
+                self._supervisor.run_part(self._replying.answer(event))
+            elif event is not None:
                 self.happened(event)
         except LiberataiError as error:
             self._faults.refuse(error.code, f"{message.topic}: {error}")
@@ -390,7 +429,7 @@ class Service:
         """Send load and traffic now and then; lost samples are lost."""
         self._telemetry()
         while True:
-            await asyncio.sleep(self._config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            await asyncio.sleep(self._shadow.config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             self._faults.save()
             if self._connection.connected is not None and not self._meter.spent:
                 with contextlib.suppress(LiberataiError):
@@ -431,6 +470,8 @@ class Service:
             found=self._machine.found,
             last_training=self._training.last,
             blobs=self._store.path(""),
+            deployed=self._models.current,
+            deployed_files=self._models.paths(),
             started_at=self._started_at,
         )
         return overview(seen, stopped=stopped)

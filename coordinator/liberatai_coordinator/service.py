@@ -17,7 +17,9 @@ from liberatai_coordinator import clock
 from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.authority.invitations import Invitation
 from liberatai_coordinator.config import CoordinatorConfig
+from liberatai_coordinator.control.asking import Asking
 from liberatai_coordinator.control.doors import Doors
+from liberatai_coordinator.control.shadows import Shadows
 from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.intake.enrolment import Enrolment
 from liberatai_coordinator.intake.fencing import Fencing
@@ -34,12 +36,14 @@ from liberatai_coordinator.store.repository import Repository
 from liberatai_core.contract import messages
 from liberatai_core.contract.frame import Signer, claimed_key, key_id, seal
 from liberatai_core.contract.messages import (
+    Answer,
     Capability,
     CertificateReply,
     CertificateRequest,
     CoordinatorState,
     EpochSeen,
     Event,
+    Have,
     Message,
     Offer,
     Report,
@@ -88,6 +92,8 @@ class Service:
     fencing: Fencing = field(init=False)
     doors: Doors = field(init=False)
     enrolment: Enrolment | None = field(init=False)
+    asking: Asking = field(init=False)
+    shadows: Shadows = field(init=False)
     connected: str = ""
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=clock.wall)
@@ -120,6 +126,10 @@ class Service:
         self.doors = Doors(
             presence=self.devices, fleet=self.fleet, ledger=self.ledger, publisher=self.publisher
         )
+        self.asking = Asking(fleet=self.fleet, publisher=self.publisher, epoch=self.ledger.epoch)
+        self.shadows = Shadows(fleet=self.fleet, ledger=self.ledger, publisher=self.publisher)
+        self.doors.opened = self.shadows.publish_one
+        self.doors.forgotten = self.shadows.forget
         self.updates = Updates(
             ledger=self.ledger,
             fleet=self.fleet,
@@ -198,7 +208,7 @@ class Service:
         self._spawn(self.devices.run())
         self._spawn(self.frames.run())
         self._spawn(self._expire())
-        self.doors.begin()
+        self.shadows.restore()
         if self.enrolment is not None:
             self._spawn(self.enrolment.look_after())
             await self.link.subscribe(self.topics.requests)
@@ -207,6 +217,8 @@ class Service:
         # Its own presence, too: before anything is said, it is heard whether this is a copy.
         await self.link.subscribe(presence, *self.topics.from_devices)
         await self.link.open()
+        self.doors.begin()
+        self._spawn(self.shadows.publish())
         self.jobs.resume()
         self._spawn(self._commit())
         listening = asyncio.create_task(self._listen())
@@ -395,6 +407,11 @@ class Service:
                 frame.place.leaf == LEAF[type(message)]
             ):
                 await self.devices.hear(message, opened.public_key, retained=frame.retained)
+            case Answer() if frame.place.leaf == "rsp":
+                self.devices.note_alive(message.device)
+                self.asking.heard(message)
+            case Have() if frame.place.leaf == "have":
+                self.shadows.heard(message)
             case EpochSeen() if frame.place.leaf == "ev":
                 self.fencing.shown(message.device, message.word)
                 self._note_fencing()

@@ -51,6 +51,16 @@ FULL_SPEC = m.TaskSpec(
     residual_limit=7,
 )
 
+WISHES = m.Wishes(
+    pause=True,
+    telemetry_s=300.0,
+    max_load_others=0.5,
+    min_battery_percent=60.0,
+    max_temp_c=70.0,
+    min_free_disk_mb=256.0,
+    min_free_memory_mb=128.0,
+    quota_mb_per_day=20.0,
+)
 SPECS = {"TaskSpec": SPEC, "TaskSpec-full": FULL_SPEC}
 """What tasks have in common: blobs, not messages."""
 
@@ -97,6 +107,10 @@ MINIMAL: dict[type[m.Message], m.Message] = {
         steps=(KEYFRAME,),
     ),
     m.Cancel: m.Cancel(device="dev-1", epoch=2, coordinator="co1", job="digits", round=5),
+    m.Have: m.Have(device="dev-1", session=7),
+    m.Answer: m.Answer(device="dev-1", session=7, epoch=2, number=1),
+    m.Request: m.Request(device="dev-1", epoch=2, number=1, what="ping"),
+    m.Want: m.Want(device="dev-1", epoch=2, version=3),
     m.Credit: m.Credit(device="dev-1", transfer=BLOB, have=b"\x05", chunks=4),
     m.Receipt: m.Receipt(device="dev-1", update_id=ID16, accepted=True),
     m.SessionSeen: m.SessionSeen(device="dev-1", session=41),
@@ -151,6 +165,39 @@ FULL: dict[type[m.Message], m.Message] = {
         sent_bytes=1,
         received_bytes=2**40,
         temperature_c=-12.5,
+    ),
+    m.Have: m.Have(
+        device="dev-1",
+        session=7,
+        version=3,
+        state="failed",
+        code="E_DIGEST",
+        text="damaged",
+        settings=WISHES,
+        limited=("max_temp_c",),
+        model="digits",
+        model_version=4,
+        structure="mlp-hidden4",
+        evaluation=(8, 10),
+        before=(9, 10),
+        agent_version="0.1.0",
+    ),
+    m.Answer: m.Answer(
+        device="dev-1", session=7, epoch=2, number=1, code="E_STATE", text="no", lines=("one", "zwei ü")
+    ),
+    m.Request: m.Request(device="dev-1", epoch=2, number=1, what="logs", lines=50),
+    m.Want: m.Want(
+        device="dev-1",
+        epoch=2,
+        version=3,
+        settings=WISHES,
+        model=m.ModelWish(
+            model="digits",
+            version=4,
+            spec=m.BlobRef(blob=BLOB[1:] + "2", size_bytes=567),
+            steps=(KEYFRAME, DELTA),
+        ),
+        agent=m.AgentWish(version="0.2.0", bundle=m.BlobRef(blob=BLOB, size_bytes=5_000_000)),
     ),
     m.Event: m.Event(device="dev-1", session=7, number=3, name="refused", code="E_DISK", text="disk full"),
     m.Update: msgspec.structs.replace(

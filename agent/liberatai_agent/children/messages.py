@@ -38,6 +38,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
         residual: the sparsifier's state, None before the first round; only inside one process.
         residual_from, residual_to: files that it is read from, and that the next one is written to.
         returned: refused updates: their content is added to the difference.
+        check: nothing is trained: the weights are restored, verified and scored on the hold-out.
         memory_bytes: what the process may take in all.
         cpu_seconds: processor time that this training may take.
         runtime: what computes.
@@ -63,6 +64,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     rounds_away: int = 0
     residual_decay: float = 1.0
     residual_limit: int = MAX_ROUND
+    check: bool = False
     memory_bytes: int = 1 << 62
     cpu_seconds: float = MAX_SECONDS
     runtime: Trainer = "torch"

@@ -67,8 +67,9 @@ class Trainer:
         self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[int | None] | None = None
-        self._busy = False
+        self._busy = self._training = False
         self._runtime: Runtime = "torch"
+        self._turn = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -105,8 +106,16 @@ class Trainer:
             LiberataiError: with the code that the process gave.
             TrainerDiedError: it ended without an answer.
         """
-        if self._busy:
+        if self._training and not work.check:
             raise BusyError("a training is under way")
+        self._training = self._training or not work.check
+        try:
+            async with self._turn:  # a check is short: whoever comes meanwhile waits
+                return await self._ask_for(work)
+        finally:
+            self._training = self._training and work.check
+
+    async def _ask_for(self, work: Work) -> TrainingResult:
         self._busy = True
         self._stop_clock()
         kills = control_groups.out_of_memory_kills()

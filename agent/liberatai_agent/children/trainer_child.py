@@ -111,6 +111,8 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     from liberatai_core.learning import training  # noqa: PLC0415
     from liberatai_core.sparsifier import methods, top_k  # noqa: PLC0415
 
+    if task.check:
+        return _checked(task, memory)
     if task.codec not in methods.METHODS:
         raise CodecError(f"unknown sparse method {task.codec}")
     seed = work_seed(task.seed, task.device, task.job, task.round)
@@ -141,6 +143,18 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
         train_seconds=trained.seconds,
         loss=trained.loss,
     )
+
+
+def _checked(task: Work, memory: Memory) -> TrainingResult:
+    """Return how a model does on the hold-out, after its files were found to give what they promise."""
+    weights = base_weights(task, memory)
+    evaluation = None
+    if task.data_path:
+        samples = _samples(task, memory)
+        held = holdout(task, len(samples), samples.test)
+        if samples.y is not None and held.any():
+            evaluation = _evaluate(task, weights, samples.x[held], samples.y[held])
+    return TrainingResult(body=b"", samples=0, evaluation=evaluation)
 
 
 def _require_room(task: Work, memory: Memory, samples: int) -> None:

@@ -11,6 +11,7 @@ from liberatai_coordinator import clock
 from liberatai_coordinator.api import present
 from liberatai_coordinator.api.groups import query_of
 from liberatai_coordinator.api.names import not_found
+from liberatai_coordinator.client.fleet_views import LogView, PingView
 from liberatai_coordinator.client.views import ConditionView, DeviceView
 from liberatai_coordinator.fleet import facts, query
 from liberatai_coordinator.fleet.devices import Device
@@ -99,6 +100,24 @@ class DeviceOperations:
         """Let a drained device work again."""
         await self._known(device)
         return self._view(self.service.doors.resume(device), self._invited())
+
+    async def ping(self, device: str) -> PingView:
+        """Ask a device whether it is there."""
+        await self._known(device)
+        answer, seconds = await self.service.asking.ask(device, "ping")
+        return PingView(device=device, seconds=seconds, session=answer.session)
+
+    async def probe(self, device: str) -> DeviceView:
+        """Let a device look at its machine again; what is new of it, it tells."""
+        await self._known(device)
+        await self.service.asking.ask(device, "probe")
+        return await self.show(device)
+
+    async def logs(self, device: str, lines: int = 50) -> LogView:
+        """Return the newest lines of a device's log."""
+        await self._known(device)
+        answer, _ = await self.service.asking.ask(device, "logs", lines)
+        return LogView(device=device, lines=answer.lines)
 
     async def _known(self, name: str) -> Device:
         try:

@@ -14,6 +14,7 @@ from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.journal import AuditOperations, EventOperations
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.plans import PlanOperations
+from liberatai_coordinator.api.shadows import ShadowOperations
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.service import Service
 
@@ -30,6 +31,7 @@ class Operations:
     variants: VariantOperations
     groups: GroupOperations
     invitations: InvitationOperations
+    shadows: ShadowOperations
     events: EventOperations
     audit: AuditOperations
 
@@ -45,6 +47,7 @@ class Operations:
             variants=VariantOperations(service),
             groups=GroupOperations(service),
             invitations=InvitationOperations(service),
+            shadows=ShadowOperations(service),
             events=EventOperations(service),
             audit=AuditOperations(service),
         )

@@ -11,10 +11,19 @@ from fastapi import FastAPI, Response
 from liberatai_coordinator.api.answers import REFERENCE, add_errors, json, shows
 from liberatai_coordinator.api.auditing import Audited
 from liberatai_coordinator.api.operations import Operations
-from liberatai_coordinator.api.web import devices, groups, invitations, jobs, journal, models, variants
+from liberatai_coordinator.api.web import (
+    devices,
+    groups,
+    invitations,
+    jobs,
+    journal,
+    models,
+    shadows,
+    variants,
+)
 from liberatai_coordinator.client import fleet_views, views, wire
 
-NOUNS: Final = (devices, groups, invitations, jobs, journal, models, variants)
+NOUNS: Final = (devices, groups, invitations, jobs, journal, models, shadows, variants)
 """Each has `add(app, operations)`."""
 
 

@@ -26,6 +26,7 @@ from liberatai_coordinator.cli import (
     plan,
     profiles,
     programs,
+    shadow,
 )
 from liberatai_coordinator.cli.kit import FAILED, complain, group
 from liberatai_core.errors import LiberataiError
@@ -40,6 +41,7 @@ app.add_typer(ca.app, name="ca")
 app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(groups.app, name="groups")
+app.add_typer(shadow.app, name="shadow")
 app.add_typer(journal.events, name="events")
 app.add_typer(journal.audit, name="audit")
 app.add_typer(models.app, name="models")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.kit import PARTLY, USAGE, client_of, complain
+from liberatai_coordinator.cli.tables import clean, duration_text
 from liberatai_coordinator.client.client import Client
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, NotFoundError
 
@@ -21,13 +22,19 @@ KeyOption = Annotated[
 ]
 
 
-def each(names: Sequence[str], act: Callable[[str], object], done: str) -> None:
-    """Do something to every name; exit 3 if it worked for some of them only."""
+def each(names: Sequence[str], act: Callable[[str], object], done: str = "") -> None:
+    """Do something to every name; exit 3 if it worked for some of them only.
+
+    Args:
+        names: of devices.
+        act: does it; where it returns a text, that is said.
+        done: what is said otherwise.
+    """
     codes = []
     for name in names:
         try:
-            act(name)
-            print(f"device {name}: {done}")
+            told = act(name)
+            print(f"device {name}: {done or told}")
         except LinkError:
             raise
         except LiberataiError as error:
@@ -60,6 +67,9 @@ def add_to(app: typer.Typer) -> None:
         (drain, "drain -l site=hall --reason 'new fans'"),
         (resume, "resume -l site=hall"),
         (decommission, "decommission camera-07 --reason stolen"),
+        (ping, "ping gateway-01"),
+        (probe, "probe gateway-01"),
+        (logs, "logs gateway-01 -n 50"),
         (rekey, "rekey gateway-01 --key 3f9a12c4"),
     ):
         app.command(command.__name__, epilog=f"Example: liberatai devices {example}")(command)
@@ -120,6 +130,32 @@ def decommission(context: typer.Context, names: Names = None, reason: Why = "") 
             lambda name: client.devices.decommission(name, reason),
             "decommissioned",
         )
+
+
+def ping(context: typer.Context, names: Names = None, selector: Selector = "", group: Group = "") -> None:
+    """Ask devices whether they are there, and how long an answer takes."""
+    with client_of(context) as client:
+        each(
+            meant(client, names, selector, group),
+            lambda name: f"answers after {duration_text(client.devices.ping(name).seconds)}",
+        )
+
+
+def probe(context: typer.Context, names: Names = None, selector: Selector = "", group: Group = "") -> None:
+    """Let devices look at their machines again, and tell what is new."""
+    with client_of(context) as client:
+        each(meant(client, names, selector, group), client.devices.probe, "looked again")
+
+
+def logs(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=200, help="How many of the newest.")] = 50,
+) -> None:
+    """Show the newest lines of a device's log, without words about its data."""
+    with client_of(context) as client:
+        for line in client.devices.logs(name, lines).lines:
+            print(clean(line))
 
 
 def rekey(

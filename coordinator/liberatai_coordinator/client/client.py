@@ -13,7 +13,8 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from liberatai_coordinator.client import unix_http
-from liberatai_coordinator.client.fleet import AuditClient, EventsClient, GroupsClient
+from liberatai_coordinator.client.fleet import AuditClient, EventsClient, GroupsClient, ShadowsClient
+from liberatai_coordinator.client.fleet_views import LogView, PingView
 from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
@@ -31,6 +32,7 @@ from liberatai_coordinator.client.wire import (
     JobRequest,
     Key,
     Labels,
+    Lines,
     PlanRequest,
     Problem,
     Reason,
@@ -67,6 +69,7 @@ class Client:
         self.models = ModelsClient(self)
         self.variants = VariantsClient(self)
         self.groups = GroupsClient(self)
+        self.shadows = ShadowsClient(self)
         self.events = EventsClient(self)
         self.audit = AuditClient(self)
 
@@ -152,6 +155,18 @@ class DevicesClient:
     def resume(self, name: str) -> DeviceView:
         """Let a drained device work again."""
         return self._client.ask("POST", f"/devices/{_part(name)}/resume", DeviceView)
+
+    def ping(self, name: str) -> PingView:
+        """Ask a device whether it is there."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/ping", PingView)
+
+    def probe(self, name: str) -> DeviceView:
+        """Let a device look at its machine again."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/probe", DeviceView)
+
+    def logs(self, name: str, lines: int = 50) -> LogView:
+        """Return the newest lines of a device's log."""
+        return self._client.ask("POST", f"/devices/{_part(name)}/logs", LogView, Lines(lines=lines))
 
     def _tell(self, name: str, verb: str, reason: str) -> None:
         content = msgspec.json.encode(Reason(reason=reason))

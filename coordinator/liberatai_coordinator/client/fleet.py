@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
-from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView
-from liberatai_coordinator.client.wire import GroupRequest
+from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView, ShadowView
+from liberatai_coordinator.client.wire import GroupRequest, Settings
 
 if TYPE_CHECKING:
     from liberatai_coordinator.client.client import Client
@@ -31,6 +31,22 @@ class GroupsClient:
     def delete(self, name: str) -> None:
         """Forget a group; its devices stay."""
         self._client.send("DELETE", f"/groups/{quote(name, safe='')}")
+
+
+class ShadowsClient:
+    """What devices shall be like."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def show(self, device: str) -> ShadowView:
+        """Return what a device shall be like, and what it is like."""
+        return self._client.ask("GET", f"/devices/{quote(device, safe='')}/shadow", ShadowView)
+
+    def change(self, device: str, settings: dict[str, bool | float | None]) -> ShadowView:
+        """Wish settings of a device; None: as the device has it."""
+        path = f"/devices/{quote(device, safe='')}/shadow"
+        return self._client.ask("POST", path, ShadowView, Settings(settings=settings))
 
 
 class EventsClient:

@@ -32,6 +32,57 @@ class EventView(View, frozen=True, kw_only=True):
     text: str = ""
 
 
+class ShadowView(View, frozen=True, kw_only=True):
+    """What a device shall be like, and what it is like by its own word.
+
+    Attributes:
+        version: of what is wished; 0: nothing was.
+        state: done, working, failed, refused; "not heard": it has not answered this version yet.
+        desired, reported: settings by name; those that are not wished are the device's own.
+        limited: settings that the device's own limits hold tighter than was wished.
+        model, model_reported: name and version, "digits:12"; "" for none.
+        evaluation, before: (correct, total) of the model and of the one before it, on the device's hold-out.
+        differs: what is not as wished.
+    """
+
+    device: str
+    version: int
+    updated_s: float = 0.0
+    state: str = ""
+    code: str = ""
+    text: str = ""
+    desired: dict[str, bool | float]
+    reported: dict[str, bool | float]
+    limited: tuple[str, ...] = ()
+    model: str = ""
+    model_reported: str = ""
+    agent: str = ""
+    agent_reported: str = ""
+    evaluation: tuple[int, int] | None = None
+    before: tuple[int, int] | None = None
+    differs: tuple[str, ...] = ()
+
+
+class PingView(View, frozen=True, kw_only=True):
+    """A device's answer.
+
+    Attributes:
+        seconds: from the question to the answer.
+        session: of its present start.
+    """
+
+    device: str
+    seconds: float
+    session: int
+
+
+class LogView(View, frozen=True, kw_only=True):
+    """The newest lines of a device's log, the oldest first."""
+
+    device: str
+    lines: tuple[str, ...]
+
+
 Role = Literal["viewer", "operator", "admin"]
 
 

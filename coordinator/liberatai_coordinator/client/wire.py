@@ -39,6 +39,20 @@ class Labels(Wire, frozen=True, kw_only=True):
     ]
 
 
+class Settings(Wire, frozen=True, kw_only=True):
+    """Settings that are wished of a device; null: as the device has it."""
+
+    settings: Annotated[
+        dict[Annotated[str, Meta(max_length=64)], bool | float | None], Meta(min_length=1, max_length=32)
+    ]
+
+
+class Lines(Wire, frozen=True, kw_only=True):
+    """How many lines of a log are wanted."""
+
+    lines: Annotated[int, Meta(ge=1, le=200)] = 50
+
+
 class GroupRequest(Wire, frozen=True, kw_only=True):
     """A new group: its name, and the question that tells who belongs to it."""
 

@@ -43,6 +43,8 @@ class Doors:
         broker: brings the broker's access list and its revoked certificates in line with the fleet; None: the
             operator does that (`docs/operations.md`). Called with the devices that are shut out, and with the
             name of one whose certificates are to be revoked ("": none), and why.
+        forgotten: called with a device that was decommissioned.
+        opened: called with a device that is let in again.
         closed: names that were shut out.
     """
 
@@ -51,6 +53,8 @@ class Doors:
     ledger: Ledger
     publisher: Publisher
     broker: Callable[[frozenset[str], str, str], Awaitable[None]] | None = None
+    opened: Callable[[str], Awaitable[None]] | None = None
+    forgotten: Callable[[str], None] = lambda _device: None
     closed: set[str] = field(default_factory=set)
     retry_s: float = RETRY_S
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -148,6 +152,7 @@ class Doors:
         """
         self.fleet.require(device)
         self.presence.decommission(device, reason)
+        self.forgotten(device)
         self.note(device, "decommissioned", text=reason)
         self._close(device, revoke=reason or "decommissioned")
 
@@ -212,10 +217,15 @@ class Doors:
         self.publisher.barred.add(device)
         self._spawn(self._after(device, revoke))
 
+    async def _let_in(self, device: str) -> None:
+        await self._at_broker(device, "")
+        if self.opened is not None:
+            await self.opened(device)
+
     def _open(self, device: str) -> None:
         self.closed.discard(device)
         self.publisher.barred.discard(device)
-        self._spawn(self._at_broker(device, ""))
+        self._spawn(self._let_in(device))
 
     async def _after(self, device: str, revoke: str) -> None:
         await self._at_broker(device, revoke)

@@ -15,6 +15,7 @@ from liberatai_coordinator.store.jobs import JobStore
 from liberatai_coordinator.store.journal import AuditStore, EventStore
 from liberatai_coordinator.store.refusals import RefusalStore
 from liberatai_coordinator.store.rounds import RoundStore
+from liberatai_coordinator.store.shadows import ShadowStore
 from liberatai_coordinator.store.updates import UpdateStore
 from liberatai_coordinator.store.versions import VersionStore
 from liberatai_coordinator.store.writer import Writer
@@ -35,6 +36,7 @@ class Ledger:
     groups: GroupStore
     events: EventStore
     audit: AuditStore
+    shadows: ShadowStore
 
     @classmethod
     def open(
@@ -74,6 +76,7 @@ class Ledger:
                 groups=GroupStore(database),
                 events=EventStore(database, writer),
                 audit=AuditStore(database),
+                shadows=ShadowStore(database),
             )
         except BaseException:
             database.close()

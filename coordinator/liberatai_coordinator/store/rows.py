@@ -224,7 +224,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShadowRow:
-    """What a device shall be like; `desired` is the msgpack of `contract.wants.Want` without its head."""
+    """What a device shall be like; `desired` is the record of `control.shadows`."""
 
     device: str
     version: int

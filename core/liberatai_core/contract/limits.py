@@ -52,6 +52,8 @@ MAX_REQUEST_BYTES: Final = 2048
 
 MAX_CERTIFICATE_BYTES: Final = 8192
 """Certificates of EC keys have some 500 bytes; authorities of others may have RSA keys."""
+MAX_LINES: Final = 200
+"""Of a log that travel at once: a control message full."""
 
 MAX_TEXT: Final = 512
 """Reasons and names: one line on an operator's screen."""

@@ -26,6 +26,9 @@ UpdateId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Round = Annotated[int, Meta(ge=1, le=limits.MAX_ROUND)]
 Version = Annotated[int, Meta(ge=0, le=limits.MAX_ROUND)]
+Sums = tuple[
+    Annotated[int, Meta(ge=0, le=limits.MAX_SAMPLES)], Annotated[int, Meta(ge=0, le=limits.MAX_SAMPLES)]
+]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=limits.MAX_SECONDS)]
 Text = Annotated[str, Meta(max_length=limits.MAX_TEXT)]
@@ -263,6 +266,76 @@ class Update(Message, frozen=True, kw_only=True, array_like=True):
     received_bytes: Counter = 0
 
 
+class Answer(Message, frozen=True, kw_only=True, array_like=True):
+    """Answer to a Request.
+
+    Attributes:
+        epoch, number: of the request.
+        code: "" or why it was not done.
+        lines: of the device's log, the oldest first.
+    """
+
+    device: DeviceId
+    session: Counter
+    epoch: Counter
+    number: Counter
+    code: Annotated[str, Meta(max_length=32)] = ""
+    text: Text = ""
+    lines: Annotated[tuple[Text, ...], Meta(max_length=limits.MAX_LINES)] = ()
+
+
+class Wishes(Message, frozen=True, kw_only=True):
+    """Settings that a fleet may wish for; None: as the device has it. They tighten, they never loosen.
+
+    Attributes:
+        pause: no training.
+        telemetry_s: seconds between two samples of load and traffic.
+        max_load_others, min_battery_percent, max_temp_c, min_free_disk_mb, min_free_memory_mb: of the gate.
+        quota_mb_per_day: of the link.
+    """
+
+    pause: bool = False
+    telemetry_s: Annotated[float, Meta(ge=1, le=86_400)] | None = None
+    max_load_others: Annotated[float, Meta(ge=0, le=4096)] | None = None
+    min_battery_percent: Annotated[float, Meta(ge=0, le=100)] | None = None
+    max_temp_c: Annotated[float, Meta(gt=0, le=200)] | None = None
+    min_free_disk_mb: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    min_free_memory_mb: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    quota_mb_per_day: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+
+
+class Have(Message, frozen=True, kw_only=True):
+    """Retained: what the device is like, measured by the newest Want.
+
+    Attributes:
+        version: of the Want; 0: none was seen.
+        state: "done": it is as wished; "working": on the way; "failed": it could not be done, and the device
+            is as before; "refused": it is not done on principle.
+        code, text: why, if it is not done.
+        settings: as they are in force.
+        limited: names of settings that the device's own limits hold tighter than was wished.
+        model, model_version, structure: that is in use; "" and 0: none.
+        evaluation: (correct, total) of the new model on the local hold-out; None: nothing is held out.
+        before: the same of the model that was in use before, or still is.
+        agent_version: that runs.
+    """
+
+    device: DeviceId
+    session: Counter
+    version: Counter = 0
+    state: Literal["done", "working", "failed", "refused"] = "done"
+    code: Annotated[str, Meta(max_length=32)] = ""
+    text: Text = ""
+    settings: Wishes = Wishes()
+    limited: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=16)] = ()
+    model: Annotated[str, Meta(max_length=64)] = ""
+    model_version: Version = 0
+    structure: Annotated[str, Meta(max_length=MAX_ID)] = ""
+    evaluation: Sums | None = None
+    before: Sums | None = None
+    agent_version: Annotated[str, Meta(max_length=64)] = ""
+
+
 class Offer(Message, frozen=True, kw_only=True, array_like=True):
     """Manifest of an upload that is too long for one message: sent before any byte moves.
 
@@ -306,6 +379,21 @@ class Receipt(Message, frozen=True, kw_only=True, array_like=True):
     code: Annotated[str, Meta(max_length=32)] = ""
     text: Text = ""
     retry: bool = False
+
+
+class Request(Message, frozen=True, kw_only=True, array_like=True):
+    """A question to a device, answered once (Answer); lost if the device is not there.
+
+    Attributes:
+        number: grows within an epoch: an older one is not answered again.
+        lines: of the log that are wanted.
+    """
+
+    device: DeviceId
+    epoch: Counter
+    number: Counter
+    what: Literal["ping", "probe", "logs"]
+    lines: Annotated[int, Meta(ge=0, le=limits.MAX_LINES)] = 0
 
 
 class SessionSeen(Message, frozen=True, kw_only=True, array_like=True):
@@ -386,6 +474,45 @@ class Step(Message, frozen=True, kw_only=True, array_like=True):
     version: Version
     blob: BlobRef
     digest: WeightsName
+
+
+class ModelWish(Message, frozen=True, kw_only=True, array_like=True):
+    """A version of a model that a device shall hold and use.
+
+    Attributes:
+        spec: a TaskSpec with its structure and the form of its data.
+        steps: the whole path to its weights, a keyframe first.
+    """
+
+    model: Name
+    version: Version
+    spec: BlobRef
+    steps: Annotated[tuple[Step, ...], Meta(min_length=1, max_length=limits.MAX_CHAIN)]
+
+
+class AgentWish(Message, frozen=True, kw_only=True, array_like=True):
+    """A release of the agent that shall run: its bundle, signed with the release key."""
+
+    version: Annotated[str, Meta(min_length=1, max_length=64)]
+    bundle: BlobRef
+
+
+class Want(Message, frozen=True, kw_only=True):
+    """Retained, one per device: what it shall be like, as a whole.
+
+    Attributes:
+        epoch: of the coordinator that says so; lower ones than the highest seen are ignored.
+        version: grows with every change of it.
+        model: None: none by wish.
+        agent: None: whatever runs.
+    """
+
+    device: DeviceId
+    epoch: Counter
+    version: Counter
+    settings: Wishes = Wishes()
+    model: ModelWish | None = None
+    agent: AgentWish | None = None
 
 
 class Training(Message, frozen=True, kw_only=True):
@@ -559,12 +686,16 @@ KINDS: Final[dict[int, type[Message]]] = {
     7: Update,
     8: EpochSeen,
     11: CertificateRequest,
+    9: Have,
+    10: Answer,
     16: Task,
     17: Cancel,
     18: Credit,
     19: Receipt,
     20: SessionSeen,
     23: CertificateReply,
+    21: Request,
+    22: Want,
     32: BlobManifest,
     33: Head,
     48: CoordinatorState,
@@ -577,6 +708,9 @@ MAX_BYTES: Final[dict[type[Message], int]] = dict.fromkeys(KIND_OF, limits.MAX_C
     Update: limits.MAX_OBJECT_BYTES - 128,  # with its header it travels as one object
     Task: limits.MAX_SINGLE_BYTES,
     Head: limits.MAX_SINGLE_BYTES,
+    Want: limits.MAX_SINGLE_BYTES,
+    Have: 8192,
+    Request: 1024,
     BlobManifest: 1024,
     State: 4096,
     Report: 4096,

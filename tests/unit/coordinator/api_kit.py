@@ -15,7 +15,15 @@ import numpy as np
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
-from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView
+from liberatai_coordinator.api.shadows import changed, shadow_view
+from liberatai_coordinator.client.fleet_views import (
+    AuditView,
+    EventView,
+    GroupView,
+    LogView,
+    PingView,
+    ShadowView,
+)
 from liberatai_coordinator.client.views import (
     AssignmentView,
     DeviceView,
@@ -33,9 +41,11 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.control.shadows import Desired, Shadow
 from liberatai_coordinator.fleet import query
 from liberatai_coordinator.store.manifests import VariantManifest, version_id
 from liberatai_coordinator.store.rows import AuditRow
+from liberatai_core.contract.messages import Wishes
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError, StateError
 from liberatai_core.structure import DataContract, Structure, Tensor
 from liberatai_core.weights import digest, to_bytes
@@ -95,6 +105,7 @@ class MemoryOperations:
         self.variants = MemoryVariants(self)
         self.questions: dict[str, GroupView] = {}
         self.groups = MemoryGroups(self)
+        self.shadows = MemoryShadows(self)
         self.events = MemoryEvents()
         self.audit = MemoryAudits()
 
@@ -155,6 +166,17 @@ class MemoryDevices:
     async def resume(self, device: str) -> DeviceView:
         return await self._change(device, drained=False)
 
+    async def ping(self, device: str) -> PingView:
+        find(self.memory.fleet, device, "device")
+        return PingView(device=device, seconds=0.25, session=3)
+
+    async def probe(self, device: str) -> DeviceView:
+        return find(self.memory.fleet, device, "device")
+
+    async def logs(self, device: str, lines: int = 50) -> LogView:
+        find(self.memory.fleet, device, "device")
+        return LogView(device=device, lines=("one", "\x1b[31mtwo")[-lines:])
+
     async def _change(self, device: str, **changes: object) -> DeviceView:
         self.memory.fleet[device] = msgspec.structs.replace(
             find(self.memory.fleet, device, "device"), **changes
@@ -187,6 +209,22 @@ class MemoryGroups:
     async def delete(self, name: str) -> None:
         find(self.memory.questions, name, "group")
         del self.memory.questions[name]
+
+
+class MemoryShadows:
+    def __init__(self, memory: "MemoryOperations") -> None:
+        self.memory = memory
+        self.wishes: dict[str, Wishes] = {}
+
+    async def show(self, device: str) -> ShadowView:
+        find(self.memory.fleet, device, "device")
+        desired = Desired(settings=self.wishes.get(device, Wishes()))
+        return shadow_view(device, Shadow(version=int(device in self.wishes), desired=desired))
+
+    async def change(self, device: str, settings: Mapping[str, bool | float | None]) -> ShadowView:
+        find(self.memory.fleet, device, "device")
+        self.wishes[device] = changed(self.wishes.get(device, Wishes()), settings)
+        return await self.show(device)
 
 
 class MemoryEvents:

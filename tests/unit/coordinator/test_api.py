@@ -28,6 +28,7 @@ from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import PlanOperations
 from liberatai_coordinator.api.routes import make_app
+from liberatai_coordinator.api.shadows import ShadowOperations
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
 from liberatai_core.errors import (
@@ -89,6 +90,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
         GroupOperations,
         EventOperations,
         AuditOperations,
+        ShadowOperations,
     ],
 )
 def test_the_memory_operations_are_operations(operations: MemoryOperations, noun: type) -> None:
@@ -144,6 +146,18 @@ def test_devices_are_labelled_chosen_drained_and_removed(client: Client) -> None
         client.devices.list(group="yard")
     with pytest.raises(ConfigError, match="did you mean"):
         client.devices.list(query="ram_md > 3")
+
+
+def test_devices_are_asked_and_wished_something(client: Client) -> None:
+    assert client.devices.ping("gateway").session == 3
+    assert client.devices.logs("gateway", 1).lines == ("\x1b[31mtwo",)
+    assert client.devices.probe("gateway").id == "gateway"
+    shadow = client.shadows.change("gateway", {"pause": True, "telemetry_s": 300})
+    assert shadow.desired == {"pause": True, "telemetry_s": 300.0}
+    assert (shadow.state, shadow.differs) == ("not heard", ("pause", "telemetry_s"))
+    assert client.shadows.change("gateway", {"pause": None}).desired == {"telemetry_s": 300.0}
+    with pytest.raises(ConfigError, match="may not be wished"):
+        client.shadows.change("gateway", {"data": 1.0})
 
 
 def test_every_change_has_its_line_and_no_question_has_one(

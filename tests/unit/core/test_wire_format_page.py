@@ -13,7 +13,18 @@ from liberatai_core.errors import BY_CODE
 from liberatai_core.structure import DataContract, Structure, Tensor
 
 PAGE = (Path(__file__).parents[3] / "docs" / "wire-format.md").read_text(encoding="utf-8")
-PARTS: list[Any] = [Structure, Tensor, DataContract, m.Step, m.BlobRef, m.Training, m.TaskSpec]
+PARTS: list[Any] = [
+    Structure,
+    Tensor,
+    DataContract,
+    m.Step,
+    m.BlobRef,
+    m.Training,
+    m.TaskSpec,
+    m.Wishes,
+    m.ModelWish,
+    m.AgentWish,
+]
 
 
 def _section(title: str) -> str:

@@ -7,8 +7,9 @@ from fastapi.responses import StreamingResponse
 
 from liberatai_coordinator.api.answers import JSON, NOTHING, body_of, json, parts, shows
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.client.fleet_views import LogView, PingView
 from liberatai_coordinator.client.views import DeviceView
-from liberatai_coordinator.client.wire import Key, Labels, Reason
+from liberatai_coordinator.client.wire import Key, Labels, Lines, Reason
 
 
 def add(app: FastAPI, operations: Operations) -> None:
@@ -76,3 +77,19 @@ def add(app: FastAPI, operations: Operations) -> None:
     async def release(name: str) -> Response:
         """Let a quarantined device in again."""
         return json(await operations.devices.release(name))
+
+    @app.post("/v1/devices/{name}/ping", **shows(PingView))
+    async def ping(name: str) -> Response:
+        """Ask a device whether it is there."""
+        return json(await operations.devices.ping(name))
+
+    @app.post("/v1/devices/{name}/probe", **shows(DeviceView))
+    async def probe(name: str) -> Response:
+        """Let a device look at its machine again."""
+        return json(await operations.devices.probe(name))
+
+    @app.post("/v1/devices/{name}/logs", **shows(LogView, Lines))
+    async def logs(name: str, request: Request) -> Response:
+        """The newest lines of a device's log."""
+        wanted = await body_of(request, Lines)
+        return json(await operations.devices.logs(name, wanted.lines))

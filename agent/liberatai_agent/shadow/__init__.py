@@ -1,0 +1,1 @@
+"""What the fleet wishes this device to be like, and what it is like."""
