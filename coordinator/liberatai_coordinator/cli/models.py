@@ -14,6 +14,7 @@ from liberatai_coordinator.cli.kit import Model, Version, client_of, group, only
 from liberatai_coordinator.cli.model_care import gc, verify
 from liberatai_coordinator.cli.model_commit import commit
 from liberatai_coordinator.cli.model_history import diff, log, models_list
+from liberatai_coordinator.cli.model_merge import merge
 from liberatai_coordinator.cli.model_names import branch, tag, trust
 from liberatai_coordinator.cli.model_remote import fetch, push
 from liberatai_coordinator.cli.model_store import choose_store
@@ -65,6 +66,7 @@ app.command("diff", epilog="Example: liberatai models diff digits:v1 digits --sa
 app.command("tag", epilog="Example: liberatai models tag digits:12 v1")(tag)
 app.command("branch", epilog="Example: liberatai models branch digits:v1 try")(branch)
 app.command("trust", epilog="Example: liberatai models trust lab $KEY --model 'lab/*'")(trust)
+app.command("merge", epilog="Example: liberatai models merge digits digits:side --held-out test.npz")(merge)
 app.command("push", epilog="Example: liberatai models push digits registry.example.org/lab/digits:v1")(push)
 app.command("fetch", epilog="Example: liberatai models fetch registry.example.org/lab/digits:v1")(fetch)
 app.command("verify", epilog="Example: liberatai models verify digits")(verify)
