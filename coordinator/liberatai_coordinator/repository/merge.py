@@ -1,8 +1,8 @@
 """Two commits become one: by their weights where they come from one, by what they answer where they do not.
 
 For every structure that both have, and that a common ancestor has, differences from the ancestor are added:
-the weighted mean, task arithmetic, TIES. With unlabeled inputs both sides also answer together (an ensemble per
-class) and teach each structure, from the best of its starts. Which way wins is found on two thirds of the
+the weighted mean, task arithmetic, TIES. With unlabeled inputs both sides also answer together (an ensemble
+per class) and teach each structure, from the best of its starts. Which way wins is found on two thirds of the
 held-out labels, and judged on the rest: a merge that is worse there than the better parent is a conflict.
 """
 

@@ -1,8 +1,8 @@
 """TIES: merging of models that come from one, without what is small and what they disagree about.
 
 Of every model's difference from the ancestor only the largest values stay (trim); every coordinate gets the
-sign that has more weight behind it (elect); and the values of that sign are averaged (disjoint merge). Yadav et
-al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv:2306.01708.
+sign that has more weight behind it (elect); and the values of that sign are averaged (disjoint merge). Yadav
+et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv:2306.01708.
 """
 
 from collections.abc import Sequence
