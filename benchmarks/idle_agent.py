@@ -10,7 +10,6 @@ the shipped Mosquitto settings. Baseline in the same run: a bare interpreter's m
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -18,7 +17,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.relay import Relay
 from liberatai_coordinator.brokers.secure import start_secure_broker
 from liberatai_coordinator.brokers.start import start_broker
 from liberatai_core.contract.frame import Signer
@@ -126,55 +125,6 @@ def tls_broker(folder: Path) -> Iterator[Place]:
         yield Place(broker.kind, broker.host, broker.port, settings, "mqtts")
     finally:
         broker.stop()
-
-
-class Relay:
-    """Passes bytes between one agent and its broker and counts them, in a thread of its own."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._broker = (host, port)
-        self.up = self.down = self.connections = self.ended = 0
-        self.port = 0
-        self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self._ready.wait(30)
-
-    def close(self) -> None:
-        """Stop."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        self._loop.run_forever()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        try:
-            there, back = await asyncio.open_connection(*self._broker)
-            await asyncio.gather(self._pass(reader, back, up=True), self._pass(there, writer, up=False))
-        except OSError:
-            pass
-        finally:
-            self.ended += 1
-            writer.close()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                if up:
-                    self.up += len(data)
-                else:
-                    self.down += len(data)
-                writer.write(data)
-                await writer.drain()
-        finally:
-            writer.close()
 
 
 @dataclass(slots=True)

@@ -1,0 +1,1 @@
+"""The work of benchmarks.peers as a Flower app."""
