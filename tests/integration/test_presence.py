@@ -1,6 +1,7 @@
 """Who is there, who failed, who is silent: what devices say reaches jobs, lists and the disk, and nothing stalls."""
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,34 @@ def test_a_lost_device_is_waited_for_a_moment_and_not_to_the_deadline(
             await Operations.of(service).jobs.create(text, str(tmp_path))
             await until(lambda: bool(c.tasks))
             await says(c, "lost")
+            await until(lambda: finished(service))
+
+    run(scenario())
+
+
+def test_the_last_one_that_is_away_holds_up_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "GRACE_S", 3600.0)
+    monkeypatch.setattr(attendance, "LAST_S", 0.2)
+
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with devices(broker, "a", "b", "c") as (_, b, c), coordinator(broker, tmp_path) as service:
+            await until(lambda: len(service.fleet.ready()) == 3)
+            b.answers = c.answers = False
+            text = job_yaml(rounds=1, devices=3, quorum=0.6, deadline_s=14400)
+            await Operations.of(service).jobs.create(text, str(tmp_path))
+            await until(lambda: bool(b.tasks) and bool(c.tasks))
+            now = service.runners["tiny"].open_round
+            assert now is not None
+            await until(lambda: "a" in now.stored)
+            await says(c, "lost")
+            await until(lambda: of(service, "c").said == "lost")
+            service.devices.jobs.tick(time.monotonic() + 60)
+            assert now.gone == frozenset(), "another one is still at it: nobody is held up"
+            b.answers = True
+            await b._answer(b.tasks[-1])
             await until(lambda: finished(service))
 
     run(scenario())

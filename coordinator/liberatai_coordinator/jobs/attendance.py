@@ -15,6 +15,9 @@ from liberatai_core.errors import MemoryLimitError
 
 GRACE_S, GRACE_SHARE = 30.0, 0.25
 """How long a round waits for a device that is away: so long, or so much of its deadline if that is less."""
+LAST_S, LAST_SHARE = 2.0, 0.25
+"""The same once most have answered and it waits for nobody else: so long, or so much of the time that the round
+took until now if that is more. What a device does meanwhile is not lost: it sends it in a later round."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +82,11 @@ class Attendance:
             now = job.open_round
             if now is None:
                 continue
-            grace_s = min(GRACE_S, GRACE_SHARE * job.job.rounds.deadline_s)
+            deadline_s = job.job.rounds.deadline_s
+            grace_s = min(GRACE_S, GRACE_SHARE * deadline_s)
+            if now.waiting <= self._away.keys() and 2 * len(now.stored) > len(now.invitations):
+                taken_s = max(0.0, now_s - (now.closes_s - deadline_s))
+                grace_s = min(grace_s, max(LAST_S, LAST_SHARE * taken_s))
             for device in now.waiting & self._away.keys():
                 if now_s - self._away[device] >= grace_s:
                     self._give_up(job, now, device, now_s)
