@@ -16,8 +16,8 @@ from liberatai_core.errors import MemoryLimitError
 GRACE_S, GRACE_SHARE = 30.0, 0.25
 """How long a round waits for a device that is away: so long, or so much of its deadline if that is less."""
 LAST_S, LAST_SHARE = 2.0, 0.25
-"""The same once most have answered and it waits for nobody else: so long, or so much of the time that the round
-took until now if that is more. What a device does meanwhile is not lost: it sends it in a later round."""
+"""The same once most have answered and it waits for nobody else: so long, or so much of the time that the
+round took until now if that is more. What a device does meanwhile is not lost: a later round gets it."""
 
 
 @dataclass(slots=True, kw_only=True)
