@@ -79,7 +79,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         broker: mqtt:// or mqtts:// URL, without credentials.
         coordinator_key: the coordinator's Ed25519 public key, hex: nothing else is obeyed.
         username, password_file: how to log in at the broker.
-        ca_file, cert_file, key_file: for mqtts.
+        ca_file, cert_file, key_file: for mqtts. One file for certificate and key is renewed by the agent.
+        claim_broker: mqtts:// URL of the broker's door for claims, where a certificate is asked for.
+        claim_file: claim credential (certificate and key) that opens that door.
         state_dir: outbox, blobs, device key; one agent at a time.
         data: private .npz of this device, null: the device only observes.
         profile: name of a hardware class or path of its file.
@@ -105,6 +107,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
+    claim_broker: str | None = None
+    claim_file: str | None = None
     state_dir: str = "/var/lib/liberatai-agent"
     data: str | None = None
     profile: str | None = None
@@ -133,7 +137,16 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return bytes.fromhex(self.coordinator_key)
 
 
-_PATHS = ("password_file", "ca_file", "cert_file", "key_file", "state_dir", "data", "profiles_dir")
+_PATHS = (
+    "password_file",
+    "ca_file",
+    "cert_file",
+    "key_file",
+    "claim_file",
+    "state_dir",
+    "data",
+    "profiles_dir",
+)
 
 
 def parse_config(text: str, where: str, folder: Path) -> AgentConfig:
@@ -202,6 +215,8 @@ def _across(config: AgentConfig) -> list[str]:
         found.append("password_file: needs username")
     if (config.cert_file is None) != (config.key_file is None):
         found.append("cert_file and key_file: give both or none")
+    if (config.claim_broker is None) != (config.claim_file is None):
+        found.append("claim_broker and claim_file: give both or none")
     if not address.secure and (config.ca_file or config.cert_file):
         found.append("ca_file, cert_file: need broker: mqtts://…")
     return found

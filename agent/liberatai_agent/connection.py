@@ -34,6 +34,10 @@ LinkFactory = Callable[[Will], Link]
 Happened = Callable[[LinkUp | LinkDown | BrokerRefused | Renumbered], None]
 
 
+def _nothing(_reason: str) -> None:
+    """Hear a reason that nobody asked for."""
+
+
 class Connection:
     """Owns the link.
 
@@ -51,6 +55,7 @@ class Connection:
         link: the one of now.
         connected: what the broker said; None: there is no connection.
         retry_s: what the link waits before it tries again, when there is none.
+        lost: told why there is no connection, each time.
         moved_s: when bytes moved, or the link said something, last (`time.monotonic`).
     """
 
@@ -68,6 +73,7 @@ class Connection:
         self._device, self._broker, self._identity, self._topics = device, broker, identity, topics
         self._make_link, self._faults = make_link, faults
         self._happened, self._received = happened, received
+        self.lost: Callable[[str], None] = _nothing
         self._before, self._seen = Traffic(), Traffic()
         self._renumbered_s = -NEXT_NUMBER_S
         self.connected: Connected | None = None
@@ -123,6 +129,7 @@ class Connection:
                     log.warning("no connection to %s: %s (next try in %.1f s)", self._broker, reason, retry)
                 self._faults.note("E_LINK", reason, quiet=True)
                 self.connected, self.retry_s = None, retry
+                self.lost(reason)
                 self._happened(LinkDown())
             case Refused():
                 size = event.max_packet_bytes if event.what == "size" else 0

@@ -24,8 +24,11 @@ from liberatai_agent.session.state import final_of, missing_of
 from liberatai_agent.shadow.models import Deployed
 from liberatai_agent.status import FILE, last_error
 from liberatai_core import __version__
+from liberatai_core.certificate_file import Dates
+from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.messages import Capability, Step
 from liberatai_core.link.link import Connected, Traffic
+from liberatai_core.units import date_text
 
 PAUSE_S = 1.0
 """Between two writes: several things change at once."""
@@ -51,6 +54,7 @@ class Seen:
     capability: Capability | None
     found: probe.Bench | None
     last_training: dict[str, Any]
+    certificate: Dates | None
     blobs: Path
     deployed: Deployed | None
     deployed_files: list[str]
@@ -71,6 +75,8 @@ def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
         "running": not stopped,
         "session": seen.identity.session,
         "public_key": seen.identity.signer.public_key.hex(),
+        "key": fingerprint(seen.identity.signer.public_key),
+        "certificate": certificate_words(seen.certificate),
         "broker": config.broker,
         "connected": connected is not None,
         "protocol": connected.protocol if connected is not None else "",
@@ -101,6 +107,16 @@ def overview(seen: Seen, *, stopped: bool) -> dict[str, Any]:
         "started_at": seen.started_at,
         "updated_at": time.time(),
     }
+
+
+def certificate_words(dates: Dates | None) -> str:
+    """Return until when a certificate is valid, in days; "" if there is none."""
+    if dates is None:
+        return ""
+    if not dates.is_possible():
+        return f"valid until {date_text(dates.end_s)}; this device's clock cannot be right"
+    warning = ": it should have been renewed, see the log" if dates.ends_soon() else ""
+    return f"valid until {date_text(dates.end_s)}, {dates.days_left():.0f} days left{warning}"
 
 
 def _link(meter: LinkMeter, *, metered: bool | None) -> dict[str, Any]:

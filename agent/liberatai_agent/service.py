@@ -35,6 +35,7 @@ from liberatai_agent.machine_watch import MachineWatch, Watched, sample
 from liberatai_agent.outbox import Outbox, open_database
 from liberatai_agent.overview import Seen, StatusFile, overview
 from liberatai_agent.probe import promised_bits_s
+from liberatai_agent.renewal import Renewal
 from liberatai_agent.replying import Replying
 from liberatai_agent.saying import Saying
 from liberatai_agent.session.state import Training as TrainingNow
@@ -212,6 +213,16 @@ class Service:
             self.happened,
             run,
         )
+        self._renewal = Renewal(
+            config,
+            self._identity,
+            self._topics,
+            link,
+            lambda: self._connection.connected,
+            self._failed,
+            self._supervisor.crashed,
+        )
+        self._connection.lost = self._renewal.lost
         self._status = StatusFile(folder, self.status)
         self._answering = Answering(config)
 
@@ -241,6 +252,7 @@ class Service:
                 self._sample,
                 self._status.run,
                 self._answering.run,
+                self._renewal.run,
             )
             for part in (*parts, self._supervisor.watch):
                 self._supervisor.run_part(part())
@@ -394,6 +406,10 @@ class Service:
 
     def _received(self, message: Received) -> None:
         try:
+            if message.topic == self._topics.provisioning(self._config.device, "crt"):
+                self._renewal.deliver(message.payload)
+                self._connection.link.ack(message.token)
+                return
             if is_blob(message.topic, self._config.fleet):
                 self._downloads.deliver(message)
                 return
@@ -469,6 +485,7 @@ class Service:
             capability=self._machine.capability,
             found=self._machine.found,
             last_training=self._training.last,
+            certificate=self._renewal.dates,
             blobs=self._store.path(""),
             deployed=self._models.current,
             deployed_files=self._models.paths(),

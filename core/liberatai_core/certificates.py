@@ -91,6 +91,18 @@ def _key_part(pem: bytes) -> bytes:
     return pem[start:] if start >= 0 else pem
 
 
+def key_of_number(number: bytes) -> ec.EllipticCurvePrivateKey:
+    """Return the P-256 private key that a token carries as a number.
+
+    Raises:
+        CertificateError: no key has this number.
+    """
+    try:
+        return ec.derive_private_key(int.from_bytes(number, "big"), ec.SECP256R1())
+    except ValueError:
+        raise CertificateError("the key in the token is none") from None
+
+
 def request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
     """Return a signed request for a certificate with this common name (DER)."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(common_name(name))

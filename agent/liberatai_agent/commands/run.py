@@ -1,10 +1,12 @@
 """`liberatai-agent run`: the agent itself."""
 
 import argparse
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liberatai_agent.commands.kit import FAILED, OK, add_command, add_config, complain
-from liberatai_core.errors import DamagedError
+from liberatai_core.errors import DamagedError, ExpiredError
 
 if TYPE_CHECKING:
     from liberatai_agent.config import AgentConfig
@@ -34,11 +36,13 @@ def register(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from liberatai_agent.broker import mqtt_settings  # noqa: PLC0415
     from liberatai_agent.config import load_config, load_profile  # noqa: PLC0415
+    from liberatai_agent.joining import why_join  # noqa: PLC0415
     from liberatai_core import logs  # noqa: PLC0415
 
     config = load_config(args.config)
     load_profile(config)
-    mqtt_settings(config)
+    if not why_join(config):
+        mqtt_settings(config)
     logs.set_up(args.log_format, verbose=args.verbose)
     import asyncio  # noqa: PLC0415
 
@@ -50,6 +54,7 @@ async def _serve(config: "AgentConfig") -> int:
     import signal  # noqa: PLC0415
 
     from liberatai_agent.broker import mqtt_settings  # noqa: PLC0415
+    from liberatai_agent.files import set_aside  # noqa: PLC0415
     from liberatai_agent.service import Service  # noqa: PLC0415
     from liberatai_agent.supervisor import StandstillError  # noqa: PLC0415
     from liberatai_core.link.mqtt import MqttLink  # noqa: PLC0415
@@ -60,6 +65,8 @@ async def _serve(config: "AgentConfig") -> int:
     loop = asyncio.get_running_loop()
     damaged = ""
     while True:
+        if not await _joined(config):
+            return OK
         service = Service(config, make_link, damaged=damaged)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.stop)
@@ -73,5 +80,32 @@ async def _serve(config: "AgentConfig") -> int:
             # It was set aside: a fresh one is made.
             damaged = str(error)
             complain(f"{error.code}: {damaged}")
+        except ExpiredError as error:
+            complain(f"{error.code}: {error}")
+            # The broker has said so, whatever our own clock says.
+            with contextlib.suppress(OSError):
+                set_aside(Path(config.cert_file or ""))
         else:
             return OK
+
+
+async def _joined(config: "AgentConfig") -> bool:
+    """Ask for a certificate until there is one, if there is none; False: the agent shall end."""
+    import asyncio  # noqa: PLC0415
+    import signal  # noqa: PLC0415
+
+    from liberatai_agent.joining import why_join  # noqa: PLC0415
+
+    if not why_join(config):
+        return True
+    from liberatai_agent.waiting import wait_for_certificate  # noqa: PLC0415
+
+    waiting = asyncio.create_task(wait_for_certificate(config))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, waiting.cancel)
+    try:
+        await waiting
+    except asyncio.CancelledError:
+        return False
+    return True

@@ -9,9 +9,7 @@ anyway.
 Commands and a running coordinator use the folder at the same time: whoever writes holds its lock.
 """
 
-import base64
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from liberatai_coordinator.authority.signing import (
     revocation_list,
 )
 from liberatai_core.certificates import facts, key_of, key_pem, load, new_key
-from liberatai_core.contract.topics import require_id
+from liberatai_core.contract.topics import CLAIM_PREFIX, claim_name, require_id
 from liberatai_core.errors import CertificateError, DiskError, NotFoundError, StateError
 from liberatai_core.files import make_folder, write_durably
 
@@ -44,8 +42,6 @@ KEPT_S: Final = 30 * DAY_S
 """A certificate stays in the lists for so long after its end: a broker's clock may be behind."""
 LARGE_BYTES: Final = 8 << 20
 """A list that has grown to this loses what ended long ago."""
-CLAIM_PREFIX: Final = "claim-"
-"""Of the names of claim credentials: no device may have such a name."""
 
 
 class Issued(msgspec.Struct, frozen=True, kw_only=True):
@@ -324,12 +320,6 @@ class Authority:
                 write_durably(path, listed, mode=0o644)
             except OSError as error:
                 raise DiskError(f"{path}: {error.strerror}") from error
-
-
-def claim_name(device: str) -> str:
-    """Return the name of the claim credential with which a device comes back after its certificate's end."""
-    digest = hashlib.sha256(device.encode()).digest()
-    return CLAIM_PREFIX + base64.b32encode(digest)[:20].decode().lower()
 
 
 def _ends_whole(file: BinaryIO) -> bool:

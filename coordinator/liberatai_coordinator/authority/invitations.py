@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import Meta
 
 from liberatai_coordinator import clock
-from liberatai_coordinator.authority.authority import CLAIM_PREFIX, Authority
-from liberatai_core.contract.topics import FLEET_OR_DEVICE
+from liberatai_coordinator.authority.authority import Authority
+from liberatai_core.contract.topics import CLAIM_PREFIX, FLEET_OR_DEVICE
 from liberatai_core.errors import DiskError, ExpiredError, TokenError
 from liberatai_core.files import write_durably
 

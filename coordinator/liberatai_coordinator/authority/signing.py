@@ -26,7 +26,7 @@ SERVER_DAYS: Final = 365.0
 CRL_DAYS: Final = 3650.0
 """A broker refuses everybody with an expired list; freshness comes from loading it anew."""
 BACKDATE_S: Final = 300.0
-"""The clock of a broker may be behind the authority's."""
+"""The clock of a broker may be behind the authority's; of a short life a tenth will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(_time(now_s - BACKDATE_S))
+        .not_valid_before(_time(now_s - min(BACKDATE_S, lifetime_s / 10)))
         .not_valid_after(_time(now_s + lifetime_s))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from liberatai_coordinator import clock
-from liberatai_coordinator.authority.authority import Authority, claim_name
+from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.authority.invitations import Invitation, Invitations
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Device, Fleet, Status
@@ -23,7 +23,7 @@ from liberatai_core.certificate_file import read_dates
 from liberatai_core.certificates import certificate_pem, facts, key_pem, new_key, proves, requested_key
 from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.messages import CertificateReply, CertificateRequest, claimed
-from liberatai_core.contract.topics import Place
+from liberatai_core.contract.topics import Place, claim_name
 from liberatai_core.errors import LiberataiError, QuotaError, StateError, TokenError
 from liberatai_core.files import write_durably
 

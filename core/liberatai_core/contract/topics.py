@@ -31,6 +31,8 @@ _INDEX = re.compile("^(0|[1-9][0-9]{0,3})$")
 UP_LEAVES = frozenset({"state", "caps", "rep", "tele", "ev", "rsp", "have"})
 DOWN_LEAVES = frozenset({"want", "task", "req", "xa"})
 
+CLAIM_PREFIX = "claim-"
+"""Of the names of claim credentials: no device may have such a name."""
 _PROVISIONING_LEAVES = frozenset({"csr", "crt"})
 
 
@@ -46,6 +48,12 @@ def require_name(value: str, what: str = "name") -> str:
     if not _NAME.fullmatch(value):
         raise TopicError(f"{what}: must match {_shown(NAME)} (got {value[:64]!r})")
     return value
+
+
+def claim_name(device: str) -> str:
+    """Return the name of the claim credential with which a device comes back after its certificate's end."""
+    digest = hashlib.sha256(device.encode()).digest()
+    return CLAIM_PREFIX + base64.b32encode(digest)[:20].decode().lower()
 
 
 def blob_id(content: bytes) -> str:

@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from liberatai_coordinator.authority.authority import LIST, Authority, claim_name
+from liberatai_coordinator.authority.authority import LIST, Authority
 from liberatai_core import certificates
 from liberatai_core.contract.limits import MAX_REQUEST_BYTES
+from liberatai_core.contract.topics import claim_name
 from liberatai_core.errors import CertificateError, NotFoundError, StateError, TooLargeError, TopicError
 
 DAY_S = 86_400.0
