@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from liberatai_agent.events import (
 )
 from liberatai_agent.fits import Limits, require_fits, trainer_of
 from liberatai_agent.outbox import Outbox, meaning_of
-from liberatai_core.contract.messages import Update
+from liberatai_core.contract.messages import Task, Update
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import CodecError, LiberataiError, MemoryLimitError
 from liberatai_core.profile import Trainer as Runtime
@@ -162,28 +163,13 @@ class Training:
         if left.dropped:
             text = f"{left.dropped} left-overs of a job of this name with other settings, or damaged ones"
             self._happened(LeftoverDropped(code=CodecError.code, text=text))
-        return Work(
-            device=task.device,
-            job=task.job,
-            round=task.round,
-            structure=spec.structure,
-            data=spec.data,
-            training=spec.training,
-            seed=spec.seed,
-            density=task.density,
-            path=tuple(
-                File(path=str(self._store.path(step.blob.blob)), digest=step.digest) for step in action.path
-            ),
-            data_path=self._data_path,
-            codec=spec.codec,
+        work = work_of(action, self._data_path, self._store.path)
+        return msgspec.structs.replace(
+            work,
             residual_from=left.residual,
             residual_to=str(self._outbox.new_residual(action.update_id)),
             returned=left.returned,
-            share_class_counts=spec.share_class_counts,
-            trained_share=spec.trained_share,
-            rounds_away=max(0, task.round - left.round - 1) if left.residual is not None else 0,
-            residual_decay=spec.residual_decay,
-            residual_limit=spec.residual_limit,
+            rounds_away=rounds_away(task, left.round) if left.residual is not None else 0,
             memory_bytes=limits.memory_bytes,
             cpu_seconds=limits.cpu_seconds,
             runtime=runtime,
@@ -193,7 +179,7 @@ class Training:
         """Seal first: what no receiver would take fails the task, and never gets to the disk."""
         uid = action.update_id
         try:
-            update = _update(action)
+            update = update_of(action)
             frame = self._seal(update)
             dropped = await asyncio.to_thread(
                 self._outbox.commit_training,
@@ -220,7 +206,41 @@ class Training:
         )
 
 
-def _update(action: StoreUpdate) -> Update:
+def work_of(action: StartTraining, data_path: str, path_of: Callable[[str], Path]) -> Work:
+    """Return what the trainer is told of a task, without left-overs and limits.
+
+    Args:
+        action: the task.
+        data_path: the private file.
+        path_of: gives the file of a blob.
+    """
+    task, spec = action.task, action.spec
+    return Work(
+        device=task.device,
+        job=task.job,
+        round=task.round,
+        structure=spec.structure,
+        data=spec.data,
+        training=spec.training,
+        seed=spec.seed,
+        density=task.density,
+        path=tuple(File(path=str(path_of(step.blob.blob)), digest=step.digest) for step in action.path),
+        data_path=data_path,
+        codec=spec.codec,
+        share_class_counts=spec.share_class_counts,
+        trained_share=spec.trained_share,
+        residual_decay=spec.residual_decay,
+        residual_limit=spec.residual_limit,
+    )
+
+
+def rounds_away(task: Task, left_in: int) -> int:
+    """Return how many rounds a device missed since the one that left something over."""
+    return max(0, task.round - left_in - 1)
+
+
+def update_of(action: StoreUpdate) -> Update:
+    """Return the update that a training's result becomes."""
     task, result = action.task, action.result
     return Update(
         update_id=action.update_id,

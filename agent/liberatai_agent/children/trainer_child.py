@@ -128,7 +128,7 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     trained = training.train(
         task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain, runtime=task.runtime
     )
-    state, body, dropped = _sparsified(
+    state, body, dropped = sparsified(
         task, chosen.part, lambda: chosen.gather(trained.weights) - chosen.gather(base)
     )
     counts = np.bincount(y, minlength=task.data.classes).tolist() if task.share_class_counts else None
@@ -193,7 +193,7 @@ Dropped = tuple[str, str] | None
 """(code, text) of left-overs that could not be used."""
 
 
-def _sparsified(
+def sparsified(
     task: Work, part: "Structure", difference: "Callable[[], Vector]"
 ) -> "tuple[State, bytes, Dropped]":
     """Return the next state, the update, and what was wrong with left-overs that do not go in.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from liberatai_coordinator.config import JobSpec
-from liberatai_core.contract.messages import Capability
+from liberatai_core.contract.messages import Capability, Training
 from liberatai_core.profile import Trainer, training_bytes
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
@@ -309,7 +309,7 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
         needs = f"{size_text(keyframe)} keyframe and {size_text(chain)} of deltas"
         return f"{needs} are more than {size_text(device.storage_bytes)} storage"
-    seconds, deadline_s = _training_s(job, candidate, device), job.rounds.deadline_s
+    seconds, deadline_s = training_s(job.training, candidate.macs, device), job.rounds.deadline_s
     if seconds > deadline_s * DEADLINE_MARGIN:
         return (
             f"training takes about {_seconds(seconds)}, more than {DEADLINE_MARGIN:.0%} of the "
@@ -326,13 +326,19 @@ def may_recover(device: Capability) -> bool:
     return device.link_measured and device.up_bits_s is not None
 
 
-def _training_s(job: JobSpec, candidate: Candidate, device: Capability) -> float:
-    """Return about how long the training takes; 0 where nobody measured."""
+def training_s(training: Training, macs: int, device: Capability) -> float:
+    """Return about how long a training takes, in seconds; 0 where nobody measured.
+
+    Args:
+        training: how the job trains.
+        macs: multiply-adds of its structure per sample, forward.
+        device: what it says of itself.
+    """
     if not device.gflops:
         return 0.0
-    passes = 3 * job.training.epochs * device.samples
+    passes = 3 * training.epochs * device.samples
     speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
-    return passes * 2 * candidate.macs / speed
+    return passes * 2 * macs / speed
 
 
 # --- links ---------------------------------------------------------------------------------------
@@ -498,7 +504,7 @@ def _carried(parameters: int, size_bytes: float, method: str, enough: float = 1.
 def _upload_s(job: JobSpec, candidate: Candidate, device: Capability, download_bytes: int) -> float:
     """Return how long the upload may take; not positive: nothing is left of the deadline."""
     deadline_s = job.rounds.deadline_s
-    left = deadline_s * DEADLINE_MARGIN - _training_s(job, candidate, device)
+    left = deadline_s * DEADLINE_MARGIN - training_s(job.training, candidate.macs, device)
     return min(deadline_s * LINK_SHARE, left - _download_s(device, download_bytes))
 
 
@@ -521,7 +527,7 @@ def _too_slow(
     deadline_s = job.rounds.deadline_s
     if device.up_bits_s is not None and _upload_s(job, candidate, device, download_bytes) <= 0:
         down = _download_s(device, download_bytes)
-        training = _training_s(job, candidate, device)
+        training = training_s(job.training, candidate.macs, device)
         return (
             f"{words}{size_text(download_bytes)} to download take about {_seconds(down)} and training "
             f"{_seconds(training)}: nothing is left for an update of the {_seconds(deadline_s)} deadline"

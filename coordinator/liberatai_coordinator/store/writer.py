@@ -130,12 +130,17 @@ class Latest(Generic[Key, Row]):
 
 
 class Writer:
-    """The writer thread of a database."""
+    """The writer thread of a database.
+
+    Attributes:
+        queued: called whenever there is something to write; for who calls `write_queued`.
+    """
 
     def __init__(self, database: Database) -> None:
         """Call `start` before anything is submitted."""
         self._database = database
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self.queued: Callable[[], None] = lambda: None
         self._pending = _Pending()
         self._latest: list[Latest[Any, Any]] = []
         self._latest_s = 0.0
@@ -146,8 +151,17 @@ class Writer:
         """Begin to write, in a thread."""
         self._thread.start()
 
-    def write_queued(self) -> bool:
-        """Write what waits, in the thread that calls; False: nothing did. Instead of `start`."""
+    @property
+    def has_latest(self) -> bool:
+        """Whether rows wait of which only the newest counts."""
+        return any(self._latest)
+
+    def write_queued(self, *, now: bool = False) -> bool:
+        """Write what waits, in the thread that calls; False: nothing did. Instead of `start`.
+
+        Args:
+            now: also those rows of which only the newest counts, whose time has not come.
+        """
         try:
             item: _Item | None = self._queue.get_nowait()
         except queue.Empty:
@@ -155,7 +169,7 @@ class Writer:
         batch, _ = self._gathered(item)
         if batch:
             self._settle(batch)
-        self._write_latest(now=False)
+        self._write_latest(now=now)
         return bool(batch)
 
     def stop(self) -> None:
@@ -177,6 +191,7 @@ class Writer:
 
     def _wake(self) -> None:
         self._queue.put(_Wake())
+        self.queued()
 
     async def submit(self, apply: Apply, item: Any, size_bytes: int) -> Any:
         """Let `apply` handle an item, together with others in one transaction; returns after its commit.
@@ -204,6 +219,7 @@ class Writer:
             pending.items += 1
             pending.size_bytes = waiting_bytes
             self._queue.put(waiting)
+        self.queued()
         return await waiting.future
 
     # --- the thread ---

@@ -1,0 +1,1 @@
+"""A fleet that is not there: agents in virtual time, in child processes or in containers."""

@@ -1,0 +1,124 @@
+"""What a simulation saw: one value for the report, the command line and the comparison of backends."""
+
+import msgspec
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all parts."""
+
+
+class Moment(Value, frozen=True, kw_only=True):
+    """A device began to do something at this second of the job."""
+
+    at_s: float
+    what: str
+
+
+class DeviceRecord(Value, frozen=True, kw_only=True):
+    """One device.
+
+    Attributes:
+        rounds: receipted updates.
+        busy_s: seconds of training.
+        up_bytes, down_bytes: through its link, everything counted.
+        moments: what it did and when; empty in large fleets.
+    """
+
+    id: str
+    profile: str
+    rounds: int = 0
+    busy_s: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    moments: tuple[Moment, ...] = ()
+
+
+class RoundRecord(Value, frozen=True, kw_only=True):
+    """One round.
+
+    Attributes:
+        at_s: second of the job in which it ended.
+        held_by: devices whose updates came last, the last one first: who held the round.
+    """
+
+    round: int
+    state: str
+    invited: int
+    updates: int
+    seconds: float
+    at_s: float
+    held_by: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class FaultRecord(Value, frozen=True, kw_only=True):
+    """Something that was done to the fleet, and how it ended.
+
+    Attributes:
+        ended_s: when it was over; None: not before the job.
+        how: what became of it, in words.
+    """
+
+    at_s: float
+    what: str
+    device: str = ""
+    ended_s: float | None = None
+    how: str = ""
+
+
+class Point(Value, frozen=True, kw_only=True):
+    """How good the model of one profile was at a second of the job.
+
+    Attributes:
+        figure: accuracy on the held-out samples, or the distance to the hidden weights where training is
+            drawn.
+        up_bytes, down_bytes: through the links of all devices of the profile until then.
+    """
+
+    profile: str
+    at_s: float
+    version: int
+    figure: float
+    up_bytes: int
+    down_bytes: int
+
+
+class Record(Value, frozen=True, kw_only=True):
+    """One simulated job.
+
+    Attributes:
+        figure: what `points` show: "accuracy" or "distance".
+        job_s: seconds of the job; virtual ones in the virtual backend.
+        wall_s, rss_mb: what the simulation took; memory in 10^6 bytes.
+        updates: receipted.
+        update_bytes: of their frames.
+        blob_bytes: of files that devices fetched, each as often as it was fetched.
+        up_bytes, down_bytes: through all links.
+        lost: updates that were receipted and are in no version and no abandoned round.
+        digests: of the newest weights by structure.
+    """
+
+    fleet: str
+    backend: str
+    scenario: str
+    description: str
+    seed: int
+    job: str
+    state: str
+    reason: str = ""
+    figure: str = "accuracy"
+    job_s: float
+    wall_s: float
+    rss_mb: float = 0.0
+    known: int
+    updates: int
+    update_bytes: int
+    blob_bytes: int
+    up_bytes: int
+    down_bytes: int
+    lost: int = 0
+    digests: dict[str, str]
+    rounds: tuple[RoundRecord, ...] = ()
+    devices: tuple[DeviceRecord, ...] = ()
+    faults: tuple[FaultRecord, ...] = ()
+    points: tuple[Point, ...] = ()
