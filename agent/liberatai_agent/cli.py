@@ -8,11 +8,11 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 
-from liberatai_agent.commands import doctor, enrol, pause, predict, probe, run, status, version
+from liberatai_agent.commands import doctor, enrol, pause, predict, probe, run, status, update, version
 from liberatai_agent.commands.kit import FAILED, NOT_FOUND, USAGE, complain
 from liberatai_core.errors import ConfigError, LiberataiError, NotFoundError
 
-COMMANDS = (run, probe, status, predict, pause, doctor, enrol, version)
+COMMANDS = (run, probe, status, predict, pause, update, doctor, enrol, version)
 """In the order of `--help`."""
 
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     say_what_the_terminal_can()
     args = _parser().parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)

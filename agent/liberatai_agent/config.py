@@ -48,6 +48,25 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     on_metered: bool = True
 
 
+class UpdateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the agent may renew itself.
+
+    Attributes:
+        release_key: Ed25519 public key of releases, hex; None: only the installed program runs.
+        patience_s: in which a new release must be healthy; else what ran before runs again.
+        beats: seconds that it must have been connected, and all its parts alive, to be healthy.
+    """
+
+    release_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")] | None = None
+    patience_s: Annotated[float, Meta(ge=1, le=86_400)] = 300.0
+    beats: Annotated[int, Meta(ge=1, le=3600)] = 30
+
+    @property
+    def key_bytes(self) -> bytes | None:
+        """The release key's 32 bytes."""
+        return None if self.release_key is None else bytes.fromhex(self.release_key)
+
+
 class LinkSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What of the link may be used.
 
@@ -96,6 +115,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         gate: when the device may train.
         link: what of the link may be used.
         train: when the device takes part at all.
+        update: how the agent may renew itself.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -125,6 +145,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gate: GateSettings = GateSettings()
     link: LinkSettings = LinkSettings()
     train: TrainSettings = TrainSettings()
+    update: UpdateSettings = UpdateSettings()
 
     @property
     def state_path(self) -> Path:

@@ -84,6 +84,7 @@ class MachineWatch:
         self._paused = False
         self._quota = ""
         self._look = asyncio.Event()
+        self._looked = asyncio.Event()
         self._data_mark: tuple[str, int, int] | None = None
         self.found: probe.Bench | None = None
         self.capability: Capability | None = None
@@ -97,6 +98,11 @@ class MachineWatch:
     def look_soon(self) -> None:
         """Look at the gate before long: something begins."""
         self._look.set()
+
+    async def looked(self) -> None:
+        """Wait until the machine, and what its people want, was looked at once more."""
+        self._looked.clear()
+        await self._looked.wait()
 
     async def first_look(self) -> None:
         """Find out what the machine can do; nothing is told yet."""
@@ -137,6 +143,7 @@ class MachineWatch:
         now = self._gate
         if (before.open, before.reason, before.resting) != (now.open, now.reason, now.resting):
             self._happened(GateChanged(open=now.open, reason=now.reason, resting=now.resting))
+        self._looked.set()
         self._meter.count()
         quota = self._meter.quota_bytes
         words = gate.quota_words(self._meter.day_bytes, quota) if quota and self._meter.spent else ""

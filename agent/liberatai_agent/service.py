@@ -42,8 +42,9 @@ from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.shadow.models import Models
 from liberatai_agent.shadow.shadow import Shadow
 from liberatai_agent.state_folder import StateLock
-from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back
+from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, stands_still
 from liberatai_agent.training import Training
+from liberatai_agent.updates import keeper
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Request, Telemetry, Update, Want
@@ -98,6 +99,7 @@ class Service:
         self._started_at = time.time()
         self._logbook = Logbook()
         self._said = ""
+        self.again = False
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -246,6 +248,8 @@ class Service:
             self._shadow.recall()
             parts = (
                 self._shadow.run,
+                self._prove_well,
+                self._watch_releases,
                 self._connection.listen,
                 self._saying.run,
                 self._watch_machine,
@@ -431,6 +435,27 @@ class Service:
         await self._connection.subscribe()
         give_memory_back()
         await self._machine.run()
+
+    async def _watch_releases(self) -> None:
+        """End, to be started anew, when a release waits for its trial and no work is in hand."""
+        folder = self._config.state_path
+        while self._config.update.key_bytes is not None:
+            await self._machine.looked()
+            if keeper.may_try(folder) and self._session.task is None and not self._session.pending:
+                log.info("a release waits for its trial: starting anew")
+                self.again = True
+                self._supervisor.stop()
+
+    async def _prove_well(self) -> None:
+        """Say that a release on trial works, once it was connected and all parts were alive for a while."""
+        beats = 0
+        while keeper.on_trial():
+            await asyncio.sleep(1.0)
+            well = self._connection.connected is not None and self._session.measured
+            well = well and not stands_still(self._signs(), time.monotonic())
+            beats = beats + 1 if well else 0
+            if beats >= self._config.update.beats:
+                keeper.tell_healthy(self._config.state_path)
 
     async def _renumber(self, known: int) -> None:
         try:

@@ -82,3 +82,25 @@ def show(values: dict[str, Any], output: str, name: str = "") -> None:
     told = {name: value for name, value in values.items() if wide or value not in (None, "", [], {})}
     for line in record_lines(told, width):
         print(line)
+
+
+def tell_agent(folder: Path, then: str = "") -> str:
+    """Let a running agent look at once; return in words what follows.
+
+    Args:
+        folder: its state folder.
+        then: what it does when it has been told.
+    """
+    import os  # noqa: PLC0415
+    import signal  # noqa: PLC0415
+
+    from liberatai_agent.state_folder import holder  # noqa: PLC0415
+
+    pid = holder(folder)
+    if pid is None:
+        return "the agent is not running: it will know when it starts"
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except OSError:
+        return "the agent notices within a minute"
+    return f"the agent has been told{f': {then}' if then else ''}"

@@ -2,10 +2,9 @@
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
-from liberatai_agent.commands.kit import OK, add_command, add_config
+from liberatai_agent.commands.kit import OK, add_command, add_config, tell_agent
 from liberatai_core.errors import ConfigError
 
 _SPAN = re.compile(r"([0-9]{1,6})([smhd])")
@@ -46,7 +45,7 @@ def _pause(args: argparse.Namespace) -> int:
     wanted = pausing.Pause(reason=args.reason, since_s=time.time(), until_s=until_s)
     pausing.pause(folder, wanted)
     print(wanted.words)
-    print(_told(folder))
+    print(tell_agent(folder))
     return OK
 
 
@@ -59,22 +58,5 @@ def _resume(args: argparse.Namespace) -> int:
         print("it was not paused")
         return OK
     print("it takes part again")
-    print(_told(folder))
+    print(tell_agent(folder))
     return OK
-
-
-def _told(folder: Path) -> str:
-    """Let a running agent look at once; otherwise it looks within a minute, or when it starts."""
-    import os  # noqa: PLC0415
-    import signal  # noqa: PLC0415
-
-    from liberatai_agent.state_folder import holder  # noqa: PLC0415
-
-    pid = holder(folder)
-    if pid is None:
-        return "the agent is not running: it will know when it starts"
-    try:
-        os.kill(pid, signal.SIGHUP)
-    except OSError:
-        return "the agent notices within a minute"
-    return "the agent has been told"

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from liberatai_agent.commands.kit import FAILED, OK, add_command, add_config, complain
 from liberatai_core.errors import DamagedError, ExpiredError
 
+AGAIN = -1
+"""The agent ended to be started anew: a release waits for its trial."""
+
 if TYPE_CHECKING:
     from liberatai_agent.config import AgentConfig
     from liberatai_core.link.link import Will
@@ -44,9 +47,18 @@ def _run(args: argparse.Namespace) -> int:
     if not why_join(config):
         mqtt_settings(config)
     logs.set_up(args.log_format, verbose=args.verbose)
+    from liberatai_agent.updates import keeper  # noqa: PLC0415
+
+    update = config.update
+    code = keeper.lead(config.state_path, update.key_bytes, args.arguments, patience_s=update.patience_s)
+    if code is not None:
+        return code
     import asyncio  # noqa: PLC0415
 
-    return asyncio.run(_serve(config))
+    code = asyncio.run(_serve(config))
+    if code == AGAIN:
+        keeper.restart(args.arguments)
+    return code
 
 
 async def _serve(config: "AgentConfig") -> int:
@@ -86,7 +98,7 @@ async def _serve(config: "AgentConfig") -> int:
             with contextlib.suppress(OSError):
                 set_aside(Path(config.cert_file or ""))
         else:
-            return OK
+            return AGAIN if service.again else OK
 
 
 async def _joined(config: "AgentConfig") -> bool:

@@ -26,6 +26,7 @@ from liberatai_coordinator.cli import (
     plan,
     profiles,
     programs,
+    release,
     shadow,
 )
 from liberatai_coordinator.cli.kit import FAILED, complain, group
@@ -47,6 +48,7 @@ app.add_typer(journal.audit, name="audit")
 app.add_typer(models.app, name="models")
 app.add_typer(plan.app, name="plan")
 app.add_typer(profiles.app, name="profiles")
+app.add_typer(release.app, name="release")
 app.command(epilog="Example: liberatai serve --config /etc/liberatai/coordinator.yaml")(programs.serve)
 app.command(epilog="Example: liberatai demo --devices 8 --rounds 12 --report demo-report")(programs.demo)
 app.command(epilog="Example: liberatai version")(programs.version)
