@@ -45,6 +45,7 @@ from liberatai_agent.state_folder import StateLock
 from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, stands_still
 from liberatai_agent.training import Training
 from liberatai_agent.updates import keeper
+from liberatai_agent.upgrading import Upgrading
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Request, Telemetry, Update, Want
@@ -198,6 +199,7 @@ class Service:
             self._models,
             lambda new, paused: self._machine.configure(new, paused=paused),
             self._saying.have,
+            Upgrading(config, folder, fetcher, self._machine.look_soon),
         )
         self._replying = Replying(
             config.device,

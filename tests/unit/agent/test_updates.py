@@ -1,5 +1,6 @@
 """Which release runs, by what happened: the way forward, and back, whatever dies in between."""
 
+import asyncio
 import os
 import random
 import sqlite3
@@ -9,13 +10,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from liberatai_agent.blobs import BlobStore
+from liberatai_agent.config import AgentConfig, UpdateSettings
 from liberatai_agent.updates import keeper, plan, slots
 from liberatai_agent.updates.plan import MAX_STARTS, Release, State
+from liberatai_agent.upgrading import Upgrading
+from liberatai_core.contract.messages import AgentWish, BlobRef
+from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import (
     ConfigError,
     DamagedError,
     DigestError,
     FrameError,
+    LiberataiError,
     MissingExtraError,
     NotFoundError,
     SignatureError,
@@ -233,6 +240,48 @@ def test_an_outbox_that_a_failed_release_brought_to_another_form_is_put_back(tmp
     form(4)
     slots.put_outbox_back(tmp_path)
     assert form() == 3
+
+
+# --- by wish of the fleet ---------------------------------------------------------------------------------
+
+
+class Broker:
+    """A fetcher whose broker has one file."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.asked = content, 0
+
+    async def fetch(self, ref: BlobRef, store: BlobStore) -> None:
+        if not store.has(ref):
+            self.asked += 1
+            store.put(ref, self.content)
+
+
+def test_a_release_by_wish_is_believed_for_the_release_key_alone(tmp_path: Path) -> None:
+    content = bundle(tmp_path, 1, created_s=0.0, expires_s=1e11).read_bytes()
+    ref = BlobRef(blob=blob_id(content), size_bytes=len(content))
+    state, broker = tmp_path / "state", Broker(content)
+    told: list[int] = []
+
+    def wish(version: str, key: bytes | None) -> str:
+        update = UpdateSettings(release_key=None if key is None else key.hex())
+        config = AgentConfig(fleet="f", device="d", coordinator_key="0" * 64, update=update)
+        upgrading = Upgrading(config, state, broker, lambda: told.append(1))  # type: ignore[arg-type]
+        with pytest.raises(LiberataiError) as caught:
+            asyncio.run(upgrading(AgentWish(version=version, bundle=ref)))
+        return f"{caught.value.code} {caught.value}"
+
+    assert wish("0.1", None).startswith("E_STATE update.release_key is not set")
+    assert broker.asked == 0
+    assert wish("0.1", release_key(b"o" * 32).public).startswith("E_SIG")
+    assert wish("0.2", KEY.public).startswith("E_STATE the bundle holds release 0.1")
+    assert told == []
+    assert wish("0.1", KEY.public).startswith("E_BUSY")  # it waits for its trial
+    assert told == [1]
+    assert wish("0.1", KEY.public).startswith("E_BUSY")
+    slots.write_state(state, plan.failed(slots.read_state(state), "it crashed"))
+    assert wish("0.1", KEY.public).startswith("E_STATE release 0.1 failed here before")
+    assert broker.asked == 1
 
 
 # --- who starts what -----------------------------------------------------------------------------------
