@@ -175,6 +175,7 @@ def test_a_device_that_slept_past_the_end_comes_back_with_its_own_key(
     asyncio.run(scenario())
 
 
+@pytest.mark.system
 def test_beyond_the_grace_only_an_invitation_helps(broker: SecureBroker, tmp_path: Path) -> None:
     async def scenario() -> None:
         short = {"certificate_days": 2 / 86_400, "rejoin_days": 1}
@@ -213,6 +214,7 @@ def test_a_certificate_is_renewed_over_the_connection_that_stands(
     asyncio.run(scenario())
 
 
+@pytest.mark.system
 def test_the_coordinators_own_certificate_is_renewed(
     broker: SecureBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A Mosquitto as `liberatai broker init` sets it up: mutual TLS keeps devices apart, claims have a door of their own."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from liberatai_coordinator.authority import broker_files
 from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.authority.mosquitto import MosquittoPlan, mosquitto_conf
+from liberatai_coordinator.brokers.check import BrokerCheck, Finding
 from liberatai_coordinator.brokers.secure import SecureBroker, start_secure_broker
 from liberatai_coordinator.brokers.start import find_mosquitto
 from liberatai_core.certificates import certificate_pem, key_pem, new_key
@@ -258,3 +260,41 @@ def foreign(folder: Path, name: str) -> Path:
     pem = folder / f"{name}.pem"
     pem.write_bytes(certificate_pem(authority.issue(key.public_key(), "device", name, 3600)) + key_pem(key))
     return pem
+
+
+def test_a_broker_as_it_is_set_up_passes_every_check(production: Production, tmp_path: Path) -> None:
+    found = checked(production, tmp_path)
+    assert [(one.check, one.text) for one in found if not one.ok] == []
+    assert len(found) >= 20
+    authority = production.broker.authority
+    assert all(one.revoked_s for one in authority.issued() if one.name.startswith(("check-", "claim-check")))
+
+
+@pytest.mark.system  # five brokers
+@pytest.mark.parametrize(
+    ("line", "instead", "fails"),
+    [
+        ("use_username_as_clientid true", "", "another certificate asks for a device's session"),
+        ("/acl\n", "/certs/all\n", "a device writes a model"),
+        ("/certs/claims.", "/certs/ca.", "a device at the door for claims"),
+        ("max_packet_size 1048576", "max_packet_size 200000", "packets"),
+        ("/acl-claims\n", "/acl\n", "a claim writes its own words"),
+    ],
+)
+def test_a_broker_that_lets_too_much_through_is_found_out(
+    production: Production, tmp_path: Path, line: str, instead: str, fails: str
+) -> None:
+    conf = production.broker.files / "mosquitto.conf"
+    (production.broker.files / "certs" / "all").write_text("pattern readwrite #\n")
+    text = conf.read_text()
+    assert line in text
+    conf.write_text(text.replace(line, instead))
+    production.broker.restart()
+    found = checked(production, tmp_path)
+    assert fails in [one.check for one in found if not one.ok]
+
+
+def checked(production: Production, folder: Path) -> list[Finding]:
+    broker = production.broker
+    check = BrokerCheck(broker.url, broker.claim_url, broker.authority, broker.ca_file, folder)
+    return asyncio.run(check.run())

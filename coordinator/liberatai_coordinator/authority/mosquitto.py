@@ -19,6 +19,9 @@ CLAIM_PORT: Final = 8884
 CLAIM_CONNECTIONS: Final = 200
 """Devices that join at the same time; each is there for some seconds, or waits for an operator."""
 STATE: Final = PurePath("/var/lib/mosquitto")
+CHECKED: Final = ("check-a", "check-b")
+OBSERVER: Final = "check-observer"
+"""Names that `brokers.check` uses; nobody else should have them."""
 PLUGINS: Final = "/usr/lib"
 
 
@@ -90,6 +93,7 @@ def device_acl(fleet: str, coordinator: str, denied: Collection[str] = ()) -> st
     require_id(coordinator, "coordinator")
     root = f"{ROOT}/{fleet}"
     shut_out = "".join(f"user {require_id(name, 'device')}\ntopic deny #\n\n" for name in sorted(denied))
+    observed = "".join(f"topic read {root}/up/{name}/#\ntopic write {root}/dn/{name}/#\n" for name in CHECKED)
     return (
         f"# Fleet {fleet}. %u is the user name: the common name of the client's certificate.\n"
         "# A device writes below its own name only, and reads what is addressed to it or public.\n"
@@ -97,6 +101,9 @@ def device_acl(fleet: str, coordinator: str, denied: Collection[str] = ()) -> st
         f"{shut_out}"
         f"user {coordinator}\n"
         f"topic readwrite {root}/#\n\n"
+        "# `liberatai broker check` proves all this from outside; its observer's rights end at its devices.\n"
+        f"user {OBSERVER}\n"
+        f"{observed}\n"
         f"pattern write {root}/up/%u/#\n"
         f"pattern read {root}/dn/%u/#\n"
         f"pattern read {root}/pub/#\n"

@@ -1,4 +1,4 @@
-"""`liberatai broker`: a Mosquitto for a fleet, set up, kept up to date."""
+"""`liberatai broker`: a Mosquitto for a fleet, set up, proven from outside, kept up to date."""
 
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
@@ -8,19 +8,21 @@ from urllib.parse import urlsplit
 
 import typer
 
-from liberatai_coordinator.cli.kit import coordinator_config, group
+from liberatai_coordinator.cli.kit import FAILED, coordinator_config, group
+from liberatai_coordinator.cli.tables import Column, Output, OutputOption, progress, show
 from liberatai_core.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
     from liberatai_coordinator.authority.authority import Authority
     from liberatai_coordinator.authority.mosquitto import Release
+    from liberatai_coordinator.brokers.check import Finding
 
 DEFAULT_FOLDER: Final = "/etc/mosquitto/liberatai"
 DEFAULT_CONFIG: Final = "/etc/liberatai/coordinator.yaml"
 COORDINATOR_DAYS: Final = 365.0
 Config = Annotated[Path, typer.Option("--config", "-c", help="Settings of the coordinator (YAML).")]
 
-app = group("The fleet's broker: set it up, keep it up to date.", "liberatai broker sync")
+app = group("The fleet's broker: set it up, prove it, keep it up to date.", "liberatai broker check")
 
 
 @app.command("init", epilog="Example: liberatai broker init --host broker.example.org")
@@ -71,9 +73,45 @@ def broker_init(
     broker_files.init(plan, authority, coordinator, list(dict.fromkeys((*host, "localhost", "127.0.0.1"))))
     print(f"{folder}: settings for Mosquitto {release}, access lists, certificates")
     _coordinator_files(authority, coordinator, state, folder, config, host[0], port, claim_port)
-    print(
-        f"now: mosquitto -c {folder}/mosquitto.conf (or the packaged unit), liberatai serve --config {config}"
-    )
+    print(f"now: mosquitto -c {folder}/mosquitto.conf (or the packaged unit), liberatai serve -c {config}")
+    print("then: liberatai broker check, liberatai devices invite")
+
+
+@app.command("check", epilog="Example: liberatai broker check --config /etc/liberatai/coordinator.yaml")
+def broker_check(config: Config = Path(DEFAULT_CONFIG), output: OutputOption = Output.TABLE) -> None:
+    """Prove from outside, with real connections, what the broker lets devices do and what not; exit 1 if not.
+
+    It needs the authority's key, makes certificates for ten minutes, and revokes them at the end.
+    """
+    import asyncio
+    import tempfile
+
+    from liberatai_coordinator.authority.authority import Authority
+    from liberatai_coordinator.brokers.check import BrokerCheck
+
+    settings = coordinator_config(config)
+    if settings.ca_dir is None or settings.ca_file is None:
+        raise ConfigError("ca_dir", ["missing: a check makes certificates, and needs the authority's key"])
+    claim_url = claim_url_of(settings.broker, settings.joining.claim_port)
+    with tempfile.TemporaryDirectory(prefix="liberatai-check-") as folder:
+        check = BrokerCheck(
+            settings.broker, claim_url, Authority(Path(settings.ca_dir)), Path(settings.ca_file), Path(folder)
+        )
+        with progress("checking the broker"):
+            found = asyncio.run(check.run())
+    show(found, _CHECK_COLUMNS, output)
+    if not all(one.ok for one in found):
+        raise typer.Exit(FAILED)
+
+
+def claim_url_of(broker: str, port: int) -> str:
+    """Return the URL of the door for claims beside a broker's door for devices."""
+    from liberatai_core.link.mqtt.settings import broker_address
+
+    address = broker_address(broker)
+    if not address.secure:
+        raise ConfigError("broker", [f"{broker}: a check needs mqtts://"])
+    return f"mqtts://{_bracketed(address.host)}:{port}"
 
 
 @app.command("sync", epilog="Example: liberatai broker sync --config /etc/liberatai/coordinator.yaml")
@@ -192,6 +230,13 @@ def _settings(fleet: str, name: str, state: Path, folder: Path, host: str, port:
         f"  broker: mqtts://{_bracketed(host)}:{port}\n"
         f"  claim_port: {claim_port}\n"
     )
+
+
+_CHECK_COLUMNS: "list[Column[Finding]]" = [
+    Column("CHECK", lambda row: row.check),
+    Column("OK", lambda row: "ok" if row.ok else "FAIL"),
+    Column("DETAIL", lambda row: row.text, note=True),
+]
 
 
 def _bracketed(host: str) -> str:

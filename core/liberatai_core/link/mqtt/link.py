@@ -88,6 +88,12 @@ class MqttLink:
                 await task
         self._mailbox.close()
 
+    async def abandon(self) -> None:
+        """Break off without a goodbye, as a cut cable does: the broker says the will."""
+        self._closed = True
+        if self._newest is not None:
+            self._newest.break_off("abandoned")
+
     async def renew(self) -> None:
         """Connect anew at once, with a certificate that lies beside the old one, if there is one."""
         connection = self._newest
