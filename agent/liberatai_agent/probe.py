@@ -223,6 +223,11 @@ async def new_bench(state_dir: Path, data: str | None) -> Bench:
     return _as_bench(found, data)
 
 
+async def look_at_data(data: str) -> Bench:
+    """Return what a file of data holds, or its fault; nothing is kept, and nothing measured."""
+    return _as_bench(await _run_bench(None, data, "--no-arithmetic"), data)
+
+
 def _cache_name(data: str | None) -> str:
     boot = known(lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")) or ""
     return json.dumps([boot, __version__, sys.version, *data_mark(data)])
@@ -253,13 +258,13 @@ def _write_cache(cache: Path, kept: dict[str, Any]) -> None:
         replace_quickly(cache, json.dumps(kept).encode())
 
 
-async def _run_bench(state_dir: Path, data: str | None) -> dict[str, Any]:
+async def _run_bench(state_dir: Path | None, data: str | None, *options: str) -> dict[str, Any]:
     """Return what the child process says on a pipe of its own; what it prints goes to the log."""
     source, sink = os.pipe()
-    folder = start.fresh_folder(state_dir if known(state_dir.is_dir) else None, "bench")
+    folder = start.fresh_folder(state_dir if state_dir and known(state_dir.is_dir) else None, "bench")
     given = () if data is None else ("--data", str(Path.cwd() / data))
     ours = ("--answer", str(sink), "--parent", str(os.getpid()))
-    command = processes.command("liberatai_agent.children.bench", *ours, *given)
+    command = processes.command("liberatai_agent.children.bench", *options, *ours, *given)
     try:
         await _run_to_its_end(command, sink, folder)
         os.set_blocking(source, False)

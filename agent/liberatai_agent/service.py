@@ -18,6 +18,7 @@ from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
 from liberatai_agent.answering import Answering
+from liberatai_agent.belonging import Belonging
 from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.clock import now_s
@@ -50,12 +51,14 @@ from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Request, Telemetry, Update, Want
 from liberatai_core.contract.topics import Topics
-from liberatai_core.errors import DamagedError, LiberataiError
+from liberatai_core.errors import ConfigError, DamagedError, LiberataiError, SignatureError
 from liberatai_core.link.link import Link, Received
 from liberatai_core.sd_notify import notify
 
 log = logging.getLogger(__name__)
 
+SILENCE_S = 20.0
+"""After which a connection without a coordinator's presence is odd: it stands at the broker."""
 GOODBYE_S = 1.0
 """For the last messages, and again for closing the link: whoever stops a machine does not wait long."""
 TRIM_S = 1.0
@@ -92,10 +95,12 @@ class Service:
         self._trainer = trainer or Trainer(config.trainer_idle_s, state_dir=config.state_path)
         self._topics = Topics(fleet=config.fleet)
         self._ear = Ear(config.fleet, config.device, config.key_bytes)
+        self._belonging = Belonging(config.fleet, config.key_bytes)
         self._session = s.Session(device=config.device)
         self._events: deque[on.Happened] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
+        self._silence: asyncio.TimerHandle | None = None
         self._supervisor = Supervisor(self._signs)
         self._started_at = time.time()
         self._logbook = Logbook()
@@ -270,8 +275,8 @@ class Service:
 
     async def _goodbye(self) -> None:
         notify("STOPPING=1")
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in filter(None, (self._timer, self._silence)):
+            timer.cancel()
         parts = (self._supervisor, self._downloads, self._uploads, self._training)
         await asyncio.gather(*(part.close() for part in parts), self._leave(), return_exceptions=True)
         self._connection.connected = None
@@ -311,6 +316,11 @@ class Service:
                     self._saying.connected(isinstance(one, on.LinkUp))
                 if isinstance(one, on.LinkUp):
                     self._shadow.say()
+                    self._listen_for_coordinators(up=isinstance(one, on.LinkUp))
+                if isinstance(one, on.CoordinatorChanged):
+                    self._belonging.believed()
+                    self._faults.heal(SignatureError.code)
+                    self._faults.heal(ConfigError.code)
                 self._step(on.Tick(now_s=now_s()))
                 self._step(one)
         except Exception as error:
@@ -429,7 +439,29 @@ class Service:
                 self.happened(event)
         except LiberataiError as error:
             self._faults.refuse(error.code, f"{message.topic}: {error}")
+            self._belonging.refused(message.topic, message.payload)
+            self._note_belonging()
         self._connection.link.ack(message.token)
+
+    def _listen_for_coordinators(self, *, up: bool) -> None:
+        """Give this fleet's coordinator a while to be heard: its presence stands at the broker."""
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+        if up:
+            self._silence = asyncio.get_running_loop().call_later(SILENCE_S, self._nobody_spoke)
+
+    def _nobody_spoke(self) -> None:
+        if self._session.measured:  # before that, nothing was listened to
+            self._belonging.silence()
+            self._note_belonging()
+        else:
+            self._listen_for_coordinators(up=True)
+
+    def _note_belonging(self) -> None:
+        if self._belonging.fault is not None:
+            self._failed(*self._belonging.fault)
+            self._status.changed()
 
     async def _watch_machine(self) -> None:
         """Look at the machine; when it is known what this device can do, tasks may come."""
@@ -474,6 +506,8 @@ class Service:
         while True:
             await asyncio.sleep(self._shadow.config.telemetry_s * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             self._faults.save()
+            if self._connection.connected is not None:
+                self._note_belonging()  # it holds on, although it is said once
             if self._connection.connected is not None and not self._meter.spent:
                 with contextlib.suppress(LiberataiError):
                     await self._saying.telemetry(self._telemetry())

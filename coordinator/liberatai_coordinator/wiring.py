@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +22,7 @@ from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.intake.fencing import first_epoch
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.renewal import renew
+from liberatai_coordinator.link_settings import mqtt_settings
 from liberatai_coordinator.service import Service, presence_frame
 from liberatai_coordinator.store.database import REPLACED
 from liberatai_coordinator.store.ledger import Ledger
@@ -33,21 +33,13 @@ from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError, MissingExtraError, ReplacedError
 from liberatai_core.learning.families import require_torch
 from liberatai_core.link.link import Link, Will
-from liberatai_core.link.mqtt import MqttLink, MqttSettings
+from liberatai_core.link.mqtt import MqttLink
 from liberatai_core.sd_notify import notify, pause_s
 
 log = logging.getLogger(__name__)
 
-SESSION_EXPIRY_S = 7 * 86_400
-"""A week: longer than any repair of a coordinator."""
-FIRST_RETRY_S = 1.0
-"""There is one coordinator: its first try need not make way for thousands, as that of a device does."""
-URGENT_CAP_S = 5.0
-"""Longest pause between two tries while a round is open: a device that has finished waits for the receipt."""
 YOUNG_OBJECTS = 10_000
 """So many new objects are looked at together by the garbage collector."""
-RECEIVE_MAXIMUM = 64
-"""Unacknowledged messages at once; more only fill memory (notes on MQTT, §2)."""
 
 
 MakeLink = Callable[[CoordinatorConfig, Will], Link]
@@ -128,30 +120,6 @@ def build(
 def taking_over(before: int) -> int:
     """Return the epoch of a coordinator that now takes the place of one that was at epoch `before`."""
     return first_epoch(before, time.time())
-
-
-def mqtt_settings(config: CoordinatorConfig) -> MqttSettings:
-    """Return how to reach the broker.
-
-    Raises:
-        ConfigError: the URL is wrong, or a file cannot be read.
-    """
-    settings = MqttSettings.from_files(
-        config.broker,
-        client_id=config.coordinator,
-        username=config.username,
-        password_file=config.password_file,
-        ca_file=config.ca_file,
-        cert_file=config.cert_file,
-        key_file=config.key_file,
-    )
-    return replace(
-        settings,
-        session_expiry_s=SESSION_EXPIRY_S,
-        receive_maximum=RECEIVE_MAXIMUM,
-        spread_s=FIRST_RETRY_S,
-        urgent_cap_s=URGENT_CAP_S,
-    )
 
 
 def load_key(path: Path) -> bytes:

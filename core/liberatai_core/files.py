@@ -1,7 +1,11 @@
-"""Files that are whole after any crash, or not there; and whose they are."""
+"""Files that are whole after any crash, or not there; whose they are, and who may enter."""
 
+import grp
 import os
 from pathlib import Path
+
+from liberatai_core.errors import ConfigError
+from liberatai_core.spelling import meant
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
@@ -52,3 +56,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def group_number(group: str) -> int:
+    """Return the number of a group of this machine.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        hint = meant(group, (one.gr_name for one in grp.getgrall()))
+        fault = f"no group {group!r} on this machine{hint}: `groupadd {group}`, or name another one"
+        raise ConfigError("socket_group", [fault]) from None
+
+
+def closed_to(path: Path, number: int) -> Path | None:
+    """Return the outermost folder above a path that a group cannot enter; None if it can."""
+    for folder in reversed(path.absolute().parents):
+        found = folder.stat()
+        may = found.st_mode & (0o010 if found.st_gid == number else 0o001)
+        if not may:
+            return folder
+    return None

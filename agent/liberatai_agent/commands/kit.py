@@ -65,22 +65,14 @@ def show(values: dict[str, Any], output: str, name: str = "") -> None:
     if output == "name":
         print(name)
         return
-    if output == "json":
-        print(json.dumps(values, indent=2))
+    if output in ("json", "yaml"):
+        show_data(values, output)
         return
-    if output == "yaml":
-        import msgspec  # noqa: PLC0415
-
-        print(msgspec.yaml.encode(values).decode(), end="")
-        return
-    import shutil  # noqa: PLC0415
-
     from liberatai_core.units import record_lines  # noqa: PLC0415
 
     wide = output == "wide"
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not wide else None
     told = {name: value for name, value in values.items() if wide or value not in (None, "", [], {})}
-    for line in record_lines(told, width):
+    for line in record_lines(told, None if wide else screen_width()):
         print(line)
 
 
@@ -104,3 +96,20 @@ def tell_agent(folder: Path, then: str = "") -> str:
     except OSError:
         return "the agent notices within a minute"
     return f"the agent has been told{f': {then}' if then else ''}"
+
+
+def show_data(values: Any, output: str) -> None:
+    """Print what programs read."""
+    import msgspec  # noqa: PLC0415
+
+    if output == "yaml":
+        print(msgspec.yaml.encode(values).decode(), end="")
+        return
+    print(json.dumps(msgspec.to_builtins(values), indent=2))
+
+
+def screen_width() -> int | None:
+    """Return the number of columns of the screen; None: nobody looks."""
+    import shutil  # noqa: PLC0415
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -1,7 +1,6 @@
 """The API on a Unix socket that its owner can open, and a group if the settings name one: nobody logs in."""
 
 import asyncio
-import grp
 import logging
 import os
 import socket
@@ -15,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from liberatai_core.errors import ConfigError, LockedError
-from liberatai_core.spelling import meant
+from liberatai_core.files import closed_to, group_number
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +88,6 @@ def _bind(path: Path) -> socket.socket:
     return listener
 
 
-def group_number(group: str) -> int:
-    """Return the number of a group of this machine.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        hint = meant(group, (one.gr_name for one in grp.getgrall()))
-        fault = f"no group {group!r} on this machine{hint}: `groupadd {group}`, or name another one"
-        raise ConfigError("socket_group", [fault]) from None
-
-
 def _open_to(path: Path, number: int, group: str) -> None:
     """Let a group connect; first it is the group's, then its members may, never the other way round."""
     try:
@@ -116,16 +101,6 @@ def _open_to(path: Path, number: int, group: str) -> None:
         log.warning(
             "socket_group: members of %s cannot enter %s: chmod it, or move the socket", group, closed
         )
-
-
-def closed_to(path: Path, number: int) -> Path | None:
-    """Return the outermost folder above a path that a group cannot enter; None if it can."""
-    for folder in reversed(path.absolute().parents):
-        found = folder.stat()
-        may = found.st_mode & (0o010 if found.st_gid == number else 0o001)
-        if not may:
-            return folder
-    return None
 
 
 def _remove_stale(path: Path) -> None:

@@ -105,6 +105,7 @@ def device_acl(fleet: str, coordinator: str, denied: Collection[str] = ()) -> st
         f"user {OBSERVER}\n"
         f"{observed}\n"
         f"pattern write {root}/up/%u/#\n"
+        f"pattern read {root}/up/%u/test/#\n"
         f"pattern read {root}/dn/%u/#\n"
         f"pattern read {root}/pub/#\n"
         f"pattern read {root}/co/#\n"

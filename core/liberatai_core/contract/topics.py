@@ -13,6 +13,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from liberatai_core.contract.limits import MAX_CHUNKS
 from liberatai_core.errors import TopicError
@@ -114,6 +115,10 @@ class Topics:
     def requests(self) -> str:
         """Filter of everybody's requests for a certificate."""
         return f"{ROOT}/{self.fleet}/prov/+/csr"
+
+    def test_word(self, side: Literal["up", "co"], name: str) -> str:
+        """Return where a device or a coordinator may hear itself: nobody else listens there."""
+        return f"{ROOT}/{self.fleet}/{side}/{require_id(name, 'name')}/test/word"
 
     @property
     def from_devices(self) -> tuple[str, ...]:

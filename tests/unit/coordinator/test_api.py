@@ -23,7 +23,7 @@ from liberatai_coordinator.api.devices import DeviceOperations
 from liberatai_coordinator.api.groups import GroupOperations
 from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.journal import AuditOperations, EventOperations
-from liberatai_coordinator.api.listener import closed_to, serve_uds
+from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import PlanOperations
@@ -43,6 +43,7 @@ from liberatai_core.errors import (
     SchemaError,
     StateError,
 )
+from liberatai_core.files import closed_to
 
 
 @pytest.fixture
