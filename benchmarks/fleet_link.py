@@ -20,7 +20,7 @@ from liberatai_core.link.link import Connected, Disconnected, LinkEvent, Receive
 from liberatai_core.link.mailbox import Mailbox
 
 WINDOW: Final = 64
-"""As the coordinator tells an MQTT broker (`wiring.RECEIVE_MAXIMUM`)."""
+"""As the coordinator tells an MQTT broker (`link_settings.RECEIVE_MAXIMUM`)."""
 
 MAX_PACKET_BYTES: Final = 266_240
 RETRY_S: Final = 0.05

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from liberatai_coordinator import clock, wiring
+from liberatai_coordinator import clock, link_settings, wiring
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec
 from liberatai_coordinator.fleet.plan import Assignment
@@ -134,7 +134,7 @@ class VirtualFleet:
     def __init__(self, loop: VirtualLoop, given: Given, folder: Path) -> None:
         self.loop, self.given, self._folder = loop, given, folder
         self.topics = Topics(fleet=given.fleet.fleet)
-        self.broker = MemoryBroker(max_inflight=wiring.RECEIVE_MAXIMUM, max_queued=QUEUED)
+        self.broker = MemoryBroker(max_inflight=link_settings.RECEIVE_MAXIMUM, max_queued=QUEUED)
         self._key = _seeded(given.fleet.seed, "coordinator")
         self.coordinator_key = Signer.from_seed(self._key, given.fleet.fleet).public_key
         self._learn = Drawn(given.fleet.seed) if given.fleet.training == "drawn" else Trained()
