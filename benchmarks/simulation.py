@@ -56,6 +56,7 @@ from liberatai_core.contract.topics import Topics, blob_id
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.link.packet import publish_bytes
+from liberatai_core.profile import Trainer
 from liberatai_core.structure import DataContract
 
 FLEET, COORDINATOR = "fleet", "co1"
@@ -159,6 +160,7 @@ class Simulation:
         structures: place in the job's structures of each device's one; None: the plan decides.
         tamper: hostile devices: (round, all updates of it) -> what is sent instead. They know what the others
             send, which is the worst case; what the coordinator refuses does not count.
+        runtime: what devices train with.
     """
 
     def __init__(
@@ -171,7 +173,9 @@ class Simulation:
         public: Public | None = None,
         structures: Sequence[int] | None = None,
         tamper: Tamper | None = None,
+        runtime: Trainer = "torch",
     ) -> None:
+        self._runtime: Trainer = runtime
         self.job, self.population, self.folder = job, population, folder
         self._public = public or Public()
         self._every, self._tamper = evaluate_every, tamper
@@ -375,6 +379,7 @@ class Simulation:
             session=1,
             agent_version="",
             tier="full",
+            runtimes=("torch", "numpy"),
             samples=device.samples,
             data=self.population.data,
         )
@@ -432,6 +437,7 @@ class Simulation:
                     File(path=str(self._files / one.blob.blob), digest=one.digest) for one in action.path
                 ),
                 data_path=str(device.data_path),
+                runtime=self._runtime,
                 codec=spec.codec,
                 residual=device.residual,
                 share_class_counts=spec.share_class_counts,

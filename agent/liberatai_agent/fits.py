@@ -15,6 +15,7 @@ from liberatai_core.contract.limits import MAX_OBJECT_BYTES, MAX_SAMPLES
 from liberatai_core.contract.messages import Capability, TaskSpec
 from liberatai_core.errors import MemoryLimitError, TaskLimitError, TooLargeError
 from liberatai_core.profile import Trainer, trainers
+from liberatai_core.structure import head_tensors, trains_head
 
 MIB = 1 << 20
 RUNTIME_BYTES: Final[dict[Trainer, int]] = {"torch": 190 * MIB, "numpy": 36 * MIB}
@@ -78,11 +79,15 @@ def limits_of(config: AgentConfig, caps: Capability, deadline_s: float) -> Limit
 def trainer_of(spec: TaskSpec, limits: Limits, too_heavy: Collection[Trainer] = ()) -> Trainer:
     """Return what trains a task here: torch if it is installed and there is room for it, else numpy.
 
+    Heads are trained in numpy anyway.
+
     Args:
         spec: what the task says.
         limits: the device's.
         too_heavy: what this structure ran out of memory with.
     """
+    if trains_head(spec.structure):
+        return "numpy"
     able = trainers(limits.runtimes, limits.memory_bytes, spec.structure.parameters)
     lightest: Trainer = "numpy" if "numpy" in limits.runtimes else "torch"
     return next((one for one in able if one not in too_heavy), lightest)
@@ -128,8 +133,12 @@ def require_fits(spec: TaskSpec, density: float, limits: Limits, trainer: Traine
 
 def memory_bytes(spec: TaskSpec, samples: int, trainer: Trainer = "torch") -> int:
     """Return what training takes at least; the activations between the layers are not known here."""
-    per_parameter = BYTES_PER_PARAMETER + ADAM_BYTES_PER_PARAMETER * (spec.training.optimizer == "adam")
     values = math.prod(spec.data.input_shape)
+    if trains_head(spec.structure):
+        head = sum(tensor.size for tensor in head_tensors(spec.structure))
+        # Features are computed a few samples at a time, and kept in a byte each.
+        return RUNTIME_BYTES["numpy"] + 12 * spec.structure.parameters + 12 * head + 4 * samples * values
+    per_parameter = BYTES_PER_PARAMETER + ADAM_BYTES_PER_PARAMETER * (spec.training.optimizer == "adam")
     batch = min(spec.training.batch_size, max(samples, 1))
     numbers = COPIES_OF_BATCH * batch * (values + spec.data.classes) + COPIES_OF_DATA * samples * values
     return RUNTIME_BYTES[trainer] + per_parameter * spec.structure.parameters + 4 * numbers
@@ -145,6 +154,8 @@ def seen(spec: TaskSpec, samples: int) -> int:
 
 def trained_parameters(spec: TaskSpec) -> int:
     """Return about how many parameters the task trains."""
+    if trains_head(spec.structure):
+        return sum(tensor.size for tensor in head_tensors(spec.structure))
     return math.ceil(spec.structure.parameters * spec.trained_share)
 
 

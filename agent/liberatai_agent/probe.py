@@ -28,7 +28,7 @@ from liberatai_agent.link_estimate import NOTHING, Announced
 from liberatai_core import __version__, processes
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import SPARSE_METHODS, Capability
-from liberatai_core.profile import Profile, trainers
+from liberatai_core.profile import HEAD_BYTES, Profile, trainers
 from liberatai_core.structure import DataContract
 
 Value = TypeVar("Value")
@@ -325,7 +325,8 @@ def tier_of(machine: Machine, memory_bytes: int, data: str | None) -> Tier:
         return "observe"
     if trainers(machine.runtimes, memory_bytes):
         return "full"
-    return "head" if "onnxruntime" in machine.runtimes else "observe"
+    light = {"onnxruntime", "numpy"} & set(machine.runtimes)
+    return "head" if light and memory_bytes >= HEAD_BYTES else "observe"
 
 
 def is_metered(config: AgentConfig, profile: Profile | None) -> bool:

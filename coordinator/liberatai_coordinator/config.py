@@ -53,6 +53,10 @@ DOWN_TO_ALL, DOWN_TO_SOME = 0.15, 0.1
 rounds fetches several deltas in one, which is as long as they were dense."""
 
 
+BACKBONE = NAME.removesuffix("\\Z") + "(@[0-9]{1,9})?\\Z"
+"""A model, or a model and the number of a version."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all settings: closed and frozen."""
 
@@ -227,6 +231,20 @@ class Evaluate(Settings, frozen=True, kw_only=True):
     test: str | None = None
 
 
+class Head(Settings, frozen=True, kw_only=True):
+    """Of structures whose head alone is trained, on a frozen backbone ({…, train: head} in their params).
+
+    Attributes:
+        refresh_rounds: every so many rounds the backbone becomes that of the same network which other devices
+            train whole; its devices then fetch a keyframe.
+        backbone: MODEL or MODEL@NUMBER in this coordinator's repository: what networks of the same tensors
+            start from; None: they start random.
+    """
+
+    refresh_rounds: Annotated[int, Meta(ge=1, le=MAX_ROUND)] = 5
+    backbone: Annotated[str, Meta(pattern=BACKBONE)] | None = None
+
+
 class Keep(Settings, frozen=True, kw_only=True):
     """Which versions keep their files; tagged ones, those with variants and the first one always do.
 
@@ -250,6 +268,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
             "label_free" and "by_samples"). Off: these are the uniform average.
         seed: of initial weights, training and distillation.
         keep: of old versions.
+        head: of structures with a frozen backbone.
         share: of the devices that other jobs want, too, relative to the shares of those jobs.
     """
 
@@ -266,6 +285,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     share_class_counts: bool = True
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
     keep: Keep = Keep()
+    head: Head = Head()
     share: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
 
     @property

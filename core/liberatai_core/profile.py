@@ -236,6 +236,23 @@ def training_bytes(trainer: Trainer, parameters: int, batch: int, activation_byt
     return PROCESS_BYTES[trainer] + STATE_BYTES * parameters + maps
 
 
+HEAD_BYTES = 44 << 20
+"""Resident memory of a training process that trains heads, before it has a backbone."""
+
+
+def head_bytes(parameters: int, head: int, samples: int = 0, activation_bytes: int = 0) -> int:
+    """Return what training the last layer on a frozen backbone takes.
+
+    Args:
+        parameters: of the network.
+        head: of its last layer.
+        samples: their features are kept in a byte each, at most as many as the head has inputs.
+        activation_bytes: outputs of all layers for one sample.
+    """
+    maps = 16 * activation_bytes  # a forward pass of 64 samples holds a quarter of them at a time
+    return HEAD_BYTES + 12 * parameters + STATE_BYTES * head + samples * head // 2 + maps
+
+
 def trainers(runtimes: Collection[str], memory_bytes: int, parameters: int = 0) -> tuple[Trainer, ...]:
     """Return what could train a network of this size on a device, the wanted one first.
 

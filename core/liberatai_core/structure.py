@@ -162,6 +162,39 @@ def _slug(value: Parameter) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in text.lower())
 
 
+TRAIN, HEAD = "train", "head"
+"""The parameter, and its value, of structures whose last layer alone is trained: {"train": "head"}."""
+
+
+def trains_head(structure: Structure) -> bool:
+    """Whether only the last layer of a structure is trained, on a frozen backbone."""
+    return structure.params.get(TRAIN) == HEAD
+
+
+def head_tensors(structure: Structure) -> tuple[Tensor, ...]:
+    """Return the tensors of the last layer, which built-in families call "head".
+
+    Raises:
+        StructureError: there are none.
+    """
+    found = tuple(tensor for tensor in structure.tensors if tensor.name.startswith(f"{HEAD}."))
+    if not found:
+        raise StructureError(f"{structure.id}: no layer is called {HEAD}: it cannot be trained alone")
+    return found
+
+
+def head_places(structure: Structure) -> slice:
+    """Return where the last layer lies in the flat vector: at its end.
+
+    Raises:
+        StructureError: there is no such layer, or others come behind it.
+    """
+    size = sum(tensor.size for tensor in head_tensors(structure))
+    if structure.tensors[-len(head_tensors(structure)) :] != head_tensors(structure):
+        raise StructureError(f"{structure.id}: its head is not its end")
+    return slice(structure.parameters - size, structure.parameters)
+
+
 def to_tensors(weights: "Vector", structure: Structure) -> "dict[str, NDArray[np.float32]]":
     """Return views into `weights`, one per tensor, in its shape.
 

@@ -53,13 +53,15 @@ from liberatai_core.errors import (
     TrainingError,
 )
 from liberatai_core.profile import MAPS, PROCESS_BYTES, training_bytes
+from liberatai_core.structure import head_places, trains_head
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from liberatai_core.learning.dataset import Samples
-    from liberatai_core.learning.training import TrainSettings
+    from liberatai_core.learning.head_training import Features
+    from liberatai_core.learning.training import TrainResult, TrainSettings
     from liberatai_core.sparsifier.subspace import Subspace
     from liberatai_core.sparsifier.top_k import State
     from liberatai_core.structure import Structure
@@ -78,11 +80,15 @@ HOLDOUT_SHARE = 0.15
 
 @dataclass(slots=True)
 class Memory:
-    """What is kept between two rounds: the last base (for the next delta), the data, bytes per activation."""
+    """What is kept between two rounds: the last base (for the next delta), the data, bytes per activation.
+
+    Of a frozen backbone also the features of all samples, and what they are features of.
+    """
 
     base: "tuple[bytes, Vector] | None" = None
     samples: "tuple[object, Samples] | None" = None
     cost: tuple[object, int] | None = None
+    features: "tuple[object, Features] | None" = None
 
 
 def work(task: Work, memory: Memory) -> Answer:
@@ -119,16 +125,28 @@ def _train(task: Work, memory: Memory) -> TrainingResult:
     seed = work_seed(task.seed, task.device, task.job, task.round)
     base = base_weights(task, memory)
     samples = _samples(task, memory)
-    _require_room(task, memory, len(samples))
+    if not trains_head(task.structure):
+        _require_room(task, memory, len(samples))
     if samples.y is None:
         raise DataError(f"{task.data_path}: no labels: training needs a key y beside x")
     held = holdout(task, len(samples), samples.test)
-    x, y = samples.x[~held], samples.y[~held]
-    evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
+    y = samples.y[~held]
     chosen = trained_part(task)
-    trained = training.train(
-        task.structure, task.data, base, x, y, _settings(task), seed, gain=chosen.gain, runtime=task.runtime
-    )
+    if trains_head(task.structure):
+        trained, evaluation = _train_head(task, memory, base, samples, held, seed)
+    else:
+        evaluation = _evaluate(task, base, samples.x[held], samples.y[held]) if held.any() else None
+        trained = training.train(
+            task.structure,
+            task.data,
+            base,
+            samples.x[~held],
+            y,
+            _settings(task),
+            seed,
+            gain=chosen.gain,
+            runtime=task.runtime,
+        )
     state, body, dropped = sparsified(
         task, chosen.part, lambda: chosen.gather(trained.weights) - chosen.gather(base)
     )
@@ -156,6 +174,40 @@ def _checked(task: Work, memory: Memory) -> TrainingResult:
         if samples.y is not None and held.any():
             evaluation = _evaluate(task, weights, samples.x[held], samples.y[held])
     return TrainingResult(body=b"", samples=0, evaluation=evaluation)
+
+
+def _train_head(
+    task: Work,
+    memory: Memory,
+    base: "Vector",
+    samples: "Samples",
+    held: "NDArray[np.bool_]",
+    seed: int,
+) -> "tuple[TrainResult, tuple[int, int] | None]":
+    """Train the last layer alone; the features of a frozen backbone are computed once."""
+    import numpy as np  # noqa: PLC0415
+
+    from liberatai_core.learning import head_training  # noqa: PLC0415
+    from liberatai_core.weights import digest  # noqa: PLC0415
+
+    assert samples.y is not None  # noqa: S101 - the caller looked
+    frozen = digest(base[: head_places(task.structure).start])
+    assert memory.samples is not None  # noqa: S101 - they were just read
+    wanted = (task.structure, frozen, memory.samples[0])
+    if memory.features is None or memory.features[0] != wanted:
+        memory.features = None
+        found = head_training.features(task.structure, task.data, base, samples.x)
+        memory.features = (wanted, found)
+    every = memory.features[1]
+    evaluation = None
+    if held.any():
+        predicted = head_training.log_probabilities(task.structure, base, every.of(held)).argmax(axis=1)
+        evaluation = int((predicted == samples.y[held]).sum()), int(held.sum())
+    rest = every.of(~held)
+    trained = head_training.train_head(
+        task.structure, task.data, base, rest, np.asarray(samples.y[~held]), _settings(task), seed
+    )
+    return trained, evaluation
 
 
 def _require_room(task: Work, memory: Memory, samples: int) -> None:

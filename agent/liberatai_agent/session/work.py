@@ -28,7 +28,7 @@ from liberatai_agent.events import (
     Trained,
     TrainingFailed,
 )
-from liberatai_agent.fits import Limits, require_fits
+from liberatai_agent.fits import Limits, require_fits, trainer_of
 from liberatai_agent.session.paths import joined, kept, refs, size_bytes, with_room
 from liberatai_agent.session.sending import pending_of, send, with_pending
 from liberatai_agent.session.state import (
@@ -57,6 +57,7 @@ from liberatai_agent.session.state import (
 from liberatai_agent.session.telling import waits_for
 from liberatai_core.contract.messages import SPARSE_METHODS, BlobRef, Cancel, Step, Task, TaskSpec, update_id
 from liberatai_core.errors import LiberataiError
+from liberatai_core.structure import trains_head
 
 RETRYABLE = frozenset({"E_BUSY", "E_DISK", "E_INTERNAL", "E_LINK"})
 """Causes outside the task, which may go away."""
@@ -94,7 +95,7 @@ def assigned(s: Session, task: Task) -> Stepped:
 
 def _begin(s: Session, assignment: Assignment) -> Stepped:
     task = assignment.task
-    if s.tier != "full":
+    if s.tier == "observe":
         return _fail(s, assignment, "E_TIER", f"this device is of tier {s.tier} and cannot train")
     chain = joined(s.path, task.held, task.steps)
     if chain is None:
@@ -242,10 +243,16 @@ def _spec_known(s: Session, work: ReadingSpec, spec: TaskSpec) -> Stepped:
         return _fail(s, work.assignment, "E_CODEC", f"unknown sparse method {spec.codec}")
     if spec.job != work.assignment.task.job:
         return _fail(s, work.assignment, "E_SCHEMA", f"a spec of job {spec.job}")
+    if s.tier == "head" and not trains_head(spec.structure):
+        return _fail(s, work.assignment, "E_TIER", "this device trains the heads of networks only")
     if s.found is not None:
-        given = Limits(memory_bytes=s.found.memory_bytes or 1 << 62, samples=s.found.samples)
+        given = Limits(
+            memory_bytes=s.found.memory_bytes or 1 << 62,
+            runtimes=s.found.runtimes or ("torch",),
+            samples=s.found.samples,
+        )
         try:
-            require_fits(spec, work.assignment.task.density, given)
+            require_fits(spec, work.assignment.task.density, given, trainer_of(spec, given))
         except LiberataiError as error:
             return _fail(s, work.assignment, error.code, str(error))
     return _try_start(s, Ready(assignment=work.assignment, chain=work.chain, spec=spec))

@@ -14,7 +14,7 @@ from typing import Final
 
 from liberatai_coordinator.config import JobSpec
 from liberatai_core.contract.messages import Capability, Training
-from liberatai_core.profile import Trainer, training_bytes
+from liberatai_core.profile import Trainer, head_bytes, training_bytes
 from liberatai_core.sparsifier.methods import METHODS
 from liberatai_core.sparsifier.schedule import density_at
 from liberatai_core.structure import fitting
@@ -77,6 +77,7 @@ class Candidate:
         density: share of the parameters that an update carries.
         down_density: the same of what is published; None: as `density`.
         trained: how many of them are trained and travel, None: all. Densities count in these.
+        head: only the last layer is trained, on features that are computed once.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Candidate:
     activation_bytes: int
     down_density: float | None = None
     trained: int | None = None
+    head: bool = False
 
     @property
     def travelling(self) -> int:
@@ -107,7 +109,8 @@ class Assignment:
         density: share of the parameters that its updates carried when the plan was made.
         why: what speaks for the structure, and against the more wanted ones.
         link: how the density came about, in words.
-        tier: what it does with it: "full" trains with torch, "numpy" with numpy alone; "" without structure.
+        tier: what it does with it: "full" trains with torch, "numpy" with numpy alone, "head" the last layer
+            on a frozen backbone; "" without structure.
     """
 
     device: str
@@ -259,7 +262,7 @@ def _given(
 
 def unfit(job: JobSpec, device: Capability) -> str:
     """Return why a device cannot train in this job, whatever the structure; "": nothing speaks against it."""
-    if device.tier != "full":
+    if device.tier == "observe":
         return f"tier {device.tier}: cannot train (it has no data, or too little memory)"
     if device.samples == 0 or device.data is None:
         return "no usable local data"
@@ -277,6 +280,13 @@ def _tier(
     reason = _too_much(job, candidate, device)
     if reason is not None:
         return "", reason
+    if candidate.head:
+        heavy = _too_heavy_for_head(candidate, device)
+        if heavy is None and (candidate.id, "head") in too_heavy:
+            heavy = "with its head it ran out of memory"
+        return ("", heavy) if heavy else ("head", "")
+    if device.tier != "full":
+        return "", f"tier {device.tier}: it trains heads only"
     against: list[str] = []
     for trainer, tier in TIERS.items():
         heavy = _too_heavy(job, candidate, device, trainer)
@@ -300,6 +310,17 @@ def _too_heavy(job: JobSpec, candidate: Candidate, device: Capability, trainer: 
     return None
 
 
+def _too_heavy_for_head(candidate: Candidate, device: Capability) -> str | None:
+    """Return what speaks against training the head of a structure on a device, or None."""
+    if "numpy" not in device.runtimes:
+        return "its release trains no heads"
+    travelling = candidate.trained or candidate.parameters
+    memory = head_bytes(candidate.parameters, travelling, device.samples, candidate.activation_bytes)
+    if device.memory_bytes and memory > device.memory_bytes:
+        return f"training a head takes {size_text(memory)} of {size_text(device.memory_bytes)} memory"
+    return None
+
+
 def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | None:
     """Return what beside its link and memory speaks against a structure on a device, or None."""
     if device.families and candidate.family not in device.families:
@@ -309,7 +330,10 @@ def _too_much(job: JobSpec, candidate: Candidate, device: Capability) -> str | N
     if device.storage_bytes and keyframe + chain > device.storage_bytes:
         needs = f"{size_text(keyframe)} keyframe and {size_text(chain)} of deltas"
         return f"{needs} are more than {size_text(device.storage_bytes)} storage"
-    seconds, deadline_s = training_s(job.training, candidate.macs, device), job.rounds.deadline_s
+    seconds, deadline_s = (
+        training_s(job.training, candidate.macs, device, head=candidate.head),
+        job.rounds.deadline_s,
+    )
     if seconds > deadline_s * DEADLINE_MARGIN:
         return (
             f"training takes about {_seconds(seconds)}, more than {DEADLINE_MARGIN:.0%} of the "
@@ -326,17 +350,19 @@ def may_recover(device: Capability) -> bool:
     return device.link_measured and device.up_bits_s is not None
 
 
-def training_s(training: Training, macs: int, device: Capability) -> float:
+def training_s(training: Training, macs: int, device: Capability, *, head: bool = False) -> float:
     """Return about how long a training takes, in seconds; 0 where nobody measured.
 
     Args:
         training: how the job trains.
         macs: multiply-adds of its structure per sample, forward.
         device: what it says of itself.
+        head: only the last layer is trained.
     """
     if not device.gflops:
         return 0.0
-    passes = 3 * training.epochs * device.samples
+    # Of a frozen backbone the features are computed once.
+    passes = device.samples * (1 if head else 3 * training.epochs)
     speed = device.gflops * 1e9 * min(1.0, device.cpu_share) * EFFICIENCY
     return passes * 2 * macs / speed
 
@@ -504,7 +530,9 @@ def _carried(parameters: int, size_bytes: float, method: str, enough: float = 1.
 def _upload_s(job: JobSpec, candidate: Candidate, device: Capability, download_bytes: int) -> float:
     """Return how long the upload may take; not positive: nothing is left of the deadline."""
     deadline_s = job.rounds.deadline_s
-    left = deadline_s * DEADLINE_MARGIN - training_s(job.training, candidate.macs, device)
+    left = deadline_s * DEADLINE_MARGIN - training_s(
+        job.training, candidate.macs, device, head=candidate.head
+    )
     return min(deadline_s * LINK_SHARE, left - _download_s(device, download_bytes))
 
 
@@ -527,7 +555,7 @@ def _too_slow(
     deadline_s = job.rounds.deadline_s
     if device.up_bits_s is not None and _upload_s(job, candidate, device, download_bytes) <= 0:
         down = _download_s(device, download_bytes)
-        training = training_s(job.training, candidate.macs, device)
+        training = training_s(job.training, candidate.macs, device, head=candidate.head)
         return (
             f"{words}{size_text(download_bytes)} to download take about {_seconds(down)} and training "
             f"{_seconds(training)}: nothing is left for an update of the {_seconds(deadline_s)} deadline"

@@ -13,7 +13,7 @@ from liberatai_core.contract.messages import TaskSpec
 from liberatai_core.errors import ConfigError, DataError, LiberataiError, StructureError
 from liberatai_core.learning.dataset import load_npz, load_unlabeled
 from liberatai_core.learning.families import cost, statistics_of, structure_of
-from liberatai_core.structure import Structure
+from liberatai_core.structure import Structure, trains_head
 
 """Inputs, shape (n, …), and labels, shape (n,)."""
 
@@ -60,6 +60,7 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
                 macs=price.macs_per_sample,
                 activation_bytes=price.activation_bytes_per_sample,
                 down_density=choice.density or job.down_density,
+                head=trains_head(structure),
             )
         )
     return candidates, structures

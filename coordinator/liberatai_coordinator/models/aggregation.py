@@ -33,7 +33,7 @@ from liberatai_core.errors import NonFiniteError
 from liberatai_core.sparsifier import methods
 from liberatai_core.sparsifier.schedule import density_at
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
-from liberatai_core.structure import Structure
+from liberatai_core.structure import Structure, trains_head
 from liberatai_core.weights import Vector, require_finite
 
 
@@ -74,6 +74,7 @@ class Advanced:
         keyframes: the same of methods whose downlink is the whole model: what replaces the view.
         ensemble: of the devices' views.
         teach_seconds: wall time of the distillation (advisory; part of no digest).
+        refreshed: structures with a frozen backbone that got the newest one: devices fetch a keyframe.
         contributions: per device, what its update gave.
         frozen: per structure of which nothing, or only a part, was merged although it had updates, why.
         untaught: per structure that the teaching made worse, and that stays as it was merged, by how much.
@@ -85,6 +86,7 @@ class Advanced:
     keyframes: Mapping[str, bytes]
     ensemble: Ensemble
     teach_seconds: float
+    refreshed: frozenset[str] = frozenset()
     contributions: Mapping[str, rules.Contribution] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     untaught: Mapping[str, str] = field(default_factory=dict)
@@ -134,7 +136,8 @@ def advance(
     taught = teach(job, number, merged, public, _teachers(job, members, by_structure, read))
     teach_seconds = time.perf_counter() - started
     members_after, deltas, keyframes = {}, {}, {}
-    for sid, member in taught.members.items():
+    newer = refreshed(job, number, taught.members)
+    for sid, member in {**taught.members, **newer}.items():
         if methods.METHODS[job.sparsify.method].whole_downlink:
             members_after[sid], keyframes[sid] = replace(member, view=member.master), plain(member)
         else:
@@ -146,6 +149,7 @@ def advance(
         keyframes=keyframes,
         ensemble=combine(job, members_after, public),
         teach_seconds=teach_seconds,
+        refreshed=frozenset(newer),
         contributions={
             update.device: given
             for sid, merge in merges.items()
@@ -154,6 +158,37 @@ def advance(
         frozen={sid: merge.frozen for sid, merge in merges.items() if merge.frozen},
         untaught=taught.untaught,
         teachers=taught.teachers,
+    )
+
+
+def refreshed(job: JobSpec, number: int, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Return the structures with a frozen backbone that get the newest one of their network, if it is time.
+
+    The head comes along: it was merged with the one of that network, and is valid for its backbone only.
+    """
+    if number % job.head.refresh_rounds or number >= job.rounds.count:
+        return {}
+    found = {}
+    for sid, member in members.items():
+        twin = twin_of(member.structure, members)
+        if twin is not None and not np.array_equal(twin.master, member.master):
+            found[sid] = replace(member, master=twin.master)
+    return found
+
+
+def twin_of(structure: Structure, members: Mapping[str, Member]) -> Member | None:
+    """Return the member of the same network that is trained whole, if of this one the head alone is."""
+    if not trains_head(structure):
+        return None
+    return next(
+        (
+            one
+            for one in members.values()
+            if not trains_head(one.structure)
+            and one.structure.family == structure.family
+            and one.structure.tensors == structure.tensors
+        ),
+        None,
     )
 
 
@@ -195,8 +230,11 @@ def _server(job: JobSpec) -> optimizers.ServerOptimizer:
 
 
 def groups(job: JobSpec, structures: Iterable[Structure]) -> list[nested.Group]:
-    """Return the groups of structures whose members share coordinates; none if the job does not nest."""
-    return [] if job.nested == "off" else nested.groups(list(structures), job.nested)
+    """Return the groups of structures whose members share coordinates.
+
+    If the job does not nest, only a network and the same one with a frozen backbone share them.
+    """
+    return nested.groups(list(structures), "none" if job.nested == "off" else job.nested)
 
 
 def _merges(

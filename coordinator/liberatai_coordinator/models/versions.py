@@ -32,11 +32,11 @@ from liberatai_coordinator.store.repository import Repository
 from liberatai_coordinator.store.rows import VersionRow
 from liberatai_core.aggregator.server_optimizer import ServerState
 from liberatai_core.compressor.artifact import restore
-from liberatai_core.compressor.codebook import compress
+from liberatai_core.compressor.codebook import compress, smallest_bytes
 from liberatai_core.compressor.drawn import REACH_BITS, cut, draw
 from liberatai_core.contract.messages import BlobRef, Step, weights_name
 from liberatai_core.contract.topics import blob_id, blob_id_of
-from liberatai_core.errors import DataError
+from liberatai_core.errors import DataError, NotFoundError
 from liberatai_core.learning.families import initial_weights
 from liberatai_core.sparsifier.merge import exact_deltas
 from liberatai_core.sparsifier.top_k import densify, init, sparsify
@@ -150,6 +150,7 @@ class Versions:
         self, structures: Mapping[str, Structure], keyframe_bytes: Mapping[str, int]
     ) -> dict[str, bytes]:
         """Return the files of version 0, sorted by structure; members of a group start with shared values."""
+        given = self._given(structures)
         seeds = {sid: derive_seed(self.job.seed, f"initial|{sid}", 0) for sid in sorted(structures)}
         starts = {sid: initial_weights(structures[sid], self.job.data, seed) for sid, seed in seeds.items()}
         files = {
@@ -172,7 +173,31 @@ class Versions:
                 else compress(restore(content, structures[sid]), structures[sid], keyframe_bytes[sid])
                 for sid, content in shared.items()
             }
-        return files
+        return files | {
+            sid: compress(weights, structures[sid], keyframe_bytes[sid]) for sid, weights in given.items()
+        }
+
+    def _given(self, structures: Mapping[str, Structure]) -> dict[str, Vector]:
+        """Return the weights that a committed model gives to structures of a network that it has.
+
+        Raises:
+            NotFoundError: no such model or version, or none of its structures is the network of one here.
+        """
+        named = self.job.head.backbone
+        if named is None:
+            return {}
+        model, _, number = named.partition("@")
+        row = self.ledger.versions.get(model, int(number) if number else "latest")
+        records = decode_manifest(row.manifest).structures.values()
+        found = {
+            sid: load_member(self.repository, record).view
+            for sid, structure in structures.items()
+            for record in records
+            if (record.structure.family, record.structure.tensors) == (structure.family, structure.tensors)
+        }
+        if not found:
+            raise NotFoundError(f"head.backbone: {named} has no network of this job's tensors")
+        return found
 
     def commit(
         self,
@@ -442,7 +467,12 @@ class Versions:
         for sid, content in advanced.keyframes.items():
             blobs.append(content)
             chains[sid] = (self._step(now.number + 1, content, members[sid].view),)
+        for sid in sorted(advanced.refreshed & advanced.deltas.keys()):
+            members[sid], chains[sid], content = self._whole(members[sid], keyframe_bytes[sid])
+            blobs.append(content)
         for sid, delta in advanced.deltas.items():
+            if sid in advanced.refreshed:
+                continue
             member = members[sid]
             step = self._step(now.number + 1, delta, member.view)
             chain, contents = self._lead(sid, step, delta, member)
@@ -469,6 +499,14 @@ class Versions:
                 if found:
                     return (*old[:kept], *(one for one, _ in found)), [content for _, content in found]
         return (*old, step), [delta]
+
+    def _whole(self, member: Member, room: int) -> tuple[Member, Path, bytes]:
+        """Return a member whose devices get all of its weights anew, its chain and the file."""
+        structure = member.structure
+        wished = int(structure.parameters * self.job.compress.renewed_bits / 8) + 512
+        content = compress(member.master, structure, max(min(wished, room), smallest_bytes(structure)))
+        member = replace(member, view=restore(content, structure))
+        return member, (self._step(self.now.number + 1, content, member.view),), content
 
     def _renewed(self, sid: str, member: Member, room: int, first_bytes: int) -> tuple[Member, Path, bytes]:
         """Return a member, its chain and the new file, where the chain outgrew its devices.

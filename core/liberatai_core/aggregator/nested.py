@@ -29,16 +29,17 @@ from numpy.typing import NDArray
 from liberatai_core.aggregator import rules
 from liberatai_core.aggregator.packed import Packed, entries, pack
 from liberatai_core.errors import StructureError, TooLargeError
-from liberatai_core.structure import Structure, Tensor
+from liberatai_core.structure import TRAIN, Structure, Tensor, trains_head
 from liberatai_core.weights import Vector
 
 Positions = NDArray[np.int64]
-Extent = Literal["width", "depth", "both"]
+Extent = Literal["width", "depth", "both", "none"]
+"""By what members may differ: "none" is for structures that differ in what is trained of them alone."""
 
 FAMILIES = frozenset({"cnn", "cnn1d", "ds_cnn", "mlp", "mobilenet", "resnet", "vgg"})
 """Whose leading channels and blocks mean the same in every member; of installed families nobody knows."""
-SIZES = frozenset({"width", "hidden", "depth", "layers"})
-"""Parameters by which members of a group may differ."""
+SIZES = frozenset({"width", "hidden", "depth", "layers", TRAIN})
+"""Parameters by which members of a group may differ: sizes, and what is trained of one."""
 MAX_MEMBERS = 8
 """Members of a group: there are at most 2^8 - 1 sets of members, and so many slices."""
 
@@ -114,7 +115,7 @@ def groups(structures: Sequence[Structure], extent: Extent) -> list[Group]:
         structures: of one job.
         extent: by what members may differ: channels, blocks, or both.
     """
-    waiting = sorted(structures, key=lambda one: (-one.parameters, one.id))
+    waiting = sorted(structures, key=lambda one: (-one.parameters, trains_head(one), one.id))
     found = []
     while waiting:
         large, *others = waiting
@@ -130,6 +131,8 @@ def nests(large: Structure, member: Structure, extent: Extent) -> bool:
     if large.family != member.family or large.family not in FAMILIES:
         return False
     if _fixed(large) != _fixed(member) or ("hidden" in large.params) != ("hidden" in member.params):
+        return False
+    if extent == "none" and large.tensors != member.tensors:
         return False
     if extent == "width" and _names(large) != _names(member):
         return False

@@ -71,6 +71,26 @@ class Predictor:
         return out
 
 
+def features_by(
+    structure: Structure, data: DataContract, weights: Vector, engine: Engine | None = None
+) -> Forward:
+    """Return a function from inputs (n, *input_shape), n at most AT_ONCE, to what the last layer reads.
+
+    Args:
+        structure: of a built-in family.
+        data: the job's contract.
+        weights: shape (parameters,).
+        engine: "onnxruntime" or "numpy"; None: the first of them that is installed.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if (engine or engine_for(structure.family, LIGHT)) == "onnxruntime":
+        require_engine("onnxruntime")
+        return _with_onnxruntime(structure, data, weights, to_features=True)
+    return _with_numpy(structure, data, weights, to_features=True)
+
+
 def engine_for(family: str, wanted: tuple[Engine, ...] = ENGINES) -> Engine:
     """Return the first engine that is installed and knows a family.
 
@@ -110,11 +130,13 @@ def _with_torch(structure: Structure, data: DataContract, weights: Vector) -> Fo
     return forward
 
 
-def _with_onnxruntime(structure: Structure, data: DataContract, weights: Vector) -> Forward:
+def _with_onnxruntime(
+    structure: Structure, data: DataContract, weights: Vector, *, to_features: bool = False
+) -> Forward:
     from liberatai_core.learning.export import session_of
     from liberatai_core.learning.onnx_graph import INPUT, OUTPUT, onnx_graph
 
-    session = session_of(onnx_graph(structure, data, weights))
+    session = session_of(onnx_graph(structure, data, weights, to_features=to_features))
 
     def forward(x: Floats) -> Floats:
         logits: Floats = session.run([OUTPUT], {INPUT: x})[0]
@@ -123,10 +145,12 @@ def _with_onnxruntime(structure: Structure, data: DataContract, weights: Vector)
     return forward
 
 
-def _with_numpy(structure: Structure, data: DataContract, weights: Vector) -> Forward:
+def _with_numpy(
+    structure: Structure, data: DataContract, weights: Vector, *, to_features: bool = False
+) -> Forward:
     from liberatai_core.learning.kernels.network import network
 
-    model = network(structure, data, weights)
+    model = network(structure, data, weights, to_features=to_features)
     return lambda x: model.forward(x, training=False).T
 
 

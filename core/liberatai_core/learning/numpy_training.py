@@ -5,6 +5,7 @@ is drawn from the seed (order of samples, changes of inputs, mixtures) differs: 
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,24 +39,67 @@ def fit(
 ) -> tuple[Vector, float]:
     """Return new weights and the mean loss of the last epoch; see `training.train`."""
     model = network(structure, data, weights)
-    most = _most_at_once(structure, data)
-    start = model.flat.copy() if settings.proximal else None
-    factor = learned(structure, gain)
-    offset = np.float32(settings.balance) * log_shares(y, data.classes)[:, None]
-    step_by = _stepping(settings, len(weights), own_decay=factor is None)
     random = np.random.default_rng(seed)
-    batches = math.ceil(len(x) / settings.batch_size)
+
+    def batch(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        return augment(x[chosen], settings.augment, random)
+
+    loss = descend(
+        model,
+        batch,
+        y,
+        data.classes,
+        settings,
+        random,
+        factor=learned(structure, gain),
+        most=_most_at_once(structure, data),
+        on_step=on_step,
+    )
+    return model.flat, loss
+
+
+def descend(
+    model: Network,
+    take: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    y: NDArray[np.int64],
+    classes: int,
+    settings: TrainSettings,
+    random: np.random.Generator,
+    *,
+    factor: Vector | None,
+    most: int,
+    on_step: OnStep | None,
+) -> float:
+    """Train a network in place; return the mean loss of the last epoch.
+
+    Args:
+        model: changed in place.
+        take: gives the inputs of chosen samples, shape (n, …).
+        y: labels of all samples.
+        classes: number of them.
+        settings: see there.
+        random: draws the order of samples and mixtures.
+        factor: what gradients are multiplied with, None: nothing.
+        most: samples that go through the network at once.
+        on_step: see `training.train`.
+
+    Raises:
+        TrainingError: the loss became infinite or NaN.
+    """
+    start = model.flat.copy() if settings.proximal else None
+    offset = np.float32(settings.balance) * log_shares(y, classes)[:, None]
+    step_by = _stepping(settings, len(model.flat), own_decay=factor is None)
+    batches = math.ceil(len(y) / settings.batch_size)
     planned = settings.epochs * batches
     planned = min(planned, settings.max_steps) if settings.max_steps else planned
     losses: list[float] = []
     order = np.empty(0, np.int64)
     for step in range(planned):
         if step % batches == 0:
-            order, losses = random.permutation(len(x)), []
+            order, losses = random.permutation(len(y)), []
         first = (step % batches) * settings.batch_size
         chosen = order[first : first + settings.batch_size]
-        batch = augment(x[chosen], settings.augment, random)
-        losses.append(_gradient(model, batch, y[chosen], offset, settings, random, most))
+        losses.append(_gradient(model, take(chosen), y[chosen], offset, settings, random, most))
         gradient = model.gradient
         if start is not None:
             gradient += np.float32(settings.proximal) * (model.flat - start)
@@ -73,7 +117,7 @@ def fit(
             )
         if on_step is not None:
             on_step(step + 1, planned)
-    return model.flat, sum(losses) / len(losses)
+    return sum(losses) / len(losses)
 
 
 def log_probabilities(

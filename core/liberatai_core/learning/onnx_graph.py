@@ -25,15 +25,25 @@ _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_INTS = 1, 2, 7
 Attribute = int | float | tuple[int, ...]
 
 
-def onnx_graph(structure: Structure, data: DataContract, weights: Vector) -> bytes:
+def onnx_graph(
+    structure: Structure, data: DataContract, weights: Vector, *, to_features: bool = False
+) -> bytes:
     """Return a file with input "x" (n, *input_shape) and output "logits" (n, classes), any n.
+
+    Args:
+        structure: of a built-in family.
+        data: the job's contract.
+        weights: shape (parameters,).
+        to_features: leave out the last layer: the output is what it reads.
 
     Raises:
         StructureError: no built-in family, or the weights are not of this structure.
     """
     network = network_of(structure, data)
+    if to_features:
+        network = layers.without_head(network)
     graph = _Graph(to_tensors(weights, structure))
-    last, _ = graph.layer("", network.body, INPUT, data.input_shape)
+    last, shape = graph.layer("", network.body, INPUT, data.input_shape)
     graph.node("Identity", [last], out=OUTPUT)
     body = b"".join(
         [
@@ -41,7 +51,7 @@ def onnx_graph(structure: Structure, data: DataContract, weights: Vector) -> byt
             _field(2, b"network"),
             *(_field(5, tensor) for tensor in graph.initializers),
             _field(11, _value(INPUT, data.input_shape)),
-            _field(12, _value(OUTPUT, (data.classes,))),
+            _field(12, _value(OUTPUT, shape)),
         ]
     )
     opset = _field(1, b"") + _number(2, OPSET)

@@ -214,10 +214,15 @@ def require_inputs(data: DataContract, x: NDArray[np.float32]) -> None:
 def require_samples(data: DataContract, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
     """Raise DataError unless there is at least one sample and labels fit inputs and contract."""
     require_inputs(data, x)
-    if len(x) == 0:
+    require_labels(data, len(x), y)
+
+
+def require_labels(data: DataContract, samples: int, y: NDArray[np.int64]) -> None:
+    """Raise DataError unless there is at least one sample and labels fit their number and the contract."""
+    if samples == 0:
         raise DataError("no samples to train on")
-    if y.shape != (len(x),):
-        raise DataError(f"labels have shape {y.shape}, wanted ({len(x)},)")
+    if y.shape != (samples,):
+        raise DataError(f"labels have shape {y.shape}, wanted ({samples},)")
     if int(y.min()) < 0 or int(y.max()) >= data.classes:
         raise DataError(f"labels must be 0 to {data.classes - 1}, found {int(y.min())} to {int(y.max())}")
 

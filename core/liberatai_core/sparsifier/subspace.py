@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from liberatai_core.sparsifier.support import Positions, draw, part_of
-from liberatai_core.structure import Structure, Tensor
+from liberatai_core.structure import Structure, Tensor, head_places, head_tensors, trains_head
 from liberatai_core.weights import Vector
 
 SMALLEST = 2000
@@ -75,7 +75,8 @@ def subspace(structure: Structure, share: float, seed: int, *, smallest: int = S
     Args:
         structure: the named tensors of the flat vector.
         share: of every tensor with more than `smallest` values, in (0, 1]; such a tensor keeps at least
-            `smallest` values. 1: everything is trained.
+            `smallest` values. 1: everything is trained. Of a structure whose head alone is trained it is
+            that, whole, whatever the share.
         seed: 0 … 2^63.
         smallest: see `share`.
 
@@ -84,6 +85,8 @@ def subspace(structure: Structure, share: float, seed: int, *, smallest: int = S
     """
     if not 0 < share <= 1 or not 0 <= seed <= 2**63:
         raise ValueError(f"share {share} must lie in (0, 1] and seed {seed} in 0 … 2^63")
+    if trains_head(structure):
+        return _head(structure)
     sizes = tuple(tensor.size for tensor in structure.tensors)
     if all(_count(size, share, smallest) == size for size in sizes):
         return Subspace(structure, structure, np.empty(0, np.int64), None)
@@ -104,6 +107,8 @@ def trained_structure(structure: Structure, share: float, *, smallest: int = SMA
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share} must lie in (0, 1]")
+    if trains_head(structure):
+        return _head_alone(structure)
     counts = [_count(tensor.size, share, smallest) for tensor in structure.tensors]
     if all(count == tensor.size for count, tensor in zip(counts, structure.tensors, strict=True)):
         return structure
@@ -111,6 +116,18 @@ def trained_structure(structure: Structure, share: float, *, smallest: int = SMA
         Tensor(tensor.name, (count,)) for tensor, count in zip(structure.tensors, counts, strict=True)
     )
     return Structure(family=structure.family, params=structure.params, tensors=tensors)
+
+
+def _head(structure: Structure) -> Subspace:
+    """Return the last layer, whole."""
+    places = head_places(structure)
+    gain = np.zeros(structure.parameters, np.float32)
+    gain[places] = 1
+    return Subspace(structure, _head_alone(structure), np.arange(places.start, places.stop), gain)
+
+
+def _head_alone(structure: Structure) -> Structure:
+    return Structure(family=structure.family, params=structure.params, tensors=head_tensors(structure))
 
 
 def _count(size: int, share: float, smallest: int) -> int:

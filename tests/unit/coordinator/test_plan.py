@@ -1,5 +1,6 @@
 """The plan gives every device the first structure that fits, and says why."""
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,23 @@ def test_a_board_without_torch_trains_with_numpy() -> None:
     assert "fits with numpy" in given.why
     small = assign(JOB, [LARGE, SMALL], device(**{**BOARD, "memory_bytes": 50 * 2**20}))
     assert (small.structure, small.tier) == ("mlp", "numpy")
+
+
+HEAD = dataclasses.replace(LARGE, id="cnn-trainhead-width32", trained=1000, head=True)
+
+
+def test_what_cannot_train_a_network_trains_its_head() -> None:
+    slow = {**BOARD, "gflops": 0.1}
+    given = assign(JOB, [LARGE, HEAD], device(**slow))
+    assert (given.structure, given.tier) == (HEAD.id, "head")
+    assert "deadline" in given.why
+    small = assign(JOB, [LARGE, SMALL, HEAD], device(**{**BOARD, "tier": "head", "memory_bytes": 47 * 2**20}))
+    assert (small.structure, small.tier) == (HEAD.id, "head")
+    assert "it trains heads only" in small.why
+    assert not assign(JOB, [HEAD], device(runtimes=("torch",))).structure, "of an earlier release"
+    assert not assign(JOB, [HEAD], device(**BOARD), too_heavy=[(HEAD.id, "head")]).structure
+    tiny = assign(JOB, [HEAD], device(**{**BOARD, "tier": "head", "memory_bytes": 40 * 2**20}))
+    assert "training a head takes" in tiny.why
 
 
 def test_torch_that_is_installed_and_too_large_is_not_used() -> None:

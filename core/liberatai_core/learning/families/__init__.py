@@ -27,7 +27,16 @@ from liberatai_core.learning.families.signals import cnn1d, mlp
 from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.learning.families.vgg import vgg
 from liberatai_core.spelling import meant
-from liberatai_core.structure import DataContract, Parameter, Structure, Tensor, from_tensors, require_length
+from liberatai_core.structure import (
+    HEAD,
+    TRAIN,
+    DataContract,
+    Parameter,
+    Structure,
+    Tensor,
+    from_tensors,
+    require_length,
+)
 from liberatai_core.weights import Vector
 
 if TYPE_CHECKING:
@@ -69,7 +78,10 @@ def describe(family: str, params: Mapping[str, Parameter], data: DataContract) -
     """
     if family not in FAMILIES:
         raise StructureError(f"{family!r} is no built-in family: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[family](params, data)
+    # What is trained of a network changes nothing in what it is made of.
+    if params.get(TRAIN, HEAD) != HEAD:
+        raise StructureError(f"{family}: {TRAIN} must be {HEAD}, not {params[TRAIN]!r}")
+    return FAMILIES[family]({name: value for name, value in params.items() if name != TRAIN}, data)
 
 
 def network_of(structure: Structure, data: DataContract) -> Network:

@@ -104,6 +104,11 @@ class Network:
     he: float = 0.0
 
 
+def without_head(network: Network) -> Network:
+    """Return all layers of a network but the last one, which gives the logits."""
+    return Network(Sequence(network.body.layers[:-1]), network.he)
+
+
 def tensors_of(network: Network) -> tuple[Tensor, ...]:
     """Return names and shapes in the order of the flat vector: per layer as torch's `state_dict` has them."""
     return tuple(Tensor(name=name, shape=shape) for name, shape in _tensors("", network.body))

@@ -37,14 +37,24 @@ class Network:
         self.body.backward(d_logits, wanted=False)
 
 
-def network(structure: Structure, data: DataContract, weights: Vector) -> Network:
+def network(
+    structure: Structure, data: DataContract, weights: Vector, *, to_features: bool = False
+) -> Network:
     """Return a network of this structure that holds a copy of these weights.
+
+    Args:
+        structure: of a built-in family.
+        data: the job's contract.
+        weights: shape (parameters,).
+        to_features: leave out the last layer.
 
     Raises:
         StructureError: the weights have another length, or the family is not built in or builds others.
     """
     require_length(weights, structure)
     description = network_of(structure, data)
+    if to_features:
+        description = layers.without_head(description)
     flat = np.array(weights, np.float32)
     gradient = np.zeros_like(flat)
     body = assembled(description, to_tensors(flat, structure), to_tensors(gradient, structure))
