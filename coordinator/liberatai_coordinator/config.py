@@ -270,6 +270,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         keep: of old versions.
         head: of structures with a frozen backbone.
         share: of the devices that other jobs want, too, relative to the shares of those jobs.
+        start: commit of the model repository that the structures begin from; None: from random weights.
     """
 
     name: Annotated[str, Meta(pattern=NAME)]
@@ -287,6 +288,7 @@ class JobSpec(Settings, frozen=True, kw_only=True):
     keep: Keep = Keep()
     head: Head = Head()
     share: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
+    start: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
 
     @property
     def nested(self) -> Literal["off", "width", "depth", "both"]:

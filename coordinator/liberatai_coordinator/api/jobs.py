@@ -17,6 +17,7 @@ from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.jobs.tasks import RUN
+from liberatai_coordinator.models import starting
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import JobRow
@@ -36,6 +37,9 @@ class JobOperations:
         job, ledger = parse_job(yaml_text, "job"), self.service.ledger
         # Faults of the data, of families and parameters come now, not when devices are waiting.
         await asyncio.to_thread(materials.check, job, Path(base_dir))
+        if job.start is not None:
+            _, structures = await asyncio.to_thread(materials.candidates_of, job)
+            await asyncio.to_thread(starting.check, self.service.jobs.commits.store, job, structures)
         ledger.jobs.create(
             job.name, msgspec.json.encode(job), base_dir, clock.wall(), {RUN: os.urandom(RUN_BYTES)}
         )

@@ -42,20 +42,30 @@ def judged(
         test: labelled samples that decide nothing.
     """
     number, ensemble = versions.now.number, versions.now.ensemble
-    central = None
-    if public.validation is not None:
-        x, y = public.validation
-        rows = evaluation.guard_rows(y, ensemble.method, derive_seed(job.seed, "labels", 0))
-        central = _scored(job, versions.now, x[rows], y[rows])
     return Stats(
         guard=ensemble.guard,
         ensemble=ensemble.method,
         use=ensemble.use,
         rule=job.aggregate.rule,
         local=local(versions, fleet, number - 1, updates),
-        central=central,
+        central=_guarded(job, versions.now, public),
         test=None if test is None else _scored(job, versions.now, *test),
     )
+
+
+def central(job: JobSpec, versions: Versions, public: Public, test: Labelled | None) -> CentralScores | None:
+    """Return what the newest version reaches on labels that judge, else on test data; None without any."""
+    scores = _guarded(job, versions.now, public)
+    return scores or (None if test is None else _scored(job, versions.now, *test))
+
+
+def _guarded(job: JobSpec, version: Current, public: Public) -> CentralScores | None:
+    """Return what a version reaches on those of the coordinator's labels that judge."""
+    if public.validation is None:
+        return None
+    x, y = public.validation
+    rows = evaluation.guard_rows(y, version.ensemble.method, derive_seed(job.seed, "labels", 0))
+    return _scored(job, version, x[rows], y[rows])
 
 
 def _scored(job: JobSpec, version: Current, x: members.Floats, y: NDArray[np.int64]) -> CentralScores | None:

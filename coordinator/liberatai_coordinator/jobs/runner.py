@@ -15,7 +15,7 @@ import msgspec
 from liberatai_coordinator import clock
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
-from liberatai_coordinator.jobs import said
+from liberatai_coordinator.jobs import judging, said
 from liberatai_coordinator.jobs.collecting import Collecting
 from liberatai_coordinator.jobs.materials import candidates_of, load_public, load_test
 from liberatai_coordinator.jobs.merging import MERGED, Merging
@@ -26,7 +26,8 @@ from liberatai_coordinator.jobs.roster import Roster
 from liberatai_coordinator.jobs.slots import Slots
 from liberatai_coordinator.jobs.tasks import STEPS, Tasks
 from liberatai_coordinator.jobs.work import Work
-from liberatai_coordinator.models.commits import Commits
+from liberatai_coordinator.models import starting
+from liberatai_coordinator.models.commits import STARTED, Commits, Started
 from liberatai_coordinator.models.versions import Versions
 from liberatai_coordinator.rounds import round as deciding
 from liberatai_coordinator.rounds.round import Invitation
@@ -207,7 +208,16 @@ class Runner:
         await self.opening.wait_for_devices()
         self.roster.make()
         chosen = {sid: self._structures[sid] for sid in self.roster.keyframe_bytes}
-        await self.work.do(self.versions.start, chosen, self.roster.keyframe_bytes, self.merging.public)
+        public, weights = self.merging.public, None
+        if self.job.start is not None:
+            begun = await self.work.do(starting.begin, self.commits.store, self.job, chosen, public)
+            weights = begun.weights
+            log.info("job %s starts: %s", self.job.name, begun.ways)
+        await self.work.do(self.versions.start, chosen, self.roster.keyframe_bytes, public, weights)
+        if self.job.start is not None:
+            scores = await self.work.do(judging.central, self.job, self.versions, public, self.merging.test)
+            told = Started(commit=begun.commit, accuracy=None if scores is None else scores.ensemble)
+            self.ledger.jobs.set_value(self.job.name, STARTED, msgspec.msgpack.encode(told))
 
     async def _finish(self) -> None:
         await self.tasks.publish_head("finished")

@@ -27,6 +27,7 @@ from liberatai_coordinator.repository.descriptors import (
     describe,
 )
 from liberatai_coordinator.repository.history import Entry
+from liberatai_coordinator.repository.names import BRANCH
 from liberatai_coordinator.repository.store import Layer, Loaded, Store
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.manifests import (
@@ -55,6 +56,22 @@ class _Measured(msgspec.Struct, frozen=True):
 
     test: CentralScores | None = None
     central: CentralScores | None = None
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job that goes on from a commit began.
+
+    Attributes:
+        commit: digest.
+        accuracy: of version 0 on held-out labels of the coordinator; None: there are none.
+    """
+
+    commit: str
+    accuracy: float | None = None
+
+
+STARTED: Final = "started"
+"""Name under which the ledger has a job's `Started`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +122,8 @@ class Commits:
 
     def _commit(self, row: VersionRow, known: dict[int, str]) -> str:
         manifest = decode_manifest(row.manifest)
-        scores = self._scores(manifest, row)
+        measured = self._measured(manifest, row)
+        scores = measured.test or measured.central
         described, layers = [], {}
         for sid, record in sorted(manifest.structures.items()):
             accuracy = scores.structures.get(sid) if scores else None
@@ -125,11 +143,14 @@ class Commits:
                     metrics={} if accuracy is None else {"accuracy": accuracy},
                 )
             )
-        parent = known.get(row.number - 1)
+        started = self._started(row)
+        parent = known.get(row.number - 1) if row.parent is not None else None
+        if parent is None and started is not None and self.store.layout.has(started.commit):
+            parent = started.commit
         draft = Commit(
             model=row.model,
-            kind="round",
-            parents=() if parent is None or row.parent is None else (parent,),
+            kind="round" if started is None else "finetune",
+            parents=() if parent is None else (parent,),
             author=self.author,
             time=int(row.created_s),
             message=f"round {manifest.round}" if manifest.round else "initial weights",
@@ -138,30 +159,51 @@ class Commits:
             round=manifest.round,
             updates=len(manifest.updates),
             samples=sum(record.samples for record in manifest.structures.values()),
-            metrics={"accuracy": scores.ensemble} if scores else {},
+            metrics=self._metrics(measured),
             data=manifest.data,
             ensemble=manifest.ensemble if len(manifest.structures) > 1 else None,
             variants=tuple(described),
         )
-        return self._write(draft, layers).digest
+        reached = draft.metrics.get("held_out_accuracy")
+        limit = None if started is None else started.accuracy
+        worse = limit is not None and reached is not None and reached < limit
+        return self._write(draft, layers, aside=worse).digest
 
-    def _write(self, draft: Commit, layers: dict[str, list[Layer]]) -> Loaded:
+    def _started(self, row: VersionRow) -> Started | None:
+        """Return where the job of a version began, if it went on from a commit."""
+        try:
+            job = self.ledger.jobs.get(row.model)
+        except NotFoundError:
+            return None
+        stored = self.ledger.jobs.value(row.model, STARTED) if row.number >= job.first_version else None
+        return msgspec.msgpack.decode(stored, type=Started) if stored else None
+
+    def _write(self, draft: Commit, layers: dict[str, list[Layer]], *, aside: bool) -> Loaded:
+        """Write a version; one that is worse than what its job began with stays off the usual branch."""
+        if aside:
+            log.info("%s version %s is worse than its start: not on %s", draft.model, draft.number, BRANCH)
+            return self.store.write(draft, layers, branch=ASIDE, force=True)
         try:
             return self.store.write(draft, layers)
         except StateError:
             # An operator committed to `latest`: it is theirs; the training goes on beside it.
             return self.store.write(draft, layers, branch=ASIDE, force=True)
 
-    def _scores(self, manifest: Manifest, row: VersionRow) -> CentralScores | None:
-        """Return what the round that made a version measured of it: on test data, else on the guard's."""
+    def _metrics(self, measured: "_Measured") -> dict[str, float]:
+        scores = measured.test or measured.central
+        told = {"accuracy": scores.ensemble} if scores else {}
+        held_out = measured.central or measured.test
+        return told | ({"held_out_accuracy": held_out.ensemble} if held_out else {})
+
+    def _measured(self, manifest: Manifest, row: VersionRow) -> "_Measured":
+        """Return what the round that made a version measured of it: on test data, and on the guard's."""
         try:
             found = self.ledger.rounds.get(row.model, manifest.round)
         except RoundUnknownError:
-            return None
+            return _Measured()
         if found.version_id != row.id or not found.stats:
-            return None
-        measured = msgspec.msgpack.decode(found.stats, type=_Measured)
-        return measured.test or measured.central
+            return _Measured()
+        return msgspec.msgpack.decode(found.stats, type=_Measured)
 
     def _layers(self, record: MemberRecord) -> tuple[list[Layer], Vector]:
         """Return the files that devices fetch; where they do not add up, an exact difference besides."""
@@ -261,7 +303,7 @@ class Commits:
         """Let go of the files of old rounds of one model; what has a tag keeps them, and so do all others."""
 
         def keep(entry: Entry, age: int) -> bool:
-            if entry.model != model or entry.kind != "round" or entry.number is None:
+            if entry.model != model or entry.kind not in ("round", "finetune") or entry.number is None:
                 return True
             return age < newest or (every > 0 and entry.number % every == 0) or not entry.parents
 

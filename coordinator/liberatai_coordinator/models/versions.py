@@ -54,6 +54,10 @@ GROUP_REACH_BITS = (REACH_BITS, 3, 2, 1)
 """How finely the weights of nested members are drawn, the first that fits counts: slices of a draw travel as
 levels, 11, 5, 4 or 3 bits each at most."""
 
+START_BITS = 8.0
+"""Per weight of the file by which a commit's weights come to devices, if their storage allows: more changes
+no answer."""
+
 RENEWED_SHARE = 0.6
 """Share of the tightest storage that a renewed keyframe may take: the rest holds the deltas to come."""
 
@@ -131,16 +135,37 @@ class Versions:
         return self.newest
 
     def start(
-        self, structures: Mapping[str, Structure], keyframe_bytes: Mapping[str, int], public: Public
+        self,
+        structures: Mapping[str, Structure],
+        keyframe_bytes: Mapping[str, int],
+        public: Public,
+        weights: Mapping[str, Vector] | None = None,
     ) -> None:
-        """Make version 0: seeded initial weights, as the recipe that draws them on every device."""
+        """Make version 0.
+
+        Args:
+            structures: of the job, by id.
+            keyframe_bytes: per structure, what its first file may take.
+            public: the coordinator's own data.
+            weights: per structure, what it begins with; None: seeded initial weights, as the recipe that
+                draws them on every device.
+        """
         members: dict[str, Member] = {}
         chains: dict[str, Path] = {}
         blobs: list[bytes] = []
-        for sid, artifact in self._first_keyframes(structures, keyframe_bytes).items():
+        if weights is None:
+            files = self._first_keyframes(structures, keyframe_bytes)
+        else:
+            files = {
+                sid: compress(weights[sid], structures[sid], keyframe_bytes[sid], max_bits=START_BITS)
+                for sid in sorted(structures)
+            }
+        for sid, artifact in files.items():
             structure = structures[sid]
             view = restore(artifact, structure)
             members[sid] = aggregation.first(self.job, structure, view)
+            if weights is not None:  # what the file lost follows with the deltas
+                members[sid] = replace(members[sid], master=weights[sid])
             chains[sid] = (self._step(0, artifact, view),)
             blobs.append(artifact)
         ensemble = ensembles.combine(self.job, members, public)

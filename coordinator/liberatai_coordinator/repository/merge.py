@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liberatai_coordinator.repository import tensors
-from liberatai_coordinator.repository.commits import Commit, Variant
+from liberatai_coordinator.repository.commits import Commit
 from liberatai_coordinator.repository.names import short
 from liberatai_coordinator.repository.store import Loaded, Store
 from liberatai_core.aggregator import task_arithmetic, ties
@@ -28,7 +28,7 @@ from liberatai_core.weights import Vector
 
 Floats = NDArray[np.float32]
 Labelled = tuple[Floats, NDArray[np.int64]]
-Member = tuple[Structure, Vector]
+Member = tensors.Member
 
 SCALES: Final = (1.0, 1.25, 1.5, 2.0)
 """Of task arithmetic; 2 adds both differences whole."""
@@ -94,9 +94,9 @@ def merge(
         DataError: the two are for unlike data.
     """
     data = _data(first.commit, second.commit)
-    sides = [_Side(commit=one.commit, members=_members(store, one)) for one in (first, second)]
+    sides = [_Side(commit=one.commit, members=tensors.members(store, one.commit)) for one in (first, second)]
     ancestor = store.ancestor(first.digest, second.digest)
-    base = _members(store, store.read(ancestor)) if ancestor else {}
+    base = tensors.members(store, store.read(ancestor).commit) if ancestor else {}
     shares = [float(max(one.commit.samples, one.commit.updates, 0)) for one in sides]
     shares = shares if all(shares) else [1.0, 1.0]
     choosing, judging = _divided(held_out, seed)
@@ -153,19 +153,6 @@ def _data(first: Commit, second: Commit) -> DataContract | None:
             f"{second.data.input_shape} and {second.data.classes}: they cannot be merged"
         )
     return first.data or second.data
-
-
-def _members(store: Store, loaded: Loaded) -> dict[str, Member]:
-    """Return the whole structures of a commit; compressed forms of them are made again, not merged."""
-    found: dict[str, Member] = {}
-    for one in loaded.commit.variants:
-        if one.structure is not None and one.weights and not one.budget:
-            found[_id(one)] = (one.structure, tensors.read(store, one))
-    return found
-
-
-def _id(variant: Variant) -> str:
-    return variant.name
 
 
 def _divided(held_out: Labelled | None, seed: int) -> tuple[Labelled | None, Labelled | None]:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from liberatai_coordinator.repository import tensor_file
-from liberatai_coordinator.repository.commits import Variant
+from liberatai_coordinator.repository.commits import Commit, Variant
 from liberatai_coordinator.repository.descriptors import (
     COMPRESSED,
     DELTA,
@@ -43,6 +43,8 @@ def structure_for(tensors: tensor_file.Tensors) -> Structure:
         raise StructureError("an empty tensor")
     return Structure(family=UNNAMED, params={}, tensors=named)
 
+
+Member = tuple[Structure, Vector]
 
 UNNAMED: Final = "tensors"
 """Stands for the family of a model whose family nobody knows: it cannot be trained, only kept and merged."""
@@ -122,6 +124,19 @@ def read(store: Store, variant: Variant) -> Vector:
     if digest(weights).hex() != variant.weights:
         raise DigestError(f"{variant.name} decodes to other weights than its record names")
     return weights
+
+
+def members(store: Store, commit: Commit) -> dict[str, Member]:
+    """Return the whole structures of a commit and their weights; compressed forms of them are left out.
+
+    Raises:
+        NotFoundError, DigestError: a file is missing or damaged.
+    """
+    return {
+        one.name: (one.structure, read(store, one))
+        for one in commit.variants
+        if one.structure is not None and one.weights and not one.budget
+    }
 
 
 def _decoded(store: Store, layers: Sequence[Descriptor], structure: Structure) -> Vector:
