@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 CALM := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ORT_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-system test-aarch64 check format clean
+.PHONY: help setup demo test test-slow test-system test-aarch64 deb check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-system: $(STAMP) ## tests with a booted systemd, packages, other servers; s
 
 test-aarch64: $(STAMP) ## the devices' code on an emulated aarch64; skips where there is no emulator
 	sh tests/aarch64/run.sh $(BIN)/python
+
+deb: $(STAMP) ## Debian packages for amd64 and arm64 in dist/, the same bytes every time
+	deploy/packages/build.sh --python $(abspath $(BIN))/python $(ARGS)
 
 check: $(STAMP) ## lint, format, types, layers
 	$(BIN)/ruff check .

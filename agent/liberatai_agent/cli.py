@@ -8,11 +8,22 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 
-from liberatai_agent.commands import doctor, enrol, pause, predict, probe, run, status, update, version
+from liberatai_agent.commands import (
+    doctor,
+    enrol,
+    install,
+    pause,
+    predict,
+    probe,
+    run,
+    status,
+    update,
+    version,
+)
 from liberatai_agent.commands.kit import FAILED, NOT_FOUND, USAGE, complain
 from liberatai_core.errors import ConfigError, LiberataiError, NotFoundError
 
-COMMANDS = (run, probe, status, predict, pause, update, doctor, enrol, version)
+COMMANDS = (run, probe, status, predict, pause, update, doctor, enrol, install, version)
 """In the order of `--help`."""
 
 

@@ -15,6 +15,8 @@ from liberatai_core.errors import ConfigError
 from liberatai_core.settings import faults, parse_mapping
 from liberatai_core.structure import DataContract, Parameter
 
+LOOPBACK = r"^127\.0\.0\.1:[1-9]\d{0,4}\Z"
+"""Of this machine alone: there is no password."""
 Share = Annotated[float, Meta(gt=0, le=1)]
 Rule = Literal[
     "mean",
@@ -363,6 +365,8 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
         state_dir: ledger, blobs and keys.
         socket: Unix socket of the API; relative to state_dir.
         socket_group: group of this machine whose members may use it too; None: this user alone.
+        metrics: address of this machine alone, e.g. 127.0.0.1:9464, where /metrics, /healthz and /readyz
+            answer without a password; None: nowhere.
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
@@ -383,6 +387,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     state_dir: str = "/var/lib/liberatai"
     socket: str = "api.sock"
     socket_group: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    metrics: Annotated[str, Meta(pattern=LOOPBACK)] | None = None
     enrolment: Literal["approve", "allowlist", "open"] = "approve"
     devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]] = {}
     ca_dir: str | None = None

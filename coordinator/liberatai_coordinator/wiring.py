@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from liberatai_coordinator.api.listener import serve_uds
+from liberatai_coordinator.api.listener import serve_tcp, serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
+from liberatai_coordinator.api.watching import make_watching_app
 from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.broker_lists import BrokerLists
@@ -218,7 +219,9 @@ async def _run(service: Service) -> int:
     await service.restore()
     running = asyncio.create_task(service.run())
     socket = Path(config.state_dir) / config.socket
-    api = asyncio.create_task(serve_uds(make_app(Operations.of(service)), socket, config.socket_group))
+    operations = Operations.of(service)
+    api = asyncio.create_task(serve_uds(make_app(operations), socket, config.socket_group))
+    watched = _watched(operations, config.metrics)
     # Its first step comes after those of the two: whoever is told that we are ready can ask at once.
     beat = asyncio.create_task(_beat(service))
     stop = asyncio.Event()
@@ -226,7 +229,7 @@ async def _run(service: Service) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stopping = asyncio.create_task(stop.wait())
-    parts = (running, api, beat, stopping)
+    parts = (running, api, *watched, beat, stopping)
     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     code = 0 if stop.is_set() else 1
     if not service.fencing.behind or stop.is_set():
@@ -238,6 +241,13 @@ async def _run(service: Service) -> int:
         if isinstance(result, Exception):
             raise result
     return code
+
+
+def _watched(operations: Operations, address: str | None) -> "list[asyncio.Task[None]]":
+    """Return what answers those who watch the coordinator, if the settings want it."""
+    if address is None:
+        return []
+    return [asyncio.create_task(serve_tcp(make_watching_app(operations), address))]
 
 
 async def _beat(service: Service) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from liberatai_coordinator.client.client import Client
@@ -113,3 +114,20 @@ def test_a_service_manager_hears_that_it_is_ready_alive_and_stopping(
             while heard != b"STOPPING=1":
                 heard = manager.recv(1000)
             assert process.wait(60) == 0
+
+
+def test_who_watches_hears_whether_it_lives_and_why_it_is_not_ready(tmp_path: Path, closed_port: int) -> None:
+    path = settings(tmp_path, closed_port)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    path.write_text(path.read_text(encoding="utf-8") + f"metrics: {address}\n", encoding="utf-8")
+    with serving(path), httpx.Client(base_url=f"http://{address}") as watcher:
+        alive = watcher.get("/healthz")
+        assert (alive.status_code, alive.text) == (200, "ok\n")
+        ready = watcher.get("/readyz")
+        assert (ready.status_code, ready.text) == (503, "no broker: nothing is heard of any device\n")
+        counted = watcher.get("/metrics")
+        assert counted.status_code == 200
+        assert "\nliberatai_broker_connected 0.0\n" in counted.text
+        assert watcher.get("/v1/devices").status_code == 404, "the API stays on its socket"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,9 @@ def agent_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def train_package() -> Path:
     """What training needs: nothing of ours is in it, so it is built again only when its recipe changes."""
-    recipe = sorted([*BUILD.glob("*.*"), *BUILD.glob("*/*train*"), ROOT / "pyproject.toml"])
-    mark = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()[:12]
+    recipe = [*sorted(BUILD.glob("*.*")), BUILD / "locks" / "train-amd64.txt"]
+    text = "".join(path.read_text() for path in recipe) + version("liberatai")
+    mark = hashlib.sha256(text.encode()).hexdigest()[:12]
     kept = CACHE / f"train-{mark}"
     if not kept.exists():
         making = CACHE / f"train-{mark}.part"
@@ -101,8 +103,8 @@ class FleetHost:
 
 
 @contextmanager
-def fleet_host(folder: Path, address: str) -> Iterator[FleetHost]:
-    """Run a fleet that lets everybody in."""
+def fleet_host(folder: Path, address: str, *more: str) -> Iterator[FleetHost]:
+    """Run a fleet that lets everybody in; `more` are lines of its settings."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         port = probe.getsockname()[1]
@@ -110,7 +112,7 @@ def fleet_host(folder: Path, address: str) -> Iterator[FleetHost]:
         f"listener {port} {address}\nallow_anonymous true\npersistence false\nuser root\n"
     )
     (folder / "coordinator.yaml").write_text(
-        f"fleet: test\nbroker: mqtt://{address}:{port}\nstate_dir: state\nenrolment: open\n"
+        f"fleet: test\nbroker: mqtt://{address}:{port}\nstate_dir: state\nenrolment: open\n" + "\n".join(more)
     )
     host = FleetHost(folder, address, port)
     host.start_broker()

@@ -1,12 +1,16 @@
 """The shipped systemd units say what the handbook promises, and systemd itself finds them tight."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
+
+from liberatai_agent import units
+from liberatai_agent.cli import main
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
@@ -86,3 +90,31 @@ def test_systemd_knows_every_key_and_value(tmp_path: Path) -> None:
     )
     said = [line for line in run.stderr.splitlines() if str(tmp_path) in line or "liberatai" in line]
     assert not said
+
+
+def test_an_installation_elsewhere_gets_the_same_units_with_its_own_programs() -> None:
+    found = units.files(units.shipped_units(), PurePosixPath("/srv/env/bin"))
+    assert {Path(path).name for path in found} == {*units.UNITS, "liberatai-agent.conf"}
+    text = "".join(found.values())
+    assert "ExecStart=/srv/env/bin/liberatai-agent run" in text
+    assert "ExecStart=/srv/env/bin/python3 -P" in text
+    assert units.SHIPPED_BIN not in text
+
+
+def test_what_services_cannot_see_is_refused_by_name() -> None:
+    assert units.hidden_from_services(PurePosixPath("/home/ann/.local/bin")) == "/home"
+    assert units.hidden_from_services(PurePosixPath("/root/.local/bin")) == "/root"
+    assert units.hidden_from_services(PurePosixPath("/opt/liberatai/bin")) == ""
+    assert units.hidden_from_services(PurePosixPath("/homes/env/bin")) == ""
+
+
+@pytest.mark.parametrize("command", [["install", "--systemd"], ["uninstall", "--purge"]])
+def test_without_systemd_or_root_one_line_says_what_to_do(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if Path("/run/systemd/system").is_dir() and os.geteuid() == 0:
+        pytest.skip("here it would really be done")
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("E_STATE: ")
+    assert len(said.splitlines()) == 1

@@ -1,4 +1,7 @@
-"""The API on a Unix socket that its owner can open, and a group if the settings name one: nobody logs in."""
+"""Where the coordinator listens: the API on a Unix socket, what watches it at an address of this machine.
+
+The socket can be opened by its owner, and by a group if the settings name one: nobody logs in.
+"""
 
 import asyncio
 import logging
@@ -49,6 +52,36 @@ async def serve_uds(app: FastAPI, path: Path, group: str | None = None) -> None:
     listener = _bind(path)
     if number is not None:
         _open_to(path, number, group or "")
+    try:
+        await _serve(app, listener)
+    finally:
+        _remove(path)
+
+
+async def serve_tcp(app: FastAPI, address: str) -> None:
+    """Answer at an address of this machine alone until cancelled.
+
+    Args:
+        app: what answers.
+        address: `127.0.0.1:PORT`; the settings allow loopback addresses only.
+
+    Raises:
+        ConfigError: somebody else listens there.
+    """
+    host, _, port = address.rpartition(":")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, int(port)))
+        listener.listen(128)
+        listener.setblocking(False)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError("metrics", [f"{address}: {getattr(error, 'strerror', None) or error}"]) from None
+    await _serve(app, listener)
+
+
+async def _serve(app: FastAPI, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -67,7 +100,6 @@ async def serve_uds(app: FastAPI, path: Path, group: str | None = None) -> None:
         raise
     finally:
         listener.close()
-        _remove(path)
 
 
 def _bind(path: Path) -> socket.socket:

@@ -55,11 +55,10 @@ class Operations:
     async def health(self) -> dict[str, Any]:
         """Return what the coordinator says about itself: fleet, epoch, link, counts."""
         service = self.service
-        faults = [] if service.fleet.connected else ["no broker: nothing is heard of any device"]
-        faults += [service.fencing.fault] if service.fencing.fault else []
+        faults = self.faults()
         return {
             "ok": not faults,
-            "faults": faults,
+            "faults": list(faults),
             "fleet": service.config.fleet,
             "coordinator": service.config.coordinator,
             "epoch": service.ledger.epoch,
@@ -70,3 +69,9 @@ class Operations:
             "devices_online": service.fleet.ready_count,
             "uptime_s": clock.wall() - service.started_s,
         }
+
+    def faults(self) -> tuple[str, ...]:
+        """Return why devices cannot be served now, in words; () if they can."""
+        service = self.service
+        found = () if service.fleet.connected else ("no broker: nothing is heard of any device",)
+        return (*found, service.fencing.fault) if service.fencing.fault else found
