@@ -15,7 +15,7 @@ from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.rounds.round import Failed, Gone, Invitation
 from liberatai_coordinator.service import Service
 from liberatai_core.contract.messages import Cancel, Task
-from liberatai_core.errors import StateError
+from liberatai_core.errors import ConfigError, LiberataiError, StateError
 from liberatai_core.link.memory import MemoryBroker
 
 
@@ -281,5 +281,21 @@ def test_a_job_of_another_release_is_left_alone_and_stops_nobody(tmp_path: Path)
                 shown = {view.name: view for view in await jobs.list()}
                 assert "another release" in shown["newer"].reason
                 assert state(service, "newer") == "waiting"
+
+    run(scenario())
+
+
+def test_a_check_finds_what_create_would_find_and_creates_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        broker = MemoryBroker()
+        async with coordinator(broker, tmp_path) as service:
+            jobs = Operations.of(service).jobs
+            assert (await jobs.check(named("first"), str(tmp_path))).name == "first"
+            with pytest.raises(LiberataiError, match="absent"):
+                await jobs.check(named("first") + "evaluate: {test: absent.npz}\n", str(tmp_path))
+            assert await jobs.list() == ()
+            await jobs.create(named("first"), str(tmp_path))
+            with pytest.raises(ConfigError, match="exists already"):
+                await jobs.check(named("first"), str(tmp_path))
 
     run(scenario())

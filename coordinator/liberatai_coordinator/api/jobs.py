@@ -13,7 +13,7 @@ from liberatai_coordinator.api import present
 from liberatai_coordinator.api.names import not_found
 from liberatai_coordinator.api.rounds import EndedRounds
 from liberatai_coordinator.client.views import JobSummary, JobView
-from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.jobs.tasks import RUN
@@ -45,6 +45,17 @@ class JobOperations:
         )
         self.service.jobs.start(ledger.jobs.get(job.name))
         return await self.show(job.name)
+
+    async def check(self, yaml_text: str, base_dir: str) -> JobSpec:
+        """Look at everything that `create` looks at, and create nothing.
+
+        Raises:
+            LiberataiError: `create` would raise it, too.
+        """
+        job = parse_job(yaml_text, "job")
+        await asyncio.to_thread(materials.check, job, Path(base_dir))
+        await asyncio.to_thread(self.service.ledger.jobs.require_free, job.name)
+        return job
 
     async def list(self) -> tuple[JobSummary, ...]:
         """Return all jobs, oldest first; no round is read for it."""

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.accuracy import explained, show_accuracy
+from liberatai_coordinator.cli.fits import fits_line, nothing_fits
 from liberatai_coordinator.cli.job_text import ROUND_COLUMNS, STRUCTURE_COLUMNS, bytes_line, job_line
 from liberatai_coordinator.cli.kit import FAILED, client_of, group, job_text
 from liberatai_coordinator.cli.tables import (
@@ -14,6 +15,7 @@ from liberatai_coordinator.cli.tables import (
     OutputOption,
     WatchOption,
     on_screen,
+    progress,
     screen_width,
     show,
     show_list,
@@ -34,10 +36,24 @@ app = group("Federated trainings.", "liberatai jobs list")
 def jobs_create(
     context: typer.Context,
     file: Annotated[Path, typer.Option("--file", "-f", help="The job (YAML).")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that creating checks, and create nothing.")
+    ] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Create and start a job. Relative paths in the file start from its folder."""
     text = job_text(file)
+    if dry_run:
+        with client_of(context) as client, progress("planning"):
+            plan = client.jobs.check(text, file.absolute().parent)
+        if output.is_table:
+            print(wrapped(f"job {plan.job}: {fits_line(plan)}", screen_width()))
+            print("dry run: nothing was created; `liberatai plan show -f` says why, device by device")
+        else:
+            show_one(plan, output)
+        if nothing_fits(plan):
+            raise typer.Exit(FAILED)
+        return
     with client_of(context) as client:
         job = client.jobs.create(text, file.absolute().parent)
     _show_job(job, output)

@@ -5,9 +5,20 @@ from typing import Annotated
 
 import typer
 
+from liberatai_coordinator.cli.fits import fits_line, nothing_fits
 from liberatai_coordinator.cli.job_text import STRUCTURE_COLUMNS
-from liberatai_coordinator.cli.kit import client_of, group, job_text
-from liberatai_coordinator.cli.tables import Column, Output, OutputOption, progress, show, show_one, size_text
+from liberatai_coordinator.cli.kit import FAILED, client_of, group, job_text
+from liberatai_coordinator.cli.tables import (
+    Column,
+    Output,
+    OutputOption,
+    progress,
+    screen_width,
+    show,
+    show_one,
+    size_text,
+    wrapped,
+)
 from liberatai_coordinator.client.views import AssignmentView, PlanView
 from liberatai_core.errors import ConfigError
 
@@ -37,6 +48,8 @@ def plan_show(
     with client_of(context) as client, progress("planning"):
         plan = client.plan(job, text)
     _show_plan(plan, output)
+    if nothing_fits(plan):
+        raise typer.Exit(FAILED)
 
 
 def _show_plan(plan: PlanView, output: Output) -> None:
@@ -44,6 +57,7 @@ def _show_plan(plan: PlanView, output: Output) -> None:
         show_one(plan, output)
         return
     print(f"plan of {plan.job}{' (dry run: nothing is assigned)' if plan.dry_run else ''}")
+    print(wrapped(fits_line(plan), screen_width()))
     print()
     show(plan.assignments, ASSIGNMENT_COLUMNS, output)
     print()

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.kit import group
+from liberatai_coordinator.cli.tables import Output, OutputOption, show_one
 from liberatai_core.errors import ConfigError, DiskError
 from liberatai_core.units import date_text, size_text
 
@@ -87,6 +88,7 @@ def release_sign(
 def release_show(
     file: Annotated[Path, typer.Argument(help="The release.")],
     release_key: Annotated[str, typer.Option("--release-key", help="The public key, as in agent.yaml.")],
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Check every byte of a release against a key, and say what it is."""
     from liberatai_core import release
@@ -103,6 +105,10 @@ def release_show(
             count = sum(1 for _ in release.contents(opened, manifest))
     except OSError as error:
         raise ConfigError(str(file), [f"cannot be read: {error.strerror}"]) from None
+    if not output.is_table:
+        fields = {"name": manifest.version, "number": manifest.sequence, "files": count, "key": release_key}
+        show_one(fields | {"created_s": manifest.created_s, "expires_s": manifest.expires_s}, output)
+        return
     print(
         f"{file}: release {manifest.version}, number {manifest.sequence}, {count} files, made "
         f"{date_text(manifest.created_s)}, until {date_text(manifest.expires_s)}; signed by this key"

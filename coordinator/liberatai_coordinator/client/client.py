@@ -207,6 +207,11 @@ class JobsClient:
         """Create a job from its YAML; relative paths in it start from `base_dir`."""
         return self._client.ask("POST", "/jobs", JobView, JobRequest(yaml=yaml_text, base_dir=str(base_dir)))
 
+    def check(self, yaml_text: str, base_dir: Path | str) -> PlanView:
+        """Return which device would get what; faults are those of `create`, and nothing is created."""
+        body = JobRequest(yaml=yaml_text, base_dir=str(base_dir))
+        return self._client.ask("POST", "/jobs/check", PlanView, body)
+
     def list(self) -> tuple[JobSummary, ...]:
         """Return all jobs, without their rounds."""
         return self._client.ask("GET", "/jobs", tuple[JobSummary, ...])

@@ -25,6 +25,11 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    def require_free(self, name: str) -> None:
+        """Raise ConfigError if a job of this name exists."""
+        with self._database.read() as connection:
+            _require_free(connection, name)
+
     def create(
         self,
         name: str,
@@ -47,10 +52,7 @@ class JobStore:
         """
         newest = sa.select(sa.func.max(VERSIONS.c.number)).where(VERSIONS.c.model == name)
         with self._database.write() as connection:
-            if connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
-                raise ConfigError(
-                    "job", [f"name: a job {name} exists already; choose another name, or delete that one"]
-                )
+            _require_free(connection, name)
             last = connection.execute(newest).scalar()
             row = JobRow(
                 name=name,
@@ -171,3 +173,9 @@ class JobStore:
         with self._database.read() as connection:
             value: bytes | None = connection.execute(query).scalar()
         return value
+
+
+def _require_free(connection: sa.Connection, name: str) -> None:
+    if connection.execute(sa.select(JOBS.c.name).where(JOBS.c.name == name)).first():
+        fault = f"name: a job {name} exists already; choose another name, or delete that one"
+        raise ConfigError("job", [fault])

@@ -40,7 +40,7 @@ from liberatai_coordinator.client.views import (
     VariantView,
     VersionView,
 )
-from liberatai_coordinator.config import parse_job
+from liberatai_coordinator.config import JobSpec, parse_job
 from liberatai_coordinator.control.shadows import Desired, Shadow
 from liberatai_coordinator.fleet import query
 from liberatai_coordinator.store.manifests import VariantManifest, version_id
@@ -97,6 +97,7 @@ class MemoryOperations:
         self.base_dirs: dict[str, str] = {}
         self.look: Callable[[JobView], JobView] = lambda job: job
         self.disk_full = False
+        self.fits = True
         self.committed: dict[str, tuple[VariantView, bytes]] = {}
         self.devices = MemoryDevices(self)
         self.jobs = MemoryJobs(self)
@@ -279,6 +280,12 @@ class MemoryJobs:
         self.memory.base_dirs[spec.name] = base_dir
         return job
 
+    async def check(self, yaml_text: str, base_dir: str) -> JobSpec:
+        spec = parse_job(yaml_text, "job")
+        if spec.name in self.memory.trainings:
+            raise ConfigError("job", [f"name: a job {spec.name} exists already"])
+        return spec
+
     async def list(self) -> tuple[JobSummary, ...]:
         return tuple(summary(job) for job in self.memory.trainings.values())
 
@@ -328,6 +335,9 @@ class MemoryPlans:
             why="the largest that fits",
             link="link of 64 kbit/s measured: 0.40 % instead of 1.00 %",
         )
+        if not self.memory.fits:
+            why = "no usable local data"
+            assignment = msgspec.structs.replace(assignment, structure="", why=why, link="")
         structures = (StructureView(id="mlp-hidden4", family="mlp", parameters=12, devices=1),)
         return PlanView(
             job=name, assignments=(assignment,), structures=structures, dry_run=yaml_text is not None

@@ -321,6 +321,32 @@ def test_a_new_job_says_how_to_follow_it(
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
 
 
+def test_a_dry_run_checks_like_create_and_says_in_one_line_how_many_devices_fit(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    assert main(["jobs", "create", "-f", str(job_file), "--dry-run"]) == 0
+    line, note = capsys.readouterr().out.splitlines()
+    assert line == "job digits: 1 of 1 devices fit (1 mlp-hidden4)"
+    assert "nothing was created" in note
+    assert not fleet.trainings
+    assert main(["jobs", "create", "-f", str(job_file), "--dry-run", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"]
+    assert main(["jobs", "create", "-f", str(job_file)]) == 0
+    capsys.readouterr()
+    assert main(["jobs", "create", "-f", str(job_file), "--dry-run"]) == 2
+    assert "a job digits exists already" in capsys.readouterr().err
+
+
+def test_a_plan_in_which_nothing_fits_is_a_failure(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
+) -> None:
+    fleet.fits = False
+    assert main(["jobs", "create", "-f", str(job_file), "--dry-run"]) == 1
+    assert "0 of 1 devices fit; 1 does not: no usable local data\n" in capsys.readouterr().out
+    assert main(["plan", "show", "-f", str(job_file)]) == 1
+    assert "0 of 1 devices fit; 1 does not: no usable local data\n" in capsys.readouterr().out
+
+
 def test_an_ended_job_is_deleted(
     fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], job_file: Path
 ) -> None:

@@ -25,6 +25,13 @@ def add(app: FastAPI, operations: Operations) -> None:
         wanted = await body_of(request, JobRequest)
         return json(await operations.jobs.create(wanted.yaml, wanted.base_dir), HTTPStatus.CREATED)
 
+    @app.post("/v1/jobs/check", **shows(PlanView, JobRequest))
+    async def check_job(request: Request) -> Response:
+        """Which device would get what; all that creating checks is checked, and nothing is created."""
+        wanted = await body_of(request, JobRequest)
+        await operations.jobs.check(wanted.yaml, wanted.base_dir)
+        return json(await operations.plans.show(None, wanted.yaml))
+
     @app.get("/v1/jobs/{name}", **shows(JobView))
     async def job(name: str) -> Response:
         """One job with its rounds."""
