@@ -288,6 +288,19 @@ async def test_a_revoked_certificate_is_not_renewed(tmp_path: Path) -> None:
         assert (await device.ask(device.request(), claim_name("dev-a"))).code == "E_REVOKED"
 
 
+async def test_a_certificate_that_ends_unrenewed_is_a_condition_of_the_device(tmp_path: Path) -> None:
+    async with world(tmp_path) as (broker, service):
+        device = Asker(broker, service, "dev-a")
+        assert (await device.ask(device.request(await invited(service)))).state == "issued"
+        ask = Operations.of(service)
+        for days, words in ((60, ""), (80, "ends in 10.0 days"), (95, "ended 5.0 days ago")):
+            now_s = clock.wall() + days * DAY_S
+            with clock.replaced(clock.monotonic, lambda now_s=now_s: now_s):  # type: ignore[misc]
+                found = {one.name: one.reason for one in (await ask.devices.show("dev-a")).conditions}
+            assert words in found.get("CertificateEnding", "")
+            assert bool(words) == ("CertificateEnding" in found)
+
+
 async def test_what_is_issued_is_for_the_key_that_asked_and_for_nobody_else(tmp_path: Path) -> None:
     async with world(tmp_path) as (broker, service):
         device = Asker(broker, service, "dev-a")

@@ -134,6 +134,9 @@ class DeviceOperations:
             knock=fleet.knocks.get(device.id),
             version=__version__,
         )
+        enrolment = self.service.enrolment
+        if enrolment is not None and (words := enrolment.ending(device.id)):
+            found = (*found, facts.Condition("CertificateEnding", True, words, enrolment.ends_s[device.id]))
         return tuple(msgspec.convert(one, ConditionView, from_attributes=True) for one in found)
 
     def _invited(self) -> dict[str, tuple[str, int]]:

@@ -56,9 +56,10 @@ class Operations:
         """Return what the coordinator says about itself: fleet, epoch, link, counts."""
         service = self.service
         faults = self.faults()
+        ending = service.enrolment.fault if service.enrolment is not None else ""
         return {
             "ok": not faults,
-            "faults": list(faults),
+            "faults": [*faults, ending] if ending else list(faults),
             "fleet": service.config.fleet,
             "coordinator": service.config.coordinator,
             "epoch": service.ledger.epoch,

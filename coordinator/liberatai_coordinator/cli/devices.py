@@ -122,7 +122,7 @@ def _certificate(end_s: float) -> str:
     days = (end_s - time.time()) / 86_400
     if days <= 0:
         return f"ended {-days:.0f} d ago"
-    return f"{days:.0f} d" if days >= 2 else f"{days * 24:.0f} h left"
+    return f"{days:.0f} d" if days >= 2 else f"{max(0.1, days * 24):.2g} h"
 
 
 def _link_words(device: DeviceView) -> str:

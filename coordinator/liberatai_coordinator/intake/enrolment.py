@@ -19,7 +19,7 @@ from liberatai_coordinator.authority.invitations import Invitation, Invitations
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Device, Fleet, Status
 from liberatai_coordinator.fleet.joining import DAY_S, Known, answer, door_of
-from liberatai_core.certificate_file import read_dates
+from liberatai_core.certificate_file import WARN_SHARE, read_dates
 from liberatai_core.certificates import certificate_pem, facts, key_pem, new_key, proves, requested_key
 from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.messages import CertificateReply, CertificateRequest, claimed
@@ -52,6 +52,8 @@ class Enrolment:
         send: sends the answer to a claim or a device.
         sync: brings the broker's files up to date.
         renew_link: lets the coordinator's own link connect anew.
+        ends_s: end of each device's newest certificate.
+        fault: what an operator should know of the coordinator's own certificate.
     """
 
     config: CoordinatorConfig
@@ -63,6 +65,7 @@ class Enrolment:
     renew_link: Callable[[], Awaitable[None]]
     invitations: Invitations = field(init=False)
     ends_s: dict[str, float] = field(default_factory=dict)
+    fault: str = ""
     _given: dict[str, tuple[float, int]] = field(default_factory=dict)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -183,13 +186,39 @@ class Enrolment:
         """Renew the coordinator's own certificate and the broker's, for ever."""
         await asyncio.sleep(FIRST_LOOK_S)
         while True:
+            trouble = ""
             try:
                 if await asyncio.to_thread(self.renew_own):
                     await self.renew_link()
                 await self.sync()
-            except LiberataiError as error:
-                log.warning("certificates of our own are not renewed: %s %s", error.code, error)
+            except (LiberataiError, OSError) as error:
+                trouble = f": {error}"
+                log.warning("certificates of our own are not renewed%s", trouble)
+            self.fault = await asyncio.to_thread(self._fault, trouble)
             await asyncio.sleep(LOOK_S)
+
+    def _fault(self, trouble: str) -> str:
+        """Return what an operator should know of the coordinator's own certificate; "": nothing."""
+        try:
+            dates = read_dates(Path(self.config.cert_file)) if self.config.cert_file else None
+        except LiberataiError as error:
+            return str(error)
+        if dates is None or not dates.ends_soon(clock.wall()):
+            return ""
+        left = dates.days_left(clock.wall())
+        return f"the coordinator's certificate ends in {left:.1f} days and was not renewed{trouble}"
+
+    def ending(self, device: str) -> str:
+        """Return in words that a device's certificate should have been renewed long ago; "": all is well."""
+        end_s, life_s = self.ends_s.get(device, 0.0), self.config.joining.certificate_days * DAY_S
+        left_s = end_s - clock.wall()
+        if not end_s or left_s > WARN_SHARE * life_s:
+            return ""
+        if left_s > 0:
+            return (
+                f"its certificate ends in {left_s / DAY_S:.1f} days, and the device has not asked for another"
+            )
+        return f"its certificate ended {-left_s / DAY_S:.1f} days ago: it joins by itself, or by a new token"
 
     def renew_own(self) -> bool:
         """Put a new certificate beside the coordinator's own, when two thirds of its life are over.
