@@ -49,7 +49,7 @@ from liberatai_agent.updates import keeper
 from liberatai_agent.upgrading import Upgrading
 from liberatai_agent.uploads import Uploads
 from liberatai_core.contract.frame import seal
-from liberatai_core.contract.messages import Request, Telemetry, Update, Want
+from liberatai_core.contract.messages import Have, Request, Telemetry, Update, Want
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DamagedError, LiberataiError, SignatureError
 from liberatai_core.link.link import Link, Received
@@ -203,7 +203,7 @@ class Service:
             self._ear.key,
             self._models,
             lambda new, paused: self._machine.configure(new, paused=paused),
-            self._saying.have,
+            self._tell_have,
             Upgrading(config, folder, fetcher, self._machine.look_soon),
         )
         self._replying = Replying(
@@ -412,6 +412,10 @@ class Service:
                 self._saying.show_epoch(self._identity.fence(self._config.key_bytes).word)
             case do.RaiseSession(known=known):
                 self._supervisor.run_part(self._renumber(known))
+
+    def _tell_have(self, have: Have) -> None:
+        self._saying.have(have)
+        self._status.changed()
 
     def _failed(self, code: str, text: str) -> None:
         self._faults.note(code, text)

@@ -19,8 +19,11 @@ from liberatai_coordinator.authority.invitations import Invitation
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.asking import Asking
 from liberatai_coordinator.control.doors import Doors
+from liberatai_coordinator.control.rollouts import Rollouts
 from liberatai_coordinator.control.shadows import Shadows
+from liberatai_coordinator.fleet import query
 from liberatai_coordinator.fleet.devices import Device, Fleet
+from liberatai_coordinator.fleet.facts import facts_of
 from liberatai_coordinator.intake.enrolment import Enrolment
 from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.frames import Frame, Frames, Opened
@@ -94,6 +97,7 @@ class Service:
     enrolment: Enrolment | None = field(init=False)
     asking: Asking = field(init=False)
     shadows: Shadows = field(init=False)
+    rollouts: Rollouts = field(init=False)
     connected: str = ""
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=clock.wall)
@@ -129,7 +133,16 @@ class Service:
         self.asking = Asking(fleet=self.fleet, publisher=self.publisher, epoch=self.ledger.epoch)
         self.shadows = Shadows(fleet=self.fleet, ledger=self.ledger, publisher=self.publisher)
         self.doors.opened = self.shadows.publish_one
-        self.doors.forgotten = self.shadows.forget
+        self.rollouts = Rollouts(
+            fleet=self.fleet,
+            ledger=self.ledger,
+            repository=self.repository,
+            publisher=self.publisher,
+            shadows=self.shadows,
+            members=self.members,
+        )
+        self.shadows.heard_of = self.rollouts.heard
+        self.doors.forgotten = self._forgotten
         self.updates = Updates(
             ledger=self.ledger,
             fleet=self.fleet,
@@ -175,6 +188,19 @@ class Service:
     async def _send_certificate(self, to: str, reply: CertificateReply) -> None:
         await self.publisher.send(self.topics.provisioning(to, "crt"), reply)
 
+    def members(self, asked: str) -> tuple[str, ...]:
+        """Return the names of the devices of which a question is true."""
+        ready, wall_s, wanted = self.fleet.ready_names, clock.wall(), query.parse(asked)
+        return tuple(
+            name
+            for name, device in sorted(self.fleet.devices.items())
+            if query.matches(wanted, facts_of(device, ready=name in ready, wall_s=wall_s))
+        )
+
+    def _forgotten(self, device: str) -> None:
+        self.shadows.forget(device)
+        self.rollouts.forget(device)
+
     def _open_again(self, frame: Frame) -> None:
         self.frames.add(frame)
 
@@ -209,6 +235,7 @@ class Service:
         self._spawn(self.frames.run())
         self._spawn(self._expire())
         self.shadows.restore()
+        self.rollouts.restore()
         if self.enrolment is not None:
             self._spawn(self.enrolment.look_after())
             await self.link.subscribe(self.topics.requests)
@@ -219,6 +246,7 @@ class Service:
         await self.link.open()
         self.doors.begin()
         self._spawn(self.shadows.publish())
+        self._spawn(self.rollouts.run())
         self.jobs.resume()
         self._spawn(self._commit())
         listening = asyncio.create_task(self._listen())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from liberatai_coordinator import clock
 from liberatai_coordinator.client.fleet_views import GroupView
-from liberatai_coordinator.fleet import facts, query
+from liberatai_coordinator.fleet import query
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.rows import GroupRow
 
@@ -41,7 +41,7 @@ class GroupOperations:
         await asyncio.to_thread(self.service.ledger.groups.delete, name)
 
     def _view(self, row: GroupRow, *, named: bool) -> GroupView:
-        names = members(self.service, query.parse(row.query))
+        names = self.service.members(row.query)
         return GroupView(
             name=row.name,
             query=row.query,
@@ -66,13 +66,3 @@ async def query_of(service: Service, selector: str, where: str, group: str) -> q
         row = await asyncio.to_thread(service.ledger.groups.get, group)
         parts.append(query.parse(row.query))
     return query.Both(tuple(parts)) if parts else None
-
-
-def members(service: Service, asked: query.Query) -> tuple[str, ...]:
-    """Return the names of the devices of which a question is true, sorted."""
-    ready, wall_s = set(service.fleet.ready_names), clock.wall()
-    return tuple(
-        name
-        for name, device in sorted(service.fleet.devices.items())
-        if query.matches(asked, facts.facts_of(device, ready=name in ready, wall_s=wall_s))
-    )

@@ -14,6 +14,7 @@ from liberatai_coordinator.api.jobs import JobOperations
 from liberatai_coordinator.api.journal import AuditOperations, EventOperations
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.plans import PlanOperations
+from liberatai_coordinator.api.rollouts import RolloutOperations
 from liberatai_coordinator.api.shadows import ShadowOperations
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.service import Service
@@ -32,6 +33,7 @@ class Operations:
     groups: GroupOperations
     invitations: InvitationOperations
     shadows: ShadowOperations
+    rollouts: RolloutOperations
     events: EventOperations
     audit: AuditOperations
 
@@ -48,6 +50,7 @@ class Operations:
             groups=GroupOperations(service),
             invitations=InvitationOperations(service),
             shadows=ShadowOperations(service),
+            rollouts=RolloutOperations(service),
             events=EventOperations(service),
             audit=AuditOperations(service),
         )

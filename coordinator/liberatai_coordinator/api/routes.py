@@ -18,12 +18,13 @@ from liberatai_coordinator.api.web import (
     jobs,
     journal,
     models,
+    rollouts,
     shadows,
     variants,
 )
 from liberatai_coordinator.client import fleet_views, views, wire
 
-NOUNS: Final = (devices, groups, invitations, jobs, journal, models, shadows, variants)
+NOUNS: Final = (devices, groups, invitations, jobs, journal, models, rollouts, shadows, variants)
 """Each has `add(app, operations)`."""
 
 

@@ -94,7 +94,7 @@ def shadow_view(device: str, shadow: Shadow) -> ShadowView:
     return ShadowView(
         device=device,
         version=shadow.version,
-        updated_s=shadow.updated_s,
+        since_s=shadow.updated_s,
         state="" if not shadow.version else have.state if have is not None and heard else "not heard",
         code=have.code if have is not None and heard else "",
         text=have.text if have is not None and heard else "",

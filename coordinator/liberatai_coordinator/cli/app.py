@@ -27,6 +27,7 @@ from liberatai_coordinator.cli import (
     profiles,
     programs,
     release,
+    rollout,
     shadow,
 )
 from liberatai_coordinator.cli.kit import FAILED, complain, group
@@ -42,6 +43,7 @@ app.add_typer(ca.app, name="ca")
 app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(groups.app, name="groups")
+app.add_typer(rollout.app, name="rollout")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(journal.events, name="events")
 app.add_typer(journal.audit, name="audit")

@@ -13,7 +13,13 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from liberatai_coordinator.client import unix_http
-from liberatai_coordinator.client.fleet import AuditClient, EventsClient, GroupsClient, ShadowsClient
+from liberatai_coordinator.client.fleet import (
+    AuditClient,
+    EventsClient,
+    GroupsClient,
+    RolloutsClient,
+    ShadowsClient,
+)
 from liberatai_coordinator.client.fleet_views import LogView, PingView
 from liberatai_coordinator.client.views import (
     DeviceView,
@@ -70,6 +76,7 @@ class Client:
         self.variants = VariantsClient(self)
         self.groups = GroupsClient(self)
         self.shadows = ShadowsClient(self)
+        self.rollouts = RolloutsClient(self)
         self.events = EventsClient(self)
         self.audit = AuditClient(self)
 

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
-from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView, ShadowView
-from liberatai_coordinator.client.wire import GroupRequest, Settings
+from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView, RolloutView, ShadowView
+from liberatai_coordinator.client.wire import GroupRequest, Reason, RolloutRequest, Settings
 
 if TYPE_CHECKING:
     from liberatai_coordinator.client.client import Client
@@ -47,6 +47,42 @@ class ShadowsClient:
         """Wish settings of a device; None: as the device has it."""
         path = f"/devices/{quote(device, safe='')}/shadow"
         return self._client.ask("POST", path, ShadowView, Settings(settings=settings))
+
+
+class RolloutsClient:
+    """Rollouts."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def create(self, wanted: RolloutRequest) -> RolloutView:
+        """Begin a rollout."""
+        return self._client.ask("POST", "/rollouts", RolloutView, wanted)
+
+    def list(self) -> tuple[RolloutView, ...]:
+        """Return all rollouts, the oldest first."""
+        return self._client.ask("GET", "/rollouts", tuple[RolloutView, ...])
+
+    def show(self, name: str) -> RolloutView:
+        """Return one rollout with its devices."""
+        return self._client.ask("GET", f"/rollouts/{quote(name, safe='')}", RolloutView)
+
+    def pause(self, name: str) -> RolloutView:
+        """Stop a rollout where it is."""
+        return self._client.ask("POST", f"/rollouts/{quote(name, safe='')}/pause", RolloutView)
+
+    def resume(self, name: str) -> RolloutView:
+        """Let a paused rollout go on."""
+        return self._client.ask("POST", f"/rollouts/{quote(name, safe='')}/resume", RolloutView)
+
+    def cancel(self, name: str) -> RolloutView:
+        """End a rollout; who has the new keeps it."""
+        return self._client.ask("POST", f"/rollouts/{quote(name, safe='')}/cancel", RolloutView)
+
+    def rollback(self, name: str, reason: str) -> RolloutView:
+        """Let everybody have what was before."""
+        path = f"/rollouts/{quote(name, safe='')}/rollback"
+        return self._client.ask("POST", path, RolloutView, Reason(reason=reason))
 
 
 class EventsClient:

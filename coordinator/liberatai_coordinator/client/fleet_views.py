@@ -37,6 +37,7 @@ class ShadowView(View, frozen=True, kw_only=True):
 
     Attributes:
         version: of what is wished; 0: nothing was.
+        since_s: when it was wished (Unix seconds).
         state: done, working, failed, refused; "not heard": it has not answered this version yet.
         desired, reported: settings by name; those that are not wished are the device's own.
         limited: settings that the device's own limits hold tighter than was wished.
@@ -47,7 +48,7 @@ class ShadowView(View, frozen=True, kw_only=True):
 
     device: str
     version: int
-    updated_s: float = 0.0
+    since_s: float = 0.0
     state: str = ""
     code: str = ""
     text: str = ""
@@ -61,6 +62,53 @@ class ShadowView(View, frozen=True, kw_only=True):
     evaluation: tuple[int, int] | None = None
     before: tuple[int, int] | None = None
     differs: tuple[str, ...] = ()
+
+
+class RolloutPartView(View, frozen=True, kw_only=True):
+    """One device of a rollout.
+
+    Attributes:
+        evaluation, before: (correct, total) of the new and the old model on its hold-out.
+    """
+
+    device: str
+    state: str
+    stage: int
+    since_s: float
+    reason: str = ""
+    evaluation: tuple[int, int] | None = None
+    before: tuple[int, int] | None = None
+
+
+class RolloutView(View, frozen=True, kw_only=True):
+    """One rollout.
+
+    Attributes:
+        what: a model's version, a release of the agent, or settings.
+        who: the group or selector.
+        stage: from 1.
+        members: of the group now.
+        counts: devices by where they stand.
+        accuracy, accuracy_before: over the devices that told both, on what they hold out.
+        answers: behind these figures.
+        parts: its devices; only where one rollout is asked for.
+    """
+
+    name: str
+    state: str
+    what: str
+    who: str
+    stage: int
+    stages: tuple[float, ...]
+    since_s: float
+    created_s: float
+    reason: str = ""
+    members: int = 0
+    counts: dict[str, int]
+    accuracy: float | None = None
+    accuracy_before: float | None = None
+    answers: int = 0
+    parts: tuple[RolloutPartView, ...] = ()
 
 
 class PingView(View, frozen=True, kw_only=True):

@@ -47,6 +47,34 @@ class Settings(Wire, frozen=True, kw_only=True):
     ]
 
 
+class RolloutPlan(Wire, frozen=True, kw_only=True):
+    """How a rollout goes on, see `fleet.rollout.Plan`."""
+
+    stages: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0)
+    soak_s: float = 600.0
+    failed_share: float = 0.05
+    failed_min: int = 10
+    accuracy_drop: float | None = 0.02
+    accuracy_least: float | None = None
+    accuracy_answers: int = 30
+    pause_after: tuple[int, ...] = ()
+    deadline_s: float = 3600.0
+
+
+class RolloutRequest(Wire, frozen=True, kw_only=True):
+    """A new rollout: one of model ("digits:12"), agent (with its bundle) and settings; for whom, and how."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,48}\Z")]
+    model: Annotated[str, Meta(max_length=160)] = ""
+    agent: Annotated[str, Meta(max_length=64)] = ""
+    bundle: Annotated[str, Meta(max_length=4096)] = ""
+    settings: dict[Annotated[str, Meta(max_length=64)], bool | float | None] = {}
+    group: Annotated[str, Meta(max_length=64)] = ""
+    selector: Annotated[str, Meta(max_length=1024)] = ""
+    query: Annotated[str, Meta(max_length=1024)] = ""
+    plan: RolloutPlan = RolloutPlan()
+
+
 class Lines(Wire, frozen=True, kw_only=True):
     """How many lines of a log are wanted."""
 

@@ -14,6 +14,7 @@ from liberatai_coordinator.store.groups import GroupStore
 from liberatai_coordinator.store.jobs import JobStore
 from liberatai_coordinator.store.journal import AuditStore, EventStore
 from liberatai_coordinator.store.refusals import RefusalStore
+from liberatai_coordinator.store.rollouts import RolloutStore
 from liberatai_coordinator.store.rounds import RoundStore
 from liberatai_coordinator.store.shadows import ShadowStore
 from liberatai_coordinator.store.updates import UpdateStore
@@ -37,6 +38,7 @@ class Ledger:
     events: EventStore
     audit: AuditStore
     shadows: ShadowStore
+    rollouts: RolloutStore
 
     @classmethod
     def open(
@@ -77,6 +79,7 @@ class Ledger:
                 events=EventStore(database, writer),
                 audit=AuditStore(database),
                 shadows=ShadowStore(database),
+                rollouts=RolloutStore(database),
             )
         except BaseException:
             database.close()

@@ -233,6 +233,16 @@ class ShadowRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRow:
+    """A rollout: what was asked for, and where it stands (records of `control.rollouts`)."""
+
+    name: str
+    spec: bytes
+    state: bytes
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRow:
     """Who may use the API from another machine; of the token itself only the SHA-256 is kept.
 

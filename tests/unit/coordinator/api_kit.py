@@ -14,6 +14,7 @@ import numpy as np
 
 from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.api.rollouts import plan_of, view
 from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.api.shadows import changed, shadow_view
 from liberatai_coordinator.client.fleet_views import (
@@ -22,6 +23,7 @@ from liberatai_coordinator.client.fleet_views import (
     GroupView,
     LogView,
     PingView,
+    RolloutView,
     ShadowView,
 )
 from liberatai_coordinator.client.views import (
@@ -40,9 +42,13 @@ from liberatai_coordinator.client.views import (
     VariantView,
     VersionView,
 )
+from liberatai_coordinator.client.wire import RolloutRequest
 from liberatai_coordinator.config import JobSpec, parse_job
+from liberatai_coordinator.control.cargo import Cargo
+from liberatai_coordinator.control.rollouts import Running, Spec
 from liberatai_coordinator.control.shadows import Desired, Shadow
 from liberatai_coordinator.fleet import query
+from liberatai_coordinator.fleet import rollout as deciding
 from liberatai_coordinator.store.manifests import VariantManifest, version_id
 from liberatai_coordinator.store.rows import AuditRow
 from liberatai_core.contract.messages import Wishes
@@ -107,6 +113,7 @@ class MemoryOperations:
         self.questions: dict[str, GroupView] = {}
         self.groups = MemoryGroups(self)
         self.shadows = MemoryShadows(self)
+        self.rollouts = MemoryRollouts()
         self.events = MemoryEvents()
         self.audit = MemoryAudits()
 
@@ -226,6 +233,49 @@ class MemoryShadows:
         find(self.memory.fleet, device, "device")
         self.wishes[device] = changed(self.wishes.get(device, Wishes()), settings)
         return await self.show(device)
+
+
+class MemoryRollouts:
+    def __init__(self) -> None:
+        self.running: dict[str, Running] = {}
+
+    async def create(self, wanted: RolloutRequest) -> RolloutView:
+        if wanted.name in self.running:
+            raise StateError(f"rollout {wanted.name}: exists already")
+        spec = Spec(
+            cargo=Cargo(model=wanted.model, version=2), query="ready", who=wanted.group, plan=plan_of(wanted)
+        )
+        rollout = deciding.Rollout(name=wanted.name, since_s=1.7e9)
+        self.running[wanted.name] = Running(spec=spec, rollout=rollout, created_s=1.7e9)
+        return self._on(wanted.name, deciding.Tick(now_s=1.7e9, members=("camera", "gateway")))
+
+    async def list(self) -> tuple[RolloutView, ...]:
+        return tuple(view(one, parts=False) for one in self.running.values())
+
+    async def show(self, name: str) -> RolloutView:
+        running = find(self.running, name, "rollout")
+        for device in list(running.rollout.parts):
+            self._on(name, deciding.Told(device=device, now_s=1.7e9, outcome="done", evaluation=(9, 10)))
+        for seconds in (0.0, 1e6):
+            self._on(name, deciding.Tick(now_s=1.7e9 + seconds, members=("camera", "gateway")))
+        return view(running, parts=True)
+
+    async def pause(self, name: str) -> RolloutView:
+        return self._on(name, deciding.Pause(now_s=1.7e9))
+
+    async def resume(self, name: str) -> RolloutView:
+        return self._on(name, deciding.Resume(now_s=1.7e9))
+
+    async def cancel(self, name: str) -> RolloutView:
+        return self._on(name, deciding.Cancel(now_s=1.7e9))
+
+    async def rollback(self, name: str, reason: str) -> RolloutView:
+        return self._on(name, deciding.GoBack(now_s=1.7e9, reason=reason))
+
+    def _on(self, name: str, event: deciding.Event) -> RolloutView:
+        running = find(self.running, name, "rollout")
+        running.rollout, _ = deciding.step(running.spec.plan, running.rollout, event)
+        return view(running, parts=False)
 
 
 class MemoryEvents:

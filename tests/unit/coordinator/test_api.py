@@ -27,10 +27,12 @@ from liberatai_coordinator.api.listener import serve_uds
 from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.plans import PlanOperations
+from liberatai_coordinator.api.rollouts import RolloutOperations
 from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.api.shadows import ShadowOperations
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.client.client import Client, CoordinatorError, error_of
+from liberatai_coordinator.client.wire import RolloutPlan, RolloutRequest
 from liberatai_core.errors import (
     BY_CODE,
     ConfigError,
@@ -92,6 +94,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
         EventOperations,
         AuditOperations,
         ShadowOperations,
+        RolloutOperations,
     ],
 )
 def test_the_memory_operations_are_operations(operations: MemoryOperations, noun: type) -> None:
@@ -159,6 +162,23 @@ def test_devices_are_asked_and_wished_something(client: Client) -> None:
     assert client.shadows.change("gateway", {"pause": None}).desired == {"telemetry_s": 300.0}
     with pytest.raises(ConfigError, match="may not be wished"):
         client.shadows.change("gateway", {"data": 1.0})
+
+
+def test_a_rollout_is_begun_watched_and_taken_back(client: Client) -> None:
+    plan = RolloutPlan(stages=(0.5, 1.0), soak_s=1.0)
+    made = client.rollouts.create(RolloutRequest(name="r", model="digits", plan=plan))
+    assert (made.state, made.counts, made.what) == ("running", {"offered": 1}, "digits:2")
+    with pytest.raises(StateError):
+        client.rollouts.create(RolloutRequest(name="r", model="digits"))
+    with pytest.raises(ConfigError, match="stages"):
+        client.rollouts.create(RolloutRequest(name="s", model="digits", plan=RolloutPlan(stages=())))
+    assert client.rollouts.pause("r").state == "paused"
+    assert client.rollouts.resume("r").state == "running"
+    shown = client.rollouts.show("r")
+    assert (shown.stage, shown.accuracy, shown.parts[0].evaluation) == (2, 0.9, (9, 10))
+    assert client.rollouts.rollback("r", "people complain").reason == "people complain"
+    assert [one.name for one in client.rollouts.list()] == ["r"]
+    assert client.rollouts.cancel("r").state == "cancelled"
 
 
 def test_every_change_has_its_line_and_no_question_has_one(
