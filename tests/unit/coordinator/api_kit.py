@@ -238,6 +238,7 @@ class MemoryShadows:
 class MemoryRollouts:
     def __init__(self) -> None:
         self.running: dict[str, Running] = {}
+        self.now_s = 1.7e9
 
     async def create(self, wanted: RolloutRequest) -> RolloutView:
         if wanted.name in self.running:
@@ -256,8 +257,9 @@ class MemoryRollouts:
         running = find(self.running, name, "rollout")
         for device in list(running.rollout.parts):
             self._on(name, deciding.Told(device=device, now_s=1.7e9, outcome="done", evaluation=(9, 10)))
-        for seconds in (0.0, 1e6):
-            self._on(name, deciding.Tick(now_s=1.7e9 + seconds, members=("camera", "gateway")))
+        for _ in range(2):
+            self.now_s += 60.0
+            self._on(name, deciding.Tick(now_s=self.now_s, members=("camera", "gateway")))
         return view(running, parts=True)
 
     async def pause(self, name: str) -> RolloutView:
