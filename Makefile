@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 CALM := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE ORT_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-system test-aarch64 deb check format clean
+.PHONY: help setup demo test test-slow test-system test-aarch64 deb check format man clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ check: $(STAMP) ## lint, format, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+man: $(STAMP) ## man pages and shell completions of both programs, into build/man
+	$(BIN)/python deploy/man/make.py build/man
 
 format: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix .

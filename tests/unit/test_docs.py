@@ -269,7 +269,8 @@ def test_make_targets_benchmarks_and_paths_that_a_document_names_exist(document:
             if name not in targets and not (name.startswith("bench-") and benchmark.is_file()):
                 missing.append(line)
         found = re.match(r"python -m benchmarks\.(\w+)", line)
-        if found and not (ROOT / "benchmarks" / f"{found[1]}.py").is_file():
+        places = [f"{found[1]}.py", f"{found[1]}/__main__.py"] if found else []
+        if found and not any((ROOT / "benchmarks" / place).is_file() for place in places):
             missing.append(line)
         if found := re.fullmatch(
             r"((?:core|agent|coordinator|benchmarks|examples|tests|docs|deploy)/[\w./-]+)(?:::(\w+))?", line

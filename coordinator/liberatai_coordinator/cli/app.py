@@ -9,7 +9,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -30,13 +30,10 @@ from liberatai_coordinator.cli import (
     rollout,
     shadow,
 )
-from liberatai_coordinator.cli.kit import FAILED, complain, group
+from liberatai_coordinator.cli.kit import DEFAULT_SOCKET, FAILED, complain, group
 from liberatai_core.errors import LiberataiError
 
-DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
-
-
-app = group("Train one model together on devices that differ.", "liberatai devices list")
+app = group("Train one model together on devices that differ.", "liberatai devices list", add_completion=True)
 app.add_typer(backup.app, name="backup")
 app.add_typer(broker.app, name="broker")
 app.add_typer(ca.app, name="ca")

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from liberatai_coordinator.cli.kit import PARTLY, USAGE, client_of, complain
+from liberatai_coordinator.cli.kit import PARTLY, USAGE, client_of, complain, complete_device
 from liberatai_coordinator.cli.tables import clean, duration_text
 from liberatai_coordinator.client.client import Client
 from liberatai_core.errors import ConfigError, LiberataiError, LinkError, NotFoundError
 
-Names = Annotated[list[str] | None, typer.Argument(help="Names of devices.")]
+Names = Annotated[list[str] | None, typer.Argument(help="Names of devices.", autocompletion=complete_device)]
 Selector = Annotated[
     str, typer.Option("--selector", "-l", help="Devices with these labels or fields: site=hall,tier!=full.")
 ]
@@ -149,7 +149,7 @@ def probe(context: typer.Context, names: Names = None, selector: Selector = "", 
 
 def logs(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    name: Annotated[str, typer.Argument(help="Name of the device.", autocompletion=complete_device)],
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=200, help="How many of the newest.")] = 50,
 ) -> None:
     """Show the newest lines of a device's log, without words about its data."""
@@ -160,7 +160,7 @@ def logs(
 
 def rekey(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    name: Annotated[str, typer.Argument(help="Name of the device.", autocompletion=complete_device)],
     key: KeyOption = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from liberatai_coordinator.cli import device_verbs, invite
 from liberatai_coordinator.cli.device_verbs import Group, KeyOption, Names, Selector, each, meant
-from liberatai_coordinator.cli.kit import client_of, group
+from liberatai_coordinator.cli.kit import client_of, complete_device, group
 from liberatai_coordinator.cli.tables import (
     Column,
     Output,
@@ -57,7 +57,7 @@ def devices_list(
 @app.command("show", epilog="Example: liberatai devices show gateway-01")
 def devices_show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of the device.")],
+    name: Annotated[str, typer.Argument(help="Name of the device.", autocompletion=complete_device)],
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show everything that is known of one device."""

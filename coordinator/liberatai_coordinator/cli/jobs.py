@@ -8,7 +8,7 @@ import typer
 from liberatai_coordinator.cli.accuracy import explained, show_accuracy
 from liberatai_coordinator.cli.fits import fits_line, nothing_fits
 from liberatai_coordinator.cli.job_text import ROUND_COLUMNS, STRUCTURE_COLUMNS, bytes_line, job_line
-from liberatai_coordinator.cli.kit import FAILED, client_of, group, job_text
+from liberatai_coordinator.cli.kit import FAILED, client_of, complete_job, group, job_text
 from liberatai_coordinator.cli.tables import (
     Column,
     Output,
@@ -26,7 +26,7 @@ from liberatai_coordinator.cli.tables import (
 from liberatai_coordinator.cli.watch import watch_lines, watch_screen
 from liberatai_coordinator.client.views import JobSummary, JobView
 
-JobArgument = Annotated[str, typer.Argument(help="Name of the job.")]
+JobArgument = Annotated[str, typer.Argument(help="Name of the job.", autocompletion=complete_job)]
 
 
 app = group("Federated trainings.", "liberatai jobs list")

@@ -4,11 +4,11 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -33,6 +33,9 @@ Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Version = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
 
 FAILED, USAGE, PARTLY, NOT_FOUND = 1, 2, 3, 4
+DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
+COMPLETE_S: Final = 1.0
+"""Longest wait for names that a shell wants to complete."""
 STAY_STOPPED = 78
 """EX_CONFIG of sysexits.h: the service's unit does not start it again by itself."""
 
@@ -45,15 +48,15 @@ _UNITS = {
 }
 
 
-def group(help_text: str, example: str) -> typer.Typer:
-    """Return an empty group of commands."""
+def group(help_text: str, example: str, *, add_completion: bool = False) -> typer.Typer:
+    """Return an empty group of commands; the whole program adds `--install-completion` for the shell."""
     return typer.Typer(
         help=help_text,
         epilog=f"Example: {example}",
         no_args_is_help=True,
         rich_markup_mode=None,  # plain help: the same on a screen, in a pipe and in a manual
         pretty_exceptions_enable=False,
-        add_completion=False,
+        add_completion=add_completion,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
@@ -66,6 +69,29 @@ def client_of(context: typer.Context) -> Iterator[Client]:
     """Connect to the coordinator that the command line names."""
     with Client(context.obj) as client:
         yield client
+
+
+def complete_device(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the devices whose names begin so, for the shell."""
+    return _complete(context, lambda client: (one.id for one in client.devices.list()), incomplete)
+
+
+def complete_job(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the jobs whose names begin so, for the shell."""
+    return _complete(context, lambda client: (one.name for one in client.jobs.list()), incomplete)
+
+
+def _complete(context: typer.Context, names: Callable[[Client], Iterable[str]], incomplete: str) -> list[str]:
+    """Ask the coordinator; nobody waits for an answer behind a key."""
+    import os
+
+    root = context.find_root()
+    socket = root.params.get("socket") or os.environ.get("LIBERATAI_SOCKET") or DEFAULT_SOCKET
+    try:
+        with Client(Path(socket), timeout_s=COMPLETE_S) as client:
+            return [name for name in names(client) if name.startswith(incomplete)]
+    except LiberataiError:
+        return []
 
 
 def read_text(path: Path) -> str:

@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.device_verbs import Group, Selector, each, meant
-from liberatai_coordinator.cli.kit import client_of, group
+from liberatai_coordinator.cli.kit import client_of, complete_device, group
 from liberatai_coordinator.cli.tables import Column, Output, OutputOption, show, show_one
 from liberatai_coordinator.client.fleet_views import ShadowView
 from liberatai_core.errors import ConfigError
 
 app = group("Shadows: what devices shall be like, and what they are like.", "liberatai shadow get gateway-01")
-Name = Annotated[str, typer.Argument(help="Name of the device.")]
+Name = Annotated[str, typer.Argument(help="Name of the device.", autocompletion=complete_device)]
 
 
 @app.command("get", epilog="Example: liberatai shadow get gateway-01")
