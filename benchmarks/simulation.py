@@ -58,6 +58,7 @@ from liberatai_core.learning.training import log_probabilities
 from liberatai_core.link.packet import publish_bytes
 from liberatai_core.profile import Trainer
 from liberatai_core.structure import DataContract
+from liberatai_core.weights import Vector
 
 FLEET, COORDINATOR = "fleet", "co1"
 PUBACK, SUBACK = 4, 6
@@ -161,6 +162,7 @@ class Simulation:
         tamper: hostile devices: (round, all updates of it) -> what is sent instead. They know what the others
             send, which is the worst case; what the coordinator refuses does not count.
         runtime: what devices train with.
+        start: weights of the only structure's backbone; None: random ones.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class Simulation:
         structures: Sequence[int] | None = None,
         tamper: Tamper | None = None,
         runtime: Trainer = "torch",
+        start: Vector | None = None,
     ) -> None:
         self._runtime: Trainer = runtime
         self.job, self.population, self.folder = job, population, folder
@@ -191,7 +194,8 @@ class Simulation:
         self._candidates = {candidate.id: candidate for candidate in candidates}
         self.plan = self._planned(candidates, structures)
         chosen = {sid: self._structures[sid] for sid in self.plan.keyframe_bytes}
-        self.versions.start(chosen, self.plan.keyframe_bytes, self._public)
+        given = None if start is None else dict.fromkeys(chosen, start)
+        self.versions.start(chosen, self.plan.keyframe_bytes, self._public, given)
         self._specs = {sid: self._publish(encode_spec(spec_of(job, one))) for sid, one in chosen.items()}
         self._paths: dict[str, tuple[Step, ...]] = {}
         self._updates: dict[str, Update] = {}

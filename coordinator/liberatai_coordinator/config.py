@@ -237,8 +237,8 @@ class Head(Settings, frozen=True, kw_only=True):
     """Of structures whose head alone is trained, on a frozen backbone ({…, train: head} in their params).
 
     Attributes:
-        refresh_rounds: every so many rounds the backbone becomes that of the same network which other devices
-            train whole; its devices then fetch a keyframe.
+        refresh_rounds: every so many rounds, and in each of the first ones, the backbone becomes that of the
+            same network which other devices train whole; its devices then fetch a keyframe.
         backbone: MODEL or MODEL@NUMBER in this coordinator's repository: what networks of the same tensors
             start from; None: they start random.
     """

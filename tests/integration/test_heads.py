@@ -53,7 +53,7 @@ def played(folder: Path, spec: JobSpec, owners: list[int]) -> Simulation:
 
 
 def test_a_head_is_merged_with_all_devices_and_a_backbone_with_those_that_train_it(tmp_path: Path) -> None:
-    spec = job(rounds=1)
+    spec = job(rounds=1)  # nothing follows the last round, so nothing is refreshed
     simulation = Simulation(spec, people(4), tmp_path, structures=[0, 0, 1, 1])
     try:
         start = {sid: one.master.copy() for sid, one in simulation.versions.now.members.items()}
@@ -87,9 +87,10 @@ def test_the_backbone_is_refreshed_every_so_many_rounds_and_costs_a_keyframe_the
             member = simulation.versions.now.members[HEAD]
             backbones.append(member.view[: head_places(member.structure).start].tobytes())
             chains.append(simulation.versions.now.chains[HEAD])
-        assert backbones[1] != backbones[0] == simulation_start(simulation)
+        assert backbones[0] != simulation_start(simulation), "in the first rounds it changes most"
+        assert backbones[1] != backbones[0]
         assert backbones[2] == backbones[3] == backbones[1], "nothing follows the last round"
-        assert [len(chain) for chain in chains] == [2, 1, 2, 2]
+        assert [len(chain) for chain in chains] == [1, 1, 2, 2]
         assert chains[1][0].version == 2
         accuracy = simulation._accuracy()
         assert accuracy[FULL] > 0.8

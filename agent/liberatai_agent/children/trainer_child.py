@@ -37,7 +37,6 @@ from liberatai_agent.children.messages import (
     require_length,
 )
 from liberatai_agent.events import Returned, TrainingResult
-from liberatai_agent.updates import keeper
 from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.contract.messages import part_seed, work_seed
 from liberatai_core.errors import (
@@ -476,6 +475,8 @@ def _accepted() -> int:
     be_small()
     step_back()
     if state := os.environ.get("STATE_DIRECTORY"):
+        from liberatai_agent.updates import keeper  # noqa: PLC0415 - it brings SQLite and more
+
         keeper.follow(Path(state))
         folder = start.fresh_folder(Path(state), "trainer")
         os.environ.update(start.environment(folder))

@@ -166,7 +166,9 @@ def refreshed(job: JobSpec, number: int, members: Mapping[str, Member]) -> dict[
 
     The head comes along: it was merged with the one of that network, and is valid for its backbone only.
     """
-    if number % job.head.refresh_rounds or number >= job.rounds.count:
+    every = job.head.refresh_rounds
+    # In the first rounds a backbone changes most: a head on an old one would be worth little.
+    if (number > every and number % every) or number >= job.rounds.count:
         return {}
     found = {}
     for sid, member in members.items():

@@ -154,7 +154,7 @@ class Versions:
         chains: dict[str, Path] = {}
         blobs: list[bytes] = []
         if weights is None:
-            files = self._first_keyframes(structures, keyframe_bytes)
+            files = self._first_keyframes(structures, keyframe_bytes, self._given(structures))
         else:
             files = {
                 sid: compress(weights[sid], structures[sid], keyframe_bytes[sid], max_bits=START_BITS)
@@ -172,10 +172,12 @@ class Versions:
         self._write(Current(number=0, id="", members=members, chains=chains, ensemble=ensemble), (), blobs)
 
     def _first_keyframes(
-        self, structures: Mapping[str, Structure], keyframe_bytes: Mapping[str, int]
+        self,
+        structures: Mapping[str, Structure],
+        keyframe_bytes: Mapping[str, int],
+        given: Mapping[str, Vector],
     ) -> dict[str, bytes]:
         """Return the files of version 0, sorted by structure; members of a group start with shared values."""
-        given = self._given(structures)
         seeds = {sid: derive_seed(self.job.seed, f"initial|{sid}", 0) for sid in sorted(structures)}
         starts = {sid: initial_weights(structures[sid], self.job.data, seed) for sid, seed in seeds.items()}
         files = {

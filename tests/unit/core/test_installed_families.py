@@ -11,7 +11,7 @@ from torch import nn
 
 from liberatai_core.errors import StructureError
 from liberatai_core.learning import families
-from liberatai_core.learning.families import cost, initial_weights, installed, structure_of
+from liberatai_core.learning.families import cost, initial_weights, structure_of
 from liberatai_core.learning.training import TrainSettings, log_probabilities, train
 from liberatai_core.structure import DataContract
 
@@ -21,7 +21,7 @@ DATA = DataContract(input_shape=(6, 4), classes=3)
 def point(monkeypatch: pytest.MonkeyPatch, load: Any, name: str = "mine") -> None:
     monkeypatch.setattr(EntryPoint, "load", lambda _: load())
     monkeypatch.setattr(
-        installed, "entry_points", lambda group: [EntryPoint(name, "their_package:build", group)]
+        "importlib.metadata.entry_points", lambda group: [EntryPoint(name, "their_package:build", group)]
     )
 
 
@@ -213,6 +213,6 @@ def test_what_cannot_be_imported_is_refused(monkeypatch: pytest.MonkeyPatch, loa
 def test_names_that_no_message_takes_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     point(monkeypatch, lambda: noisy, "My Family!")
     assert "My Family!" not in families.known_families()
-    monkeypatch.setattr(installed, "entry_points", raising(ValueError("damaged metadata")))
+    monkeypatch.setattr("importlib.metadata.entry_points", raising(ValueError("damaged metadata")))
     assert "mlp" in families.known_families()
     assert "torch" in sys.modules

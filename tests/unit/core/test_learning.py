@@ -130,7 +130,7 @@ def _entry_points(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
         monkeypatch.setattr(sys.modules[__name__], name, function, raising=False)
     points = [EntryPoint(name, f"{__name__}:{name}", installed.GROUP) for name in functions]
     monkeypatch.setattr(EntryPoint, "load", lambda self: functions[self.name])
-    monkeypatch.setattr(installed, "entry_points", lambda group: points)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
 
 
 def test_installed_families_can_be_used_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

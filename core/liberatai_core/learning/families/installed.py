@@ -9,7 +9,6 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,6 +18,8 @@ from liberatai_core.learning.families.torch_state import TORCH_STATE
 from liberatai_core.structure import DataContract, Parameter, Structure
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     import torch
 
 GROUP = "liberatai.families"
@@ -32,7 +33,9 @@ def names() -> list[str]:
     return sorted({point.name for point in _points() if NAME.fullmatch(point.name)})
 
 
-def _points() -> list[EntryPoint]:
+def _points() -> "list[EntryPoint]":
+    from importlib.metadata import entry_points  # brings email and more, which a small device can do without
+
     with contextlib.suppress(Exception):  # of any installed package, however broken
         return list(entry_points(group=GROUP))
     return []
