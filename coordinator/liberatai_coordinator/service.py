@@ -169,9 +169,25 @@ class Service:
             authority=self.authority,
             remember=self._enrolled,
             sync=self._sync_broker,
+            note=self.doors.note,
             send=self._send_certificate,
             renew_link=self.link.renew,
         )
+
+    async def _answer_request(self, opened: Opened, request: CertificateRequest) -> None:
+        """Answer beside the loop: what a certificate costs, no other device waits for."""
+        frame, enrolment = opened.frame, self.enrolment
+        if enrolment is None:
+            return
+        try:
+            await enrolment.hear(
+                request,
+                opened.public_key,
+                frame.place,
+                lambda error: self._refuse(frame.topic, frame.payload, error),
+            )
+        except Exception:
+            log.exception("fault while answering a request on %s", frame.topic)
 
     def _enrolled(self, device: Device, invitation: Invitation) -> None:
         """Write down a device that came with an invitation, with what the invitation says of it."""
@@ -412,7 +428,8 @@ class Service:
         frame, message = opened.frame, opened.message
         if isinstance(message, CertificateRequest) and frame.place.leaf == "csr":
             if self.enrolment is not None:
-                await self.enrolment.hear(message, opened.public_key, frame.place)
+                self.enrolment.require_turn(frame.place.owner)
+                self._spawn(self._answer_request(opened, message))
             return False
         if message is not None:
             self._require_own(message, opened.public_key, frame.place)

@@ -21,6 +21,7 @@ from liberatai_coordinator.brokers.start import find_mosquitto
 from liberatai_coordinator.client.wire import InvitationRequest
 from liberatai_coordinator.config import CoordinatorConfig, Joining
 from liberatai_coordinator.service import Service
+from liberatai_core import processes
 from liberatai_core.certificate_file import read_dates
 
 FLEET = "default"
@@ -231,5 +232,39 @@ def test_the_coordinators_own_certificate_is_renewed(
             await until(lambda: read_dates(pem).serial != before.serial)
             monkeypatch.undo()
             await until(lambda: service.connected)
+
+    asyncio.run(scenario())
+
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed: apt install faketime")
+@pytest.mark.parametrize("days", [-3650, 3650])
+def test_a_device_whose_clock_is_ten_years_off_connects_and_is_renewed(
+    broker: SecureBroker, tmp_path: Path, days: int
+) -> None:
+    """The broker's certificate is not valid at that time, nor is its own: only the authority counts."""
+
+    async def scenario() -> None:
+        async with coordinator(settings(broker, tmp_path)) as service:
+            name = f"clock-{abs(days)}-{days > 0}".lower()
+            device = Device(tmp_path, name)
+            assert await device.enrol(await invite(service)) == 0
+            environment = processes.environment() | {
+                "LD_PRELOAD": str(FAKETIME),
+                "FAKETIME": f"{days:+d}d",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
+            command = processes.command("liberatai_agent", "run", "--config", str(device.config))
+            log = (tmp_path / "agent.log").open("wb")
+            child = await asyncio.create_subprocess_exec(*command, env=environment, stdout=log, stderr=log)
+            try:
+                await until(lambda: service.fleet.devices[name].online)
+                await until(lambda: "clock cannot be right" in device.status.get("certificate", ""))
+            finally:
+                child.terminate()
+                await child.wait()
 
     asyncio.run(scenario())

@@ -15,7 +15,7 @@ from liberatai_coordinator.brokers.check import BrokerCheck, Finding
 from liberatai_coordinator.brokers.secure import SecureBroker, start_secure_broker
 from liberatai_coordinator.brokers.start import find_mosquitto
 from liberatai_core.certificates import certificate_pem, key_pem, new_key
-from liberatai_core.errors import LinkError
+from liberatai_core.errors import ConfigError, LinkError
 from liberatai_core.link.link import Connected, Disconnected, Received
 from liberatai_core.link.mqtt import MqttLink, MqttSettings, TlsSettings
 
@@ -201,6 +201,59 @@ async def test_a_device_that_is_shut_out_loses_its_rights_in_the_open_connection
     await peer.link.close()
 
 
+async def test_a_new_certificate_takes_the_old_ones_place_after_a_connect_and_the_session_stays(
+    production: Production, peer_of: Any
+) -> None:
+    pem = production.files["dev-a"]
+    beside = pem.with_name("dev-a.next.pem")
+    link = MqttLink(production.settings("dev-a", session_expiry_s=600))
+    await link.subscribe("lai/v1/default/dn/dev-a/+")
+    peer = await peer_of(link).open()
+    await peer.next(Connected)
+    new = another(production, "dev-a")
+    beside.write_bytes(new)
+    await link.renew()
+    assert (await peer.next(Connected)).session_present
+    assert (pem.read_bytes(), beside.exists()) == (new, False)
+    await link.close()
+
+
+async def test_a_new_certificate_that_the_broker_refuses_costs_one_attempt(
+    production: Production, peer_of: Any, tmp_path: Path
+) -> None:
+    pem = production.files["dev-a"]
+    beside = pem.with_name("dev-a.next.pem")
+    link = MqttLink(production.settings("dev-a"))
+    peer = await peer_of(link).open()
+    await peer.next(Connected)
+    beside.write_bytes(foreign(tmp_path / "other", "dev-a").read_bytes())
+    before = pem.read_bytes()
+    await link.renew()
+    reasons = []
+    while not isinstance(event := await peer.next(Connected | Disconnected), Connected):
+        reasons.append(event.reason)
+    assert any("not signed by the authority" in reason for reason in reasons)
+    assert (pem.read_bytes(), beside.exists()) == (before, True)
+    await link.close()
+
+
+async def test_a_certificate_of_another_name_is_refused_before_it_throws_anybody_out(
+    production: Production, peer_of: Any
+) -> None:
+    real = await peer_of(MqttLink(production.settings("dev-a"))).open()
+    await real.next(Connected)
+    files = {"ca_file": str(production.broker.ca_file)} | dict.fromkeys(
+        ("cert_file", "key_file"), str(production.files["dev-a"])
+    )
+    with pytest.raises(ConfigError, match="the certificate of 'dev-a', wanted 'dev-b'"):
+        MqttSettings.from_files(
+            production.broker.url, client_id="dev-b", username=None, password_file=None, **files
+        )
+    await real.link.publish("lai/v1/default/up/dev-a/ev", b"own")
+    assert real.queue.empty()
+    await real.link.close()
+
+
 def test_a_sync_without_changes_touches_nothing(tmp_path: Path) -> None:
     authority = Authority.create(tmp_path / "ca", "default")
     folder = tmp_path / "broker"
@@ -246,6 +299,13 @@ def test_the_broker_takes_every_line_of_its_settings_without_a_warning(tmp_path:
     known = "does not contain", "should not be run as root"
     odd = [line for line in log.splitlines() if "Warning" in line and not any(word in line for word in known)]
     assert odd == []
+
+
+def another(production: Production, name: str) -> bytes:
+    """Return a further certificate of the same holder, with a key of its own."""
+    key = new_key()
+    der = production.broker.authority.issue(key.public_key(), "device", name, 3600)
+    return certificate_pem(der) + key_pem(key)
 
 
 async def publish_for_ever(link: MqttLink, topic: str) -> None:

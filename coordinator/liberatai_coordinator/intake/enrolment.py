@@ -22,9 +22,10 @@ from liberatai_coordinator.fleet.joining import DAY_S, Known, answer, door_of
 from liberatai_core.certificate_file import WARN_SHARE, read_dates
 from liberatai_core.certificates import certificate_pem, facts, key_pem, new_key, proves, requested_key
 from liberatai_core.contract.frame import fingerprint
+from liberatai_core.contract.limits import MAX_TEXT
 from liberatai_core.contract.messages import CertificateReply, CertificateRequest, claimed
 from liberatai_core.contract.topics import Place, claim_name
-from liberatai_core.errors import LiberataiError, QuotaError, StateError, TokenError
+from liberatai_core.errors import BusyError, LiberataiError, QuotaError, StateError, TokenError
 from liberatai_core.files import write_durably
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ FIRST_LOOK_S: Final = 5.0
 PENDING_DAYS: Final = 7.0
 """A device that waits for approval may ask again for so long; as long as the registry keeps it."""
 
+MAX_ASKING: Final = 64
+"""Requests that wait; each costs some milliseconds and a write to the disk."""
+SAY_AGAIN_S: Final = 600.0
+MAX_SAID: Final = 10_000
+
+Note = Callable[[str, str, str, str], None]
 Send = Callable[[str, CertificateReply], Awaitable[None]]
 
 
@@ -53,6 +60,7 @@ class Enrolment:
         sync: brings the broker's files up to date.
         renew_link: lets the coordinator's own link connect anew.
         ends_s: end of each device's newest certificate.
+        note: notes an event of the fleet: device, name, code, text.
         fault: what an operator should know of the coordinator's own certificate.
     """
 
@@ -63,10 +71,13 @@ class Enrolment:
     send: Send
     sync: Callable[[], Awaitable[None]]
     renew_link: Callable[[], Awaitable[None]]
+    note: Note
     invitations: Invitations = field(init=False)
     ends_s: dict[str, float] = field(default_factory=dict)
     fault: str = ""
     _given: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _asking: set[str] = field(default_factory=set)
+    _said: dict[tuple[str, str], float] = field(default_factory=dict)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
@@ -80,20 +91,52 @@ class Enrolment:
             if one.role == "device" and one.revoked_s is None:
                 self.ends_s[one.name] = max(one.end_s, self.ends_s.get(one.name, 0.0))
 
-    async def hear(self, request: CertificateRequest, signer: bytes, place: Place) -> None:
-        """Answer a request; who is refused is told the code.
+    def require_turn(self, owner: str) -> None:
+        """Refuse a request of somebody whose last one is not answered yet, or one too many.
 
         Raises:
-            LiberataiError: refused; to be counted by the caller.
+            BusyError: it may come again.
         """
-        async with self._lock:  # one after the other: each reads and writes the authority's files
-            try:
+        if owner in self._asking or len(self._asking) >= MAX_ASKING:
+            raise BusyError(f"{owner}: {len(self._asking)} requests for certificates wait already")
+        self._asking.add(owner)
+
+    async def hear(
+        self,
+        request: CertificateRequest,
+        signer: bytes,
+        place: Place,
+        refused: Callable[[LiberataiError], None],
+    ) -> None:
+        """Answer a request; who is refused is told the code.
+
+        Args:
+            request: verified.
+            signer: public key that verified it.
+            place: what its topic says.
+            refused: counts a refusal.
+        """
+        try:
+            async with self._lock:  # one after the other: each reads and writes the authority's files
                 reply = await self._answer(request, signer, place)
-            except LiberataiError as error:
-                log.warning("no certificate for %s: %s %s", request.device, error.code, error)
-                await self._send(place, self._reply(request, "refused", code=error.code, text=str(error)))
-                raise
+        except LiberataiError as error:
+            refused(error)
+            self._say_refused(request.device, error)
+            reply = self._reply(request, "refused", code=error.code, text=str(error))
+        finally:
+            self._asking.discard(place.owner)
         await self._send(place, reply)
+
+    def _say_refused(self, device: str, error: LiberataiError) -> None:
+        """Log and note a refusal, not the same one again for a while: a device asks again and again."""
+        now_s, kind = clock.monotonic(), (device, error.code)
+        if now_s - self._said.get(kind, -SAY_AGAIN_S) < SAY_AGAIN_S:
+            return
+        if len(self._said) >= MAX_SAID:
+            self._said.clear()
+        self._said[kind] = now_s
+        log.warning("no certificate for %s: %s %s", device, error.code, error)
+        self.note(device, "certificate_refused", error.code, str(error)[:MAX_TEXT])
 
     async def _send(self, place: Place, reply: CertificateReply) -> None:
         try:
@@ -159,7 +202,7 @@ class Enrolment:
             **more,
         }
         if "text" in fields:
-            fields["text"] = str(fields["text"])[:500]
+            fields["text"] = str(fields["text"])[:MAX_TEXT]
         return msgspec.convert(fields, CertificateReply, builtin_types=(bytes,))
 
     def _invited(self, request: CertificateRequest) -> Invitation:
