@@ -1,5 +1,7 @@
 """`liberatai jobs`: trainings, what became of them, and who waits for what."""
 
+# ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
+
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +90,34 @@ def jobs_watch(
         last = watch_screen(client, name, interval) if on_screen() else watch_lines(client, name, interval)
     if last.state != "finished":
         raise typer.Exit(FAILED)
+
+
+@app.command("report", epilog="Example: liberatai jobs report digits --out digits-report")
+def jobs_report(
+    context: typer.Context,
+    name: JobArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for page and record [default: NAME-report]."),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make the report of a job: who answers and why, accuracy, bytes, what each device got and why."""
+    from liberatai_coordinator.pictures import job_report
+
+    with client_of(context) as client, progress(f"reporting {name}"):
+        job = client.jobs.show(name)
+        versions = client.models.log(name) if job.version or job.structures else ()
+        ensemble = client.models.ensemble(name, str(versions[0].version)) if versions else None
+        told = job_report.report_of(job, client.plan(name), client.devices.list(), versions, ensemble)
+        if output.is_table:
+            page, record = job_report.write(told, out or Path(f"{name}-report"))
+    if not output.is_table:
+        show_one(told, output)
+        return
+    measured = "" if told.accuracy is None else f", {told.accuracy:.1%} right on {told.measured}"
+    print(wrapped(f"job {name}: {told.verdict}{measured}", screen_width()))
+    print(f"{page} and {record.name}: written")
 
 
 @app.command("pause", epilog="Example: liberatai jobs pause digits")

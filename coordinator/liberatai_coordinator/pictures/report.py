@@ -143,6 +143,30 @@ def html(report: Report) -> str:
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
+    environment = templates()
+    colours = colours_of(report)
+    page: str = environment.get_template("report.html.j2").render(
+        report=report,
+        colours=colours,
+        ensemble_colour=ENSEMBLE_COLOUR,
+        accuracy_picture=accuracy_picture(
+            report.rounds, colours, "unseen digits recognised, %", report.final.get("centralised")
+        ),
+        bytes_picture=bytes_picture(report.rounds, report.dense_bytes),
+        heat_map=heat_map.table(report.ensemble) if report.ensemble else "",
+        how=heat_map.sentence(report.ensemble) if report.ensemble else "",
+        families=sorted({row.family for row in report.structures}),
+        profiles=len({device.profile for device in report.devices}),
+    )
+    return page + "\n"
+
+
+def templates() -> Any:
+    """Return what makes pages: templates of this folder, sizes and shares as filters.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
     try:
         import jinja2  # noqa: PLC0415 - only the demo needs it
     except ImportError as error:
@@ -155,19 +179,7 @@ def html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "percent": percent}
-    colours = colours_of(report)
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        colours=colours,
-        ensemble_colour=ENSEMBLE_COLOUR,
-        accuracy_picture=accuracy_picture(report, colours),
-        bytes_picture=bytes_picture(report),
-        heat_map=heat_map.table(report.ensemble) if report.ensemble else "",
-        how=heat_map.sentence(report.ensemble) if report.ensemble else "",
-        families=sorted({row.family for row in report.structures}),
-        profiles=len({device.profile for device in report.devices}),
-    )
-    return page + "\n"
+    return environment
 
 
 def colours_of(report: Report) -> dict[str, str]:
@@ -177,42 +189,52 @@ def colours_of(report: Report) -> dict[str, str]:
     return {structure: COLOURS[place % len(COLOURS)] for place, structure in enumerate(ids)}
 
 
-def accuracy_picture(report: Report, colours: Mapping[str, str]) -> str:
-    """Return a data URI: accuracy of every structure and of the ensemble by round."""
+def accuracy_picture(
+    lines: Sequence[RoundLine], colours: Mapping[str, str], what: str, centralised: float | None = None
+) -> str:
+    """Return a data URI: accuracy of every structure and of the ensemble by round.
+
+    Args:
+        lines: the rounds.
+        colours: of the structures.
+        what: was measured, for the axis.
+        centralised: accuracy with all data in one place; None: nobody knows.
+    """
     figure, axes = _axes()
-    rounds = [row.round for row in report.rounds]
+    rounds = [row.round for row in lines]
     for place, (structure, colour) in enumerate(colours.items()):
         axes.plot(
             rounds,
-            [100 * row.accuracy.get(structure, float("nan")) for row in report.rounds],
+            [100 * row.accuracy.get(structure, float("nan")) for row in lines],
             color=colour,
             marker=MARKERS[place % len(MARKERS)],
             markersize=5,
             linewidth=1.8,
             label=structure,
         )
-    ensemble = [100 * row.accuracy.get("ensemble", float("nan")) for row in report.rounds]
-    axes.plot(rounds, ensemble, color=ENSEMBLE_COLOUR, linewidth=3.2, label="ensemble")
-    if "centralised" in report.final:
-        axes.axhline(100 * report.final["centralised"], color="#8c959f", linestyle=(0, (4, 3)), linewidth=1.4)
+    if any("ensemble" in row.accuracy for row in lines):
+        ensemble = [100 * row.accuracy.get("ensemble", float("nan")) for row in lines]
+        axes.plot(rounds, ensemble, color=ENSEMBLE_COLOUR, linewidth=3.2, label="ensemble")
+    if centralised is not None:
+        axes.axhline(100 * centralised, color="#8c959f", linestyle=(0, (4, 3)), linewidth=1.4)
         axes.plot(
             [], [], color="#8c959f", linestyle=(0, (4, 3)), linewidth=1.4, label="all data in one place"
         )
-    axes.set_ylabel("unseen digits recognised, %")
+    axes.set_ylabel(what)
     _round_axis(axes, rounds)
     axes.set_ylim(top=101)
     _legend(figure, axes)
     return _data_uri(figure)
 
 
-def bytes_picture(report: Report) -> str:
+def bytes_picture(lines: Sequence[RoundLine], dense_bytes: int) -> str:
     """Return a data URI: bytes up to each round, against dense float32 FedAvg, on a logarithmic scale."""
     figure, axes = _axes()
-    rounds = [row.round for row in report.rounds]
-    dense_round = report.dense_bytes / max(1, len(rounds))
+    rounds = [row.round for row in lines]
+    dense_round = dense_bytes / max(1, len(rounds))
     dense = [dense_round * (place + 1) for place in range(len(rounds))]
-    up = _running([row.up_bytes for row in report.rounds])
-    down = _running([row.down_bytes for row in report.rounds])
+    up = _running([row.up_bytes for row in lines])
+    down = _running([row.down_bytes for row in lines])
     grey = {"color": "#8c959f", "linestyle": (0, (4, 3))}
     axes.plot(rounds, dense, linewidth=2.2, label="dense FedAvg, up + down", **grey)
     axes.plot(rounds, down, color=COLOURS[0], marker="v", linewidth=2.2, label="LiberatAI, to devices")
