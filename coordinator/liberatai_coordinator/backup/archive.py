@@ -39,6 +39,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]
 
 
+class Owner(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Whose a file is, by names: another machine has other numbers."""
+
+    mode: Annotated[int, Meta(ge=0, le=0o777)]
+    user: str
+    group: str
+
+
 class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is in a backup.
 
@@ -51,6 +59,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         settings: path of the settings file on that machine.
         state_dir: the same of the state folder.
         outside: files that the settings name outside of the state folder: name in the archive to path.
+        owners: of those files: mode (octal), user and group, by name in the archive.
         data: of jobs that had not ended: job to key of its file ("teach.unlabeled") to name in the archive.
         jobs: names of jobs that had not ended.
         lacks: what could not be read, in words.
@@ -67,6 +76,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settings: str
     state_dir: str
     outside: dict[str, str] = {}
+    owners: dict[str, Owner] = {}
     data: dict[str, dict[str, str]] = {}
     jobs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()

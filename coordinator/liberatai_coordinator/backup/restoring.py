@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from liberatai_coordinator.backup import archive
-from liberatai_coordinator.backup.archive import Contents, Progress
+from liberatai_coordinator.backup.archive import Contents, Owner, Progress
 from liberatai_coordinator.config import FILES, FOLDERS, CoordinatorConfig, JobSpec
 from liberatai_coordinator.jobs.renewal import renew
 from liberatai_coordinator.store.database import require_unused
@@ -81,9 +81,9 @@ def restore(
             epoch = _take_place(Path(work) / "state", places)
             renamed = [_out_of_the_way(old) for old in in_the_way]
             for name, target in places.outside.items():
-                _put(Path(work) / name, target)
+                _put(Path(work) / name, target, contents.owners.get(name))
             (Path(work) / "settings.yaml").write_text(text, encoding="utf-8")
-            _put(Path(work) / "settings.yaml", places.settings, mode=0o644)
+            _put(Path(work) / "settings.yaml", places.settings, Owner(mode=0o644, user="", group=""))
             _put_folder(Path(work) / "state", places.state_dir)
     except OSError as error:
         raise DiskError(f"{error.filename or places.state_dir}: {error.strerror or error}") from None
@@ -198,10 +198,20 @@ def _take_place(state: Path, places: _Places) -> int:
         ledger.close()
 
 
-def _put(source: Path, target: Path, mode: int = 0o600) -> None:
+def _put(source: Path, target: Path, owner: Owner | None) -> None:
+    """Move a file to its place; whose it was, it is again, where those names are known."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    source.chmod(mode)
     shutil.move(source, target)
+    if owner is None:
+        return
+    if os.geteuid() == 0:
+        if owner.user:
+            with suppress(LookupError):
+                shutil.chown(target, user=owner.user)
+        if owner.group:
+            with suppress(LookupError):
+                shutil.chown(target, group=owner.group)
+    target.chmod(owner.mode)
 
 
 def _put_folder(source: Path, target: Path) -> None:

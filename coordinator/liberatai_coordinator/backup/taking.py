@@ -4,7 +4,9 @@ The ledger is copied as one snapshot. Files of versions are named by their conte
 ones are removed: hard links hold those that the snapshot needs until they are in the archive.
 """
 
+import grp
 import os
+import pwd
 import re
 import shutil
 import tempfile
@@ -17,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from liberatai_coordinator.backup import archive
-from liberatai_coordinator.backup.archive import Contents, Entry, Progress
+from liberatai_coordinator.backup.archive import Contents, Entry, Owner, Progress
 from liberatai_coordinator.config import FILES, FOLDERS, CoordinatorConfig, JobSpec
 from liberatai_coordinator.jobs.queue import LIVE
 from liberatai_coordinator.store.database import Database
@@ -63,7 +65,7 @@ def take(
             _held(state) as held,
         ):
             sources, snapshot = _snapshot(state, Path(work), held)
-            found: dict[str, Any] = {"outside": {}, "data": {}, "jobs": (), "lacks": []}
+            found: dict[str, Any] = {"outside": {}, "owners": {}, "data": {}, "jobs": (), "lacks": []}
             try:
                 keep = _Keep(Path(work))
                 found["links"] = _add_state(state, held, sources, keep)
@@ -203,7 +205,18 @@ def _add_settings(
             found["lacks"].append(f"{path}: cannot be read")
             continue
         sources[f"outside/{number}"] = keep(path)
+        found["owners"][f"outside/{number}"] = _owner(path)
         found["outside"][f"outside/{number}"] = os.path.normpath(path.absolute())
+
+
+def _owner(path: Path) -> Owner:
+    status = path.stat()
+    user = group = ""
+    with suppress(KeyError):
+        user = pwd.getpwuid(status.st_uid).pw_name
+    with suppress(KeyError):
+        group = grp.getgrgid(status.st_gid).gr_name
+    return Owner(mode=status.st_mode & 0o777, user=user, group=group)
 
 
 def _add_data(snapshot: Database, sources: dict[str, Path], found: dict[str, Any]) -> None:

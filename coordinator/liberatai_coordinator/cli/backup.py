@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FileArgument = Annotated[Path, typer.Argument(help="The backup.")]
 PROGRESS_S = 1.0
+SERVICE, BROKER = "liberatai-coordinator", "mosquitto"
+"""Names of the units, see deploy/systemd."""
 
 app = group("Keep the coordinator in one file, and put it back.", "liberatai backup create /mnt/backups")
 
@@ -75,6 +77,9 @@ def backup_restore(
     serve: Annotated[
         bool, typer.Option("--serve", help="Run the coordinator in the foreground then.")
     ] = False,
+    start: Annotated[
+        bool, typer.Option("--start", help="Start the services then, the broker's too if it is ours.")
+    ] = False,
 ) -> None:
     """Put a coordinator back from its backup. It takes the place of the one that was backed up, for good."""
     from liberatai_coordinator.backup import restoring
@@ -86,6 +91,9 @@ def backup_restore(
     for line in done.contents.lacks:
         print(f"  the backup was made without {line}")
     print("Whoever still runs with its key is shut out: it stops by itself, and does not start again.")
+    if start:
+        _start_services(with_broker=coordinator_config(done.settings).broker_dir is not None)
+        return
     if not serve:
         print(f"next: liberatai serve --config {done.settings}")
         return
@@ -96,6 +104,22 @@ def backup_restore(
     from liberatai_coordinator import wiring
 
     raise typer.Exit(wiring.serve(settings))
+
+
+def _start_services(*, with_broker: bool) -> None:
+    import subprocess
+
+    from liberatai_core.errors import StateError
+
+    services = [BROKER, SERVICE] if with_broker else [SERVICE]
+    command = ["systemctl", "enable", "--now", *services]
+    try:
+        done = subprocess.run(command, check=False)
+    except OSError as error:
+        raise StateError(f"{' '.join(command)}: {error.strerror}") from None
+    if done.returncode:
+        raise StateError(f"{' '.join(command)} failed: see `systemctl status {' '.join(services)}`")
+    print(f"{' and '.join(services)} run")
 
 
 def _summary(contents: "Contents") -> str:

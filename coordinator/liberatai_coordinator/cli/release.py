@@ -20,6 +20,7 @@ app = group(
     "Sign releases of the agent.", "liberatai release sign --key release.key --number 7 --out 0.2.0.release"
 )
 DAY_S = 86_400.0
+PROFILES = "liberatai_core/data/device_profiles"
 
 
 @app.command("keygen", epilog="Example: liberatai release keygen --out release.key")
@@ -119,18 +120,28 @@ def _files(source: Path | None) -> Iterator[tuple[str, Path]]:
     from liberatai_core import release
 
     for package in release.PACKAGES:
-        if source is not None:
-            folder = source / package
-        else:
-            found = importlib.util.find_spec(package)
-            places = found.submodule_search_locations if found is not None else None
-            folder = Path(next(iter(places))) if places else Path(package)
+        folder = _package(package) if source is None else source / package
         if not (folder / "__init__.py").is_file():
             raise ConfigError(str(folder), [f"no package {package} there"])
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder.parent).as_posix()
             if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
                 yield name, path
+
+    if source is None or not (source / PROFILES).is_dir():
+        # In a checkout the profiles lie elsewhere; as a package they lie in it.
+        from liberatai_core.profile import shipped_profiles
+
+        if not shipped_profiles().is_relative_to(_package("liberatai_core")):
+            yield from (
+                (f"{PROFILES}/{path.name}", path) for path in sorted(shipped_profiles().glob("*.yaml"))
+            )
+
+
+def _package(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    places = found.submodule_search_locations if found is not None else None
+    return Path(next(iter(places))) if places else Path(name)
 
 
 def _requires() -> dict[str, str]:

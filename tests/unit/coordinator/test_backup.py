@@ -52,6 +52,7 @@ class Machine:
         (folder / "samples").mkdir()
         (folder / "samples" / "u.npz").write_bytes(b"samples")
         (folder / "etc" / "ca.crt").write_text("ca")
+        (folder / "etc" / "ca.crt").chmod(0o640)
         self.settings.write_text(
             "# ours\nfleet: f\nbroker: mqtts://here:8883\nca_file: ca.crt # the CA\nstate_dir: ../var\n"
         )
@@ -324,6 +325,7 @@ def test_a_backup_goes_back_to_where_it_was_and_renames_what_stands_there(
         restored(backup, None, force=True)
     done = restored(backup, None, force=True)
     assert (machine.state / "coordinator.key").read_bytes() == b"k" * 32
+    assert (machine.folder / "etc" / "ca.crt").stat().st_mode & 0o777 == 0o640
     assert done.settings == machine.settings
     assert {path.name for path in done.renamed} == {
         "coordinator.yaml.before-restore-1",
