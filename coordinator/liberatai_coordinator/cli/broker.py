@@ -68,6 +68,7 @@ def broker_init(
         state_dir=broker_state.absolute(),
         plugins=plugins or _plugins(),
     )
+    _make_state(state)
     authority = _authority(state / "ca", fleet)
     # The coordinator on this machine reaches it by these names, too.
     broker_files.init(plan, authority, coordinator, list(dict.fromkeys((*host, "localhost", "127.0.0.1"))))
@@ -168,6 +169,15 @@ def _plugins() -> str:
 
     found = sorted(Path(PLUGINS).glob("*-linux-gnu*/mosquitto_acl_file.so"))
     return str(found[0].parent) if found else PLUGINS
+
+
+def _make_state(state: Path) -> None:
+    from liberatai_core.files import make_folder
+
+    try:
+        make_folder(state)
+    except OSError as error:
+        raise DiskError(f"{state}: {error.strerror}") from error
 
 
 def _authority(folder: Path, fleet: str) -> "Authority":

@@ -563,6 +563,16 @@ class Fleet:
             self._watch(name, device.alive_s + device.silence_s)
         return device
 
+    def knock(self, device: str, public_key: bytes) -> bool:
+        """Note that somebody who was invited asks for the name of a known device with another key.
+
+        Returns:
+            Whether it is the first time.
+        """
+        self.require_alive(public_key)
+        self._knock(device, public_key, 0)
+        return self.knocks[device].times == 1 if device in self.knocks else False
+
     def _knock(self, name: str, public_key: bytes, session: int) -> None:
         before = self.knocks.get(name)
         if before is None and len(self.knocks) >= MAX_KNOCKS:

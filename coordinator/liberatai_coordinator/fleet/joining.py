@@ -13,7 +13,6 @@ from liberatai_core.errors import (
     ExpiredError,
     RevokedError,
     SignatureError,
-    StateError,
     TopicError,
     UnknownDeviceError,
 )
@@ -45,8 +44,8 @@ def answer(
     known: Known,
     now_s: float,
     grace_s: float,
-) -> Literal["issue", "pending"]:
-    """Return what is done about a request.
+) -> Literal["issue", "pending", "knock"]:
+    """Return what is done about a request; "knock": the name has another key, which an operator may replace.
 
     Args:
         request: verified.
@@ -59,20 +58,17 @@ def answer(
     Raises:
         SignatureError: it carries another key than it is signed with, or the name has another key.
         RevokedError: the device is shut out. UnknownDeviceError: nobody let it in.
-        ExpiredError: its certificate ended too long ago. StateError: the name is another device's.
+        ExpiredError: its certificate ended too long ago.
     """
     device = known.device
     if request.public_key != signer:
         raise SignatureError("the request carries another key than it is signed with")
-    if device is not None and device.public_key != signer:
-        if known.approval is None:
-            raise SignatureError(f"{device.id} has another key")
-        raise StateError(
-            f"a device {device.id} with another key is in the fleet: take another name, or let the operator "
-            f"remove or rekey it"
-        )
+    if device is not None and device.public_key != signer and known.approval is None:
+        raise SignatureError(f"{device.id} has another key")
     if device is not None and device.status == "quarantined":
         raise RevokedError(f"{device.id} is quarantined: {device.reason}")
+    if device is not None and device.public_key != signer:
+        return "knock"
     if known.approval is not None:
         is_in = known.approval == "auto" or (device is not None and device.status == "approved")
         return "issue" if is_in else "pending"

@@ -163,6 +163,9 @@ class Enrolment:
         decided = answer(request, signer, door, known, clock.wall(), self.config.joining.rejoin_days * DAY_S)
         if decided == "issue":
             self._require_quota(name)
+        if decided == "knock" and invitation is not None:
+            await asyncio.to_thread(self.invitations.use, invitation.claim, name, signer)
+            return self._knocked(request, signer)
         if invitation is not None:
             invitation = await asyncio.to_thread(self.invitations.use, invitation.claim, name, signer)
             status: Status = "approved" if decided == "issue" else "pending"
@@ -191,6 +194,19 @@ class Enrolment:
         self.ends_s[name] = facts(certificate).end_s
         log.info("%s has a new certificate, key %s", name, fingerprint(signer))
         return self._reply(request, "issued", certificate=certificate, claim=claim, profile=profile)
+
+    def _knocked(self, request: CertificateRequest, signer: bytes) -> CertificateReply:
+        """Tell the operator that a device which was set up anew asks for its old name, and let it wait."""
+        name, mark = request.device, fingerprint(signer)
+        if self.fleet.knock(name, signer):
+            rekey = f"liberatai devices rekey {name} --key {mark}"
+            log.warning("another key asks for the name %s: `%s`", name, rekey)
+            self.note(name, "knocking", StateError.code, f"key {mark}")
+        text = (
+            f"a device {name} with another key is in the fleet: coordinator {self.config.coordinator} has to "
+            f"take this one (rekey), key {mark}; or join with another name"
+        )
+        return self._reply(request, "pending", text=text)
 
     def _reply(self, request: CertificateRequest, state: str, **more: object) -> CertificateReply:
         fields = {
