@@ -26,6 +26,7 @@ from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.fleet.facts import facts_of
 from liberatai_coordinator.intake.enrolment import Enrolment
 from liberatai_coordinator.intake.fencing import Fencing
+from liberatai_coordinator.intake.flow import Flow
 from liberatai_coordinator.intake.frames import Frame, Frames, Opened
 from liberatai_coordinator.intake.presence import LEAF, Presence
 from liberatai_coordinator.intake.updates import Updates
@@ -56,7 +57,7 @@ from liberatai_core.contract.messages import (
     Update,
 )
 from liberatai_core.contract.topics import Place, Topics, parse
-from liberatai_core.errors import FrameError, LiberataiError, SignatureError, TopicError
+from liberatai_core.errors import FrameError, LiberataiError, QuotaError, SignatureError, TopicError
 from liberatai_core.link.link import Connected, Disconnected, Link, Received, Refused
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Service:
     shadows: Shadows = field(init=False)
     rollouts: Rollouts = field(init=False)
     connected: str = ""
+    flow: Flow = field(default_factory=Flow)
     broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
     started_s: float = field(default_factory=clock.wall)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -373,6 +375,7 @@ class Service:
             if place.side == "co":
                 self._own_presence(frame)
             elif event.payload:
+                self._require_calm(frame)
                 self.frames.add(frame)
                 return
         except LiberataiError as error:
@@ -380,6 +383,17 @@ class Service:
         except Exception:
             log.exception("fault while handling a message on %s", event.topic)
         self.link.ack(event.token)
+
+    def _require_calm(self, frame: Frame) -> None:
+        """Refuse a flood before anything of it is looked at; parts of uploads have bounds of their own.
+
+        Raises:
+            QuotaError: the device says too much.
+        """
+        place = frame.place
+        counted = place.side == "up" and place.part is None and not frame.retained
+        if counted and not self.flow.may(place.owner, clock.monotonic()):
+            raise QuotaError(f"{place.owner} says more than a device has to say")
 
     def _own_presence(self, frame: Frame) -> None:
         if frame.place.owner == self.config.coordinator and frame.payload:
