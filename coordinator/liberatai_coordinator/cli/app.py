@@ -29,6 +29,7 @@ from liberatai_coordinator.cli import (
     release,
     rollout,
     shadow,
+    sim,
 )
 from liberatai_coordinator.cli.kit import DEFAULT_SOCKET, FAILED, complain, group
 from liberatai_core.errors import LiberataiError
@@ -48,6 +49,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(plan.app, name="plan")
 app.add_typer(profiles.app, name="profiles")
 app.add_typer(release.app, name="release")
+app.add_typer(sim.app, name="sim")
 app.command(epilog="Example: liberatai serve --config /etc/liberatai/coordinator.yaml")(programs.serve)
 app.command(epilog="Example: liberatai demo --devices 8 --rounds 12 --report demo-report")(programs.demo)
 app.command(epilog="Example: liberatai version")(programs.version)

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -113,6 +113,7 @@ def agent_process(
     account: Account,
     coordinator_key: str,
     profiles_dir: Path | None,
+    prepare: Callable[[], None] | None = None,
 ) -> Process:
     """Write an agent's settings, and return its process, not yet started.
 
@@ -124,6 +125,7 @@ def agent_process(
         account: at the broker.
         coordinator_key: public key of the coordinator, in hex.
         profiles_dir: folder of the hardware classes that devices name.
+        prepare: sets limits, in the child.
     """
     profile = device.profile
     settings = {
@@ -140,7 +142,10 @@ def agent_process(
     }
     path = _write_settings(folder / "agent.yaml", settings)
     return Process(
-        device.id, processes.command("liberatai_agent", "run", "--config", str(path)), folder / "agent.log"
+        device.id,
+        processes.command("liberatai_agent", "run", "--config", str(path)),
+        folder / "agent.log",
+        prepare,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -55,6 +55,9 @@ class LocalFleet:
         broker: str = "auto",
         fleet: str = "demo",
         profiles_dir: Path | None = None,
+        url_of: Callable[[str, str], str] = lambda _, url: url,
+        limits_of: Callable[[str], Callable[[], None] | None] = lambda _: None,
+        idle: Collection[str] = (),
     ) -> None:
         """Set up, without starting anything.
 
@@ -65,7 +68,11 @@ class LocalFleet:
                 name:password@ where it wants them (one account must then do for all).
             fleet: name in every topic.
             profiles_dir: folder of the hardware classes that `devices` name.
+            url_of: gives the URL at which a device finds the broker, from its name and the broker's own URL.
+            limits_of: gives what sets the limits of a device's process, in the child.
+            idle: devices that are not started yet.
         """
+        self._url_of, self._limits_of, self._idle = url_of, limits_of, frozenset(idle)
         self.folders, self.devices, self.fleet = Folders(folder), tuple(devices), fleet
         self.broker: RunningBroker | None = None
         self._wanted, self._profiles_dir = broker, profiles_dir
@@ -118,6 +125,18 @@ class LocalFleet:
         """Start an agent again on its old state; kills it first if it runs."""
         self._agents[device].kill()
         self._agents[device].start()
+
+    def start_agent(self, device: str) -> None:
+        """Start an agent, unless it runs."""
+        self._agents[device].start()
+
+    def stop_agent(self, device: str) -> None:
+        """Let an agent say goodbye and end."""
+        self._agents[device].stop()
+
+    def is_running(self, device: str) -> bool:
+        """Whether an agent's process runs."""
+        return self._agents[device].pid is not None
 
     def kill_coordinator(self) -> None:
         """End the coordinator as a crash does (SIGKILL)."""
@@ -181,13 +200,15 @@ class LocalFleet:
                 folders.agent(device.id),
                 self.fleet,
                 device,
-                url,
+                self._url_of(device.id, url),
                 accounts[device.id],
                 coordinator_key,
                 self._profiles_dir,
+                self._limits_of(device.id),
             )
             self._agents[device.id] = agent
-            agent.start()
+            if device.id not in self._idle:
+                agent.start()
         self.client = Client(folders.socket)
         _wait_for(self.client, self._coordinator)
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +30,11 @@ ENVIRONMENT: Final = {
 class Process:
     """One child process with a log file; it dies with us, and Ctrl-C does not reach it."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
-        self.name, self.log, self._command = name, log, list(command)
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """Set up; `prepare` runs in the child before the program: it sets limits."""
+        self.name, self.log, self._command, self._prepare = name, log, list(command), prepare
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,7 +56,7 @@ class Process:
         def keep() -> None:
             try:
                 with self.log.open("ab") as log:
-                    child = _popen(self._command, log.fileno())
+                    child = _popen(self._command, log.fileno(), self._prepare)
             except OSError as error:
                 failed.append(error)
                 ready.set()
@@ -88,6 +91,12 @@ class Process:
         self.wait()
         self._child = None
 
+    def stop(self) -> None:
+        """Ask it to end, and wait for that; from now on it is not missed."""
+        self.signal(signal.SIGTERM)
+        self.wait()
+        self._child = None
+
     def require_alive(self) -> None:
         """Raise LinkError with the end of its log if the process has ended by itself."""
         if self._child is not None and (code := self._child.poll()) is not None:
@@ -102,11 +111,13 @@ class Process:
         return "\n".join(f"  {line}" for line in lines) or "  (empty)"
 
 
-def _popen(command: list[str], log_fd: int) -> subprocess.Popen[bytes]:
+def _popen(command: list[str], log_fd: int, prepare: Callable[[], None] | None) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if prepare is not None:
+            prepare()
 
     return subprocess.Popen(
         command,
@@ -115,5 +126,5 @@ def _popen(command: list[str], log_fd: int) -> subprocess.Popen[bytes]:
         stderr=log_fd,
         env=processes.environment(also=ENVIRONMENT),
         start_new_session=True,  # Ctrl-C is ours: we stop them in order
-        preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
+        preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - a few system calls
     )

@@ -200,7 +200,7 @@ def accuracy_picture(
         what: was measured, for the axis.
         centralised: accuracy with all data in one place; None: nobody knows.
     """
-    figure, axes = _axes()
+    figure, axes = axes_of()
     rounds = [row.round for row in lines]
     for place, (structure, colour) in enumerate(colours.items()):
         axes.plot(
@@ -223,13 +223,13 @@ def accuracy_picture(
     axes.set_ylabel(what)
     _round_axis(axes, rounds)
     axes.set_ylim(top=101)
-    _legend(figure, axes)
-    return _data_uri(figure)
+    legend(figure, axes)
+    return data_uri(figure)
 
 
 def bytes_picture(lines: Sequence[RoundLine], dense_bytes: int) -> str:
     """Return a data URI: bytes up to each round, against dense float32 FedAvg, on a logarithmic scale."""
-    figure, axes = _axes()
+    figure, axes = axes_of()
     rounds = [row.round for row in lines]
     dense_round = dense_bytes / max(1, len(rounds))
     dense = [dense_round * (place + 1) for place in range(len(rounds))]
@@ -243,8 +243,8 @@ def bytes_picture(lines: Sequence[RoundLine], dense_bytes: int) -> str:
     axes.yaxis.set_major_formatter(lambda count, _: size(count))
     axes.set_ylabel("carried so far, all devices")
     _round_axis(axes, rounds)
-    _legend(figure, axes)
-    return _data_uri(figure)
+    legend(figure, axes)
+    return data_uri(figure)
 
 
 def size(count: float) -> str:
@@ -269,14 +269,14 @@ def _running(values: Sequence[int]) -> list[int]:
     return sums
 
 
-def _axes() -> tuple[Any, Any]:
+def axes_of(size: tuple[float, float] = (5.4, 4.4)) -> tuple[Any, Any]:
     """Return a figure without a global state (no pyplot: other threads may draw too)."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - only the demo needs it
     except ImportError as error:
         raise MissingExtraError("the report needs matplotlib: pip install 'liberatai[demo]'") from error
     # Narrow and with large letters: still readable when a telephone shows it at half the size.
-    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#d0d7de")
@@ -289,7 +289,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _round_axis(axes: Any, rounds: Sequence[int]) -> None:
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - see _axes
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - see axes_of
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
@@ -297,12 +297,14 @@ def _round_axis(axes: Any, rounds: Sequence[int]) -> None:
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
+    """Let a legend stand below the picture."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=12)
 
 
-def _data_uri(figure: Any) -> str:
+def data_uri(figure: Any) -> str:
+    """Return a picture as a page holds it."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=180, facecolor="white")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -88,11 +88,14 @@ class Record(Value, frozen=True, kw_only=True):
 
     Attributes:
         figure: what `points` show: "accuracy" or "distance".
+        began_s: second at which the job was created, on the clock of the devices' moments.
         job_s: seconds of the job; virtual ones in the virtual backend.
         wall_s, rss_mb: what the simulation took; memory in 10^6 bytes.
         updates: receipted.
-        update_bytes: of their frames.
-        blob_bytes: of files that devices fetched, each as often as it was fetched.
+        update_bytes: of their frames (virtual).
+        last_body_bytes: of the newest sparse stream of every device.
+        file_bytes: of the newest version's files by structure.
+        blob_bytes: of files that devices fetched, each as often as it was fetched (virtual).
         up_bytes, down_bytes: through all links.
         lost: updates that were receipted and are in no version and no abandoned round.
         digests: of the newest weights by structure.
@@ -107,17 +110,20 @@ class Record(Value, frozen=True, kw_only=True):
     state: str
     reason: str = ""
     figure: str = "accuracy"
+    began_s: float = 0.0
     job_s: float
     wall_s: float
     rss_mb: float = 0.0
     known: int
     updates: int
-    update_bytes: int
-    blob_bytes: int
+    update_bytes: int = 0
+    last_body_bytes: int = 0
+    blob_bytes: int = 0
     up_bytes: int
     down_bytes: int
     lost: int = 0
     digests: dict[str, str]
+    file_bytes: dict[str, int] = {}
     rounds: tuple[RoundRecord, ...] = ()
     devices: tuple[DeviceRecord, ...] = ()
     faults: tuple[FaultRecord, ...] = ()

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.sim.fleet_file import FleetFile
+from liberatai_coordinator.sim.line import Line
 from liberatai_coordinator.sim.record import Record
 from liberatai_coordinator.sim.scenario import load_scenario, scenario_names
-from liberatai_coordinator.sim.virtual.line import Line
 from liberatai_coordinator.sim.virtual.world import Given, quick_folder, simulate
 from liberatai_core.profile import Network, load_profile, profile_names
 

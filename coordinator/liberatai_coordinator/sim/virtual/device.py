@@ -24,9 +24,9 @@ from liberatai_agent.hearing import Ear
 from liberatai_agent.privacy import outward
 from liberatai_agent.training import rounds_away, update_of, work_of
 from liberatai_coordinator.fleet.plan import training_s
+from liberatai_coordinator.sim.line import Line
 from liberatai_coordinator.sim.virtual.disk import Disk, Stored
 from liberatai_coordinator.sim.virtual.learning import Learn
-from liberatai_coordinator.sim.virtual.line import Line
 from liberatai_core import __version__
 from liberatai_core.contract.chunks import count
 from liberatai_core.contract.frame import Signer, expect, seal
@@ -120,6 +120,7 @@ class Device:
         running: it has been started and not crashed.
         busy_s: virtual seconds that it trained.
         rounds: updates that were receipted.
+        body_bytes: of the newest sparse stream.
     """
 
     __slots__ = (
@@ -133,6 +134,7 @@ class Device:
         "_training",
         "_world",
         "body",
+        "body_bytes",
         "busy_s",
         "connected_s",
         "disk",
@@ -158,7 +160,7 @@ class Device:
         self.disk = Disk()
         self.skew_s = 0.0
         self.running = False
-        self.busy_s, self.rounds = 0.0, 0
+        self.busy_s, self.rounds, self.body_bytes = 0.0, 0, 0
         self.phase = ""
         self.connected_s = 0.0
         self.telemetry_s = body.capability.telemetry_s
@@ -292,6 +294,7 @@ class Device:
             self.line.send(self._world.loop.time(), SUBSCRIBE_BYTES + len(topic_filter))
             broker.subscribe(connection, topic_filter)
         self._happened(on.LinkUp(session_present=known, packet_bytes=broker.max_packet_bytes))
+        self._world.note(self, self.phase)
 
     def _lost(self, connection: Connection, reason: str) -> None:
         if connection is not self._connection:
@@ -301,6 +304,7 @@ class Device:
         for blob in list(self._fetching):
             self._fetch_failed(blob, "E_LINK", reason)
         self._happened(on.LinkDown())
+        self._world.note(self, "away")
         self._retry(
             Loss(reason, code=0x8E if "taken over" in reason else 0),
             self._world.loop.time() - self.connected_s,
@@ -579,6 +583,7 @@ class Device:
         except LiberataiError as error:
             self._happened(on.StoreFailed(update_id=uid, code=error.code, text=str(error)))
             return
+        self.body_bytes = len(update.body)
         self._happened(
             on.OutboxStored(
                 update_id=uid,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import resource
 import shutil
@@ -28,13 +29,13 @@ from liberatai_coordinator.jobs.tasks import RUN
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.sim import scenario as scenarios
 from liberatai_coordinator.sim.fleet_file import FleetFile
+from liberatai_coordinator.sim.line import Line
 from liberatai_coordinator.sim.record import DeviceRecord, FaultRecord, Moment, Point, Record, RoundRecord
 from liberatai_coordinator.sim.scenario import Happening, Scenario
 from liberatai_coordinator.sim.virtual.device import Body, Device
 from liberatai_coordinator.sim.virtual.disk import Stored
 from liberatai_coordinator.sim.virtual.hostile import Hostile
 from liberatai_coordinator.sim.virtual.learning import Drawn, Trained
-from liberatai_coordinator.sim.virtual.line import Line
 from liberatai_coordinator.sim.virtual.loop import VirtualLoop
 from liberatai_coordinator.store.rows import DeviceRow
 from liberatai_core import __version__
@@ -59,6 +60,7 @@ SHOWN: Final = 60
 """Devices whose moments are kept."""
 HOLDERS: Final = 3
 """Devices that are named as those who held a round."""
+YOUNG_OBJECTS: Final = 100_000
 SETTLED_S: Final = 5.0
 """After the start of the last device: they are there before the job is created."""
 SPREAD_S: Final = 2.0
@@ -111,6 +113,9 @@ def simulate(given: Given, folder: Path) -> Record:
     Raises:
         ConfigError: a faulty fleet. TrainingError: the job did not end in `limit_s`.
     """
+    gc.freeze()  # what the imports left stays; devices are few cycles and many objects
+    before = gc.get_threshold()
+    gc.set_threshold(YOUNG_OBJECTS, *before[1:])
     loop = VirtualLoop()
     began_s = time.monotonic()
     with clock.replaced(loop.time, loop.wall), contextlib.closing(loop):
@@ -119,6 +124,8 @@ def simulate(given: Given, folder: Path) -> Record:
             record = loop.run_until_complete(VirtualFleet(loop, given, folder).run())
         finally:
             asyncio.set_event_loop(None)
+            gc.set_threshold(*before)
+            gc.unfreeze()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return replace(record, wall_s=time.monotonic() - began_s, rss_mb=round(peak, 1))
 
@@ -566,16 +573,19 @@ class VirtualFleet:
             state=view.state,
             reason=view.reason or "",
             figure="distance" if given.fleet.training == "drawn" else "accuracy",
+            began_s=round(began_s, 3),
             job_s=round(self.loop.time() - began_s, 3),
             wall_s=0.0,
             known=len(self._names),
             updates=len(self._receipts),
             update_bytes=sum(self._receipts.values()),
+            last_body_bytes=sum(device.body_bytes for device in self.devices.values()),
             blob_bytes=self._blob_bytes,
             up_bytes=sum(one.up_bytes for one in devices),
             down_bytes=sum(one.down_bytes for one in devices),
             lost=len(self._receipts.keys() - stored),
             digests=dict(newest.digests),
+            file_bytes=dict(newest.bytes),
             rounds=tuple(rounds),
             devices=tuple(devices),
             faults=tuple(self._faults),
