@@ -19,6 +19,8 @@ from liberatai_agent import cli as agent_cli
 from liberatai_agent.config import AgentConfig, parse_config
 from liberatai_coordinator.cli import app as coordinator_cli
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec, parse_job
+from liberatai_coordinator.sim.fleet_file import FleetFile
+from liberatai_coordinator.sim.scenario import Scenario
 from liberatai_core import settings
 from liberatai_core.contract import messages
 
@@ -152,13 +154,15 @@ def test_settings_files_in_the_documents_are_taken_by_the_programs(document: Pat
         if language != "yaml":
             continue
         title = content.splitlines()[0].removeprefix("# ")
-        assert title in {"coordinator.yaml", "agent.yaml", "job.yaml"}, (
+        assert title in {"coordinator.yaml", "agent.yaml", "job.yaml", "fleet.yaml", "scenario.yaml"}, (
             "the first line of a YAML block names its file"
         )
         if title == "job.yaml":
             parse_job(content, title)
         elif title == "agent.yaml":
             parse_config(content, title, ROOT)
+        elif title in {"fleet.yaml", "scenario.yaml"}:
+            settings.parse(content, FleetFile if title == "fleet.yaml" else Scenario, title)
         else:
             settings.parse(content, CoordinatorConfig, title)
 

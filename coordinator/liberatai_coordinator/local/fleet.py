@@ -136,7 +136,8 @@ class LocalFleet:
 
     def is_running(self, device: str) -> bool:
         """Whether an agent's process runs."""
-        return self._agents[device].pid is not None
+        agent = self._agents.get(device)
+        return agent is not None and agent.pid is not None
 
     def kill_coordinator(self) -> None:
         """End the coordinator as a crash does (SIGKILL)."""

@@ -21,7 +21,14 @@ from liberatai_coordinator.sim.process.limits import limits_of
 from liberatai_coordinator.sim.process.proxy import Proxies, Proxy
 from liberatai_coordinator.sim.record import DeviceRecord, FaultRecord, Moment, Point, Record, RoundRecord
 from liberatai_coordinator.sim.scenario import Happening, Scenario
-from liberatai_core.errors import ConfigError, LiberataiError, NotFoundError, StateError, TrainingError
+from liberatai_core.errors import (
+    ConfigError,
+    LiberataiError,
+    LinkError,
+    NotFoundError,
+    StateError,
+    TrainingError,
+)
 
 POLL_S: Final = 0.25
 SPARE: Final = 2
@@ -130,7 +137,9 @@ class ProcessFleet:
                 record = self._watch()
                 self._stop.set()
                 happening.join()
-                return replace(record, wall_s=round(time.monotonic() - started_s, 3))
+            # Stopped: every agent has written its last words.
+            seconds = round(time.monotonic() - started_s, 3)
+            return replace(record, wall_s=seconds, last_body_bytes=self._last_bodies())
         finally:
             self._stop.set()
             self._links.close()
@@ -143,17 +152,13 @@ class ProcessFleet:
         client, job = self._fleet.client, self._given.job.name
         seen = 0
         while not self._stop.is_set():
-            try:
-                view = client.jobs.show(job)
-            except LiberataiError:  # it was killed, and comes back
-                self._stop.wait(POLL_S)
-                continue
-            self._view = view
-            self._given.on_round(view)
-            seen = self._evaluate(seen)
+            with contextlib.suppress(LinkError):  # it was killed on purpose, and comes back
+                self._view = view = client.jobs.show(job)
+                self._given.on_round(view)
+                seen = self._evaluate(seen)
+                if view.state in ENDED:
+                    return self._record(view)
             self._look()
-            if view.state in ENDED:
-                return self._record(view)
             with self._lock:
                 self._fleet.require_alive()
             self._stop.wait(POLL_S)
@@ -338,6 +343,11 @@ class ProcessFleet:
             "seconds": round(time.monotonic() - self._began_s, 1),
         }
 
+    def _last_bodies(self) -> int:
+        """Return the bytes of every device's newest sparse stream."""
+        last = [self._fleet.status(name).get("last_training") or {} for name in self._all]
+        return sum(int(one.get("update_bytes", 0)) for one in last)
+
     # --- the end -------------------------------------------------------------------------------
 
     def _record(self, view: JobView) -> Record:
@@ -377,7 +387,6 @@ class ProcessFleet:
         except NotFoundError:
             versions = ()
         newest = max(versions, key=lambda one: one.version, default=None)
-        last = [self._fleet.status(name).get("last_training") or {} for name in self._active]
         return Record(
             fleet=given.fleet.fleet,
             backend="process",
@@ -391,7 +400,6 @@ class ProcessFleet:
             wall_s=0.0,
             known=len(told),
             updates=sum(one.rounds for one in devices),
-            last_body_bytes=sum(int(one.get("update_bytes", 0)) for one in last),
             up_bytes=sum(one.up_bytes for one in devices),
             down_bytes=sum(one.down_bytes for one in devices),
             digests=dict(newest.digests) if newest else {},
