@@ -56,11 +56,11 @@ class Expected:
 
 EXPECTED = {
     "steady": Expected(0),
-    "flaky-wifi": Expected(5, slower=True, missing=1),
+    "flaky-wifi": Expected(5, missing=1),
     "commuter-lte": Expected(3, slower=True, missing=1),
     "brown-out": Expected(1, rounds=16),
     "broker-restart": Expected(2, slower=True),
-    "partition": Expected(6, slower=True, missing=18),
+    "partition": Expected(6, missing=18),
     "clock-skew": Expected(4, missing=3),
     "cloned-identity": Expected(1),
     "full-disk": Expected(4, slower=True),
