@@ -150,6 +150,8 @@ def _number(name: str, value: float) -> str:
         return rate_text(value)
     if name == "bytes" or name.endswith("_bytes"):
         return size_text(value)
+    if name.endswith("end_s") and not value:
+        return NONE
     if name.endswith(("_s", "_at", "seconds")):
         # A second of this century, or a number of seconds.
         return when_text(value) if value >= _CENTURY_S or name.endswith(_TIMES) else duration_text(value)
@@ -215,4 +217,4 @@ _CENTURY_S: Final = 946_684_800
 """2000-01-01: nothing that is measured here takes so long."""
 _NUMBERS: Final = frozenset({"pid", "port", "session", "epoch", "round", "version", "seed", "schema"})
 """Names that are numbers: nobody counts with them."""
-_TIMES: Final = ("created_s", "seen_s", "_at", "since_s", "until_s")
+_TIMES: Final = ("created_s", "seen_s", "_at", "since_s", "until_s", "end_s")

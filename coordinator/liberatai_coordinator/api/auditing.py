@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 ACTOR: Final = "liberatai.actor"
 """Where a listener notes in a request's scope who asks."""
-READS: Final = frozenset({"/v1/plan"})
+READS: Final = frozenset({"/v1/plan", "/v1/jobs/check"})
 """Changes nothing although it has a body."""
 MAX_DETAIL: Final = 300
 """Characters of a request's body that are kept."""

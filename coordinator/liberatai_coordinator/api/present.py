@@ -112,6 +112,9 @@ def _work_of(report: Report | None, invited: tuple[str, int] | None) -> tuple[st
     It does not report every phase of an ordinary round: what it said before it was invited is out of date.
     """
     if invited is None:
+        if report is not None and report.phase in ORDINARY and report.round:
+            # It has answered, or the round is over: that it is idle again it says only when that lasts.
+            return "idle", "", 0
         return (report.phase, report.job, report.round) if report else ("", "", 0)
     if report is None:
         return INVITED, *invited

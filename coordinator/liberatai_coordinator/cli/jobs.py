@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,10 @@ def jobs_list(
 ) -> None:
     """List all jobs, oldest first."""
     with client_of(context) as client:
-        show_list(client.jobs.list, JOB_COLUMNS, output, watch=watch)
+        found = client.jobs.list()
+        show_list(client.jobs.list if watch else lambda: found, JOB_COLUMNS, output, watch=watch)
+    if not found and output is Output.TABLE:
+        print("liberatai: no job yet: `liberatai jobs create -f job.yaml` makes one", file=sys.stderr)
 
 
 @app.command("show", epilog="Example: liberatai jobs show digits")

@@ -166,6 +166,8 @@ def show(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) ->
     """Write a list; `-o name` writes its first column, one name a line."""
     for line in shown(rows, columns, output):
         print(line)
+    if not rows and output.is_table and on_screen():
+        print("none", file=sys.stderr)
 
 
 def shown(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -> list[str]:

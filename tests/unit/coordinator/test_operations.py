@@ -181,6 +181,8 @@ def a_report(phase: str, number: int) -> Report:
         (None, ("digits", 3), ("invited", "digits", 3)),
         (a_report("idle", 0), None, ("idle", "", 0)),
         (a_report("idle", 0), ("digits", 3), ("invited", "digits", 3)),
+        (a_report("training", 2), None, ("idle", "", 0)),  # its update is here: the round waits no more
+        (a_report("failed", 2), None, ("failed", "digits", 2)),
         (a_report("training", 2), ("digits", 3), ("invited", "digits", 3)),
         (a_report("training", 3), ("digits", 3), ("training", "digits", 3)),
         (a_report("gated", 0), ("digits", 3), ("gated", "digits", 3)),

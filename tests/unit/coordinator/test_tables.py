@@ -102,7 +102,15 @@ def test_what_is_empty_is_left_out_before_what_is_not() -> None:
     rows = [msgspec.structs.replace(one, phase="", profile="", structure="") for one in DEVICES]
     head = rendered(rows, DEVICE_COLUMNS, width=90)[0].split()
     assert "PHASE" not in head
-    assert head[:4] == ["DEVICE", "STATUS", "STATE", "TIER"]
+    assert head[:4] == ["DEVICE", "STATUS", "STATE", "SEEN"]
+
+
+def test_the_key_to_compare_stands_below_a_device_that_waits() -> None:
+    key = "49fc-9861-9bd0-76bf-8b93-5949-9e37-b674"
+    rows = [msgspec.structs.replace(DEVICES[0], status="pending", key=key), DEVICES[2]]
+    lines = lines_of(rendered(rows, DEVICE_COLUMNS, width=80))
+    assert lines[2] == f"    key {key}"
+    assert max(map(len, lines)) <= 80
 
 
 def test_every_list_fits_eighty_columns() -> None:

@@ -95,6 +95,7 @@ def test_rates_shares_and_times() -> None:
     [
         ("updated_at", 1_796_041_629.76802, when_text(1_796_041_629)),
         ("last_seen_s", 0, "never"),
+        ("certificate_end_s", 0.0, "-"),
         ("uptime_s", 32.123, "32.1 s"),
         ("train_seconds", 5.7e-05, "57 µs"),
         ("memory_bytes", 65_536, "64 KiB"),
