@@ -13,6 +13,9 @@ from liberatai_core.errors import ConfigError, MissingExtraError
 
 PROFILES: Final = ("demo-nuc", "demo-jetson-nano", "demo-pi4", "demo-pi-zero-2w")
 """Dealt out in turn, the most capable first."""
+SMALLEST: Final = "demo-small-board"
+SMALLEST_FROM: Final = 8
+"""Devices from which the last one is the smallest: it trains a head."""
 TEMPLATES: Final = Path(__file__).parent / "templates"
 PROFILES_DIR: Final = TEMPLATES / "profiles"
 MAX_ROUNDS: Final = 1000
@@ -70,6 +73,8 @@ def prepare(options: Options, folder: Path) -> World:
     samples = digits.load()
     parts = digits.split(samples.y, options.devices, options.seed)
     profiles = [PROFILES[place % len(PROFILES)] for place in range(options.devices)]
+    if options.devices >= SMALLEST_FROM:
+        profiles[-1] = SMALLEST
     names = [f"{profile.removeprefix('demo-')}-{place + 1}" for place, profile in enumerate(profiles)]
     files = digits.write(samples, parts, folder / "data", names)
     text = _job_text(options, folder / "data")

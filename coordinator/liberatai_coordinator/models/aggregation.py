@@ -133,11 +133,14 @@ def advance(
         sid: _moved(job, members[sid], by_structure[sid], merges.get(sid), late) for sid in by_structure
     }
     started = time.perf_counter()
-    taught = teach(job, number, merged, public, _teachers(job, members, by_structure, read))
+    # A frozen backbone gets what its network was taught with the next refresh.
+    pupils = {sid: one for sid, one in merged.items() if twin_of(one.structure, merged) is None}
+    taught = teach(job, number, pupils, public, _teachers(job, members, by_structure, read))
+    merged |= taught.members
     teach_seconds = time.perf_counter() - started
     members_after, deltas, keyframes = {}, {}, {}
-    newer = refreshed(job, number, taught.members)
-    for sid, member in {**taught.members, **newer}.items():
+    newer = refreshed(job, number, merged)
+    for sid, member in {**merged, **newer}.items():
         if methods.METHODS[job.sparsify.method].whole_downlink:
             members_after[sid], keyframes[sid] = replace(member, view=member.master), plain(member)
         else:
