@@ -65,10 +65,10 @@ def rate_text(bits_s: float | None) -> str:
     """Return the speed of a link: 64 kbit/s, 2.5 Mbit/s, 1 Gbit/s; "-" if nobody knows it."""
     if bits_s is None or not math.isfinite(bits_s):
         return NONE
-    for unit, least in (("Gbit/s", 1e9), ("Mbit/s", 1e6)):
+    for unit, least in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
         if bits_s >= 0.9995 * least:
             return f"{number_text(bits_s / least)} {unit}"
-    return f"{number_text(bits_s / 1e3)} kbit/s"
+    return f"{number_text(bits_s)} bit/s"
 
 
 def count_text(number: int) -> str:

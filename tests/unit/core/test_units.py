@@ -79,7 +79,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_rates_shares_and_times() -> None:
     assert [rate_text(speed) for speed in (None, 100, 64_000, 999_999, 2.5e6, 1e9)] == [
-        *("-", "0.1 kbit/s", "64 kbit/s", "1 Mbit/s", "2.5 Mbit/s", "1 Gbit/s")
+        *("-", "100 bit/s", "64 kbit/s", "1 Mbit/s", "2.5 Mbit/s", "1 Gbit/s")
     ]
     assert (share_text(None), share_text(0.5)) == ("-", "50.00%")
     assert (when_text(0), when_text(1e300), date_text(0), date_text(1e300)) == (
