@@ -31,6 +31,13 @@ class Backend(StrEnum):
     CONTAINER = "container"
 
 
+class Engine(StrEnum):
+    """What runs containers."""
+
+    PODMAN = "podman"
+    DOCKER = "docker"
+
+
 class What(StrEnum):
     """What can be done to a simulation that runs."""
 
@@ -60,6 +67,12 @@ def up(
     scenario: Annotated[str | None, typer.Option("--scenario", help="What happens to them.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random.")] = None,
     broker: Annotated[str, typer.Option("--broker", help="auto, mosquitto or amqtt.")] = "auto",
+    image: Annotated[
+        str, typer.Option("--image", help="Of containers; host: this machine's own files (podman, root).")
+    ] = "liberatai-agent",
+    engine: Annotated[
+        Engine | None, typer.Option("--engine", help="Of containers [default: the one that is there].")
+    ] = None,
     folder: Folder = DEFAULT,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -77,6 +90,8 @@ def up(
         scenario=scenario,
         seed=seed,
         broker=broker,
+        image=image,
+        engine=None if engine is None else engine.value,
     )
     said = [-1]
 

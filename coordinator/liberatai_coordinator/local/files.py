@@ -26,6 +26,22 @@ Account = tuple[str | None, str | None]
 """Name and password at the broker; None: it wants none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How a program proves at a broker with mutual TLS who it is.
+
+    Attributes:
+        ca_file: certificate of the authority that both trust.
+        pem_file: certificate and key, in one file.
+    """
+
+    ca_file: Path
+    pem_file: Path
+
+
+Login = Account | Certificate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalDevice:
     """One agent to start.
@@ -79,7 +95,7 @@ class Folders:
 
 
 def coordinator_process(
-    folders: Folders, fleet: str, url: str, account: Account, device_keys: Mapping[str, str]
+    folders: Folders, fleet: str, url: str, account: Login, device_keys: Mapping[str, str]
 ) -> Process:
     """Write a coordinator's settings, and return its process, not yet started.
 
@@ -110,7 +126,7 @@ def agent_process(
     fleet: str,
     device: LocalDevice,
     url: str,
-    account: Account,
+    account: Login,
     coordinator_key: str,
     profiles_dir: Path | None,
     prepare: Callable[[], None] | None = None,
@@ -166,7 +182,12 @@ def require_reachable(url: str) -> None:
         raise LinkError(f"no broker at {url}: {error}") from None
 
 
-def _login(folder: Path, account: Account) -> dict[str, str]:
+def _login(folder: Path, account: Login) -> dict[str, str]:
+    if isinstance(account, Certificate):
+        _write_private(folder / "ca.crt", account.ca_file.read_bytes())
+        _write_private(folder / "own.pem", account.pem_file.read_bytes())
+        own = str(folder / "own.pem")
+        return {"ca_file": str(folder / "ca.crt"), "cert_file": own, "key_file": own}
     user, password = account
     if user is None:
         return {}

@@ -13,13 +13,15 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+from liberatai_coordinator.brokers.secure import start_secure_broker
 from liberatai_coordinator.brokers.start import RunningBroker, start_broker
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.local.files import (
     COORDINATOR,
-    Account,
+    Certificate,
     Folders,
     LocalDevice,
+    Login,
     agent_process,
     coordinator_process,
     new_key,
@@ -32,6 +34,9 @@ from liberatai_core.errors import ConfigError, LiberataiError, LinkError
 READY_TIMEOUT_S: Final = 60.0
 """The coordinator imports torch: two seconds, and a multiple while eight agents start beside it."""
 POLL_S: Final = 0.1
+MUTUAL_TLS: Final = "mtls"
+COORDINATOR_NAME: Final = "co1"
+"""Of the coordinator, as its certificate has it: the usual one of its settings."""
 
 
 class LocalFleet:
@@ -57,6 +62,7 @@ class LocalFleet:
         profiles_dir: Path | None = None,
         url_of: Callable[[str, str], str] = lambda _, url: url,
         limits_of: Callable[[str], Callable[[], None] | None] = lambda _: None,
+        housed: Callable[[Process], Process] = lambda agent: agent,
         idle: Collection[str] = (),
     ) -> None:
         """Set up, without starting anything.
@@ -65,14 +71,17 @@ class LocalFleet:
             folder: for all files; made if missing.
             devices: the agents.
             broker: "auto", "mosquitto", "amqtt", or the URL of a broker that runs already, with
-                name:password@ where it wants them (one account must then do for all).
+                name:password@ where it wants them (one account must then do for all), or "mtls": a
+                Mosquitto with certificates for everybody.
             fleet: name in every topic.
             profiles_dir: folder of the hardware classes that `devices` name.
             url_of: gives the URL at which a device finds the broker, from its name and the broker's own URL.
             limits_of: gives what sets the limits of a device's process, in the child.
+            housed: gives what runs an agent instead of a child process of this one.
             idle: devices that are not started yet.
         """
-        self._url_of, self._limits_of, self._idle = url_of, limits_of, frozenset(idle)
+        self._url_of, self._limits_of, self._housed = url_of, limits_of, housed
+        self._idle = frozenset(idle)
         self.folders, self.devices, self.fleet = Folders(folder), tuple(devices), fleet
         self.broker: RunningBroker | None = None
         self._wanted, self._profiles_dir = broker, profiles_dir
@@ -207,19 +216,22 @@ class LocalFleet:
                 self._profiles_dir,
                 self._limits_of(device.id),
             )
+            agent = self._housed(agent)
             self._agents[device.id] = agent
             if device.id not in self._idle:
                 agent.start()
         self.client = Client(folders.socket)
         _wait_for(self.client, self._coordinator)
 
-    def _start_broker(self) -> tuple[str, dict[str, Account]]:
+    def _start_broker(self) -> tuple[str, dict[str, Login]]:
         """Return the broker's URL, and everybody's account there."""
         names = (COORDINATOR, *(device.id for device in self.devices))
         if "://" in self._wanted:
             url, account = without_account(self._wanted)
             require_reachable(url)
             return url, dict.fromkeys(names, account)
+        if self._wanted == MUTUAL_TLS:
+            return self._start_secure(names)
         kind = _kind(self._wanted)
         passwords = {name: secrets.token_urlsafe(24) for name in names}
         self.broker = start_broker(
@@ -231,6 +243,17 @@ class LocalFleet:
             persistence=kind != "amqtt",
         )
         return self.broker.url, {name: (name, password) for name, password in passwords.items()}
+
+    def _start_secure(self, names: Sequence[str]) -> tuple[str, dict[str, Login]]:
+        """Start a Mosquitto as a fleet has it; everybody gets a certificate."""
+        broker = start_secure_broker(self.folders.root / "broker", self.fleet, COORDINATOR_NAME)
+        self.broker = broker
+        roles = {name: "coordinator" if name == COORDINATOR else "device" for name in names}
+        own = {name: COORDINATOR_NAME if name == COORDINATOR else name for name in names}
+        return broker.url, {
+            name: Certificate(broker.ca_file, broker.credential(own[name], role))
+            for name, role in roles.items()
+        }
 
 
 def _wait_for(client: Client, coordinator: Process) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,11 +31,22 @@ class Process:
     """One child process with a log file; it dies with us, and Ctrl-C does not reach it."""
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, prepare: Callable[[], None] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        prepare: Callable[[], None] | None = None,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        """Set up; `prepare` runs in the child before the program: it sets limits."""
+        """Set up; `prepare` sets limits in the child, `also` is in its environment."""
         self.name, self.log, self._command, self._prepare = name, log, list(command), prepare
+        self._environment = {**ENVIRONMENT, **(also or {})}
         self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """What it runs."""
+        return list(self._command)
 
     @property
     def pid(self) -> int | None:
@@ -56,7 +67,7 @@ class Process:
         def keep() -> None:
             try:
                 with self.log.open("ab") as log:
-                    child = _popen(self._command, log.fileno(), self._prepare)
+                    child = _popen(self._command, log.fileno(), self._prepare, self._environment)
             except OSError as error:
                 failed.append(error)
                 ready.set()
@@ -111,7 +122,9 @@ class Process:
         return "\n".join(f"  {line}" for line in lines) or "  (empty)"
 
 
-def _popen(command: list[str], log_fd: int, prepare: Callable[[], None] | None) -> subprocess.Popen[bytes]:
+def _popen(
+    command: list[str], log_fd: int, prepare: Callable[[], None] | None, also: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def die_with_parent() -> None:
@@ -124,7 +137,7 @@ def _popen(command: list[str], log_fd: int, prepare: Callable[[], None] | None) 
         stdin=subprocess.DEVNULL,
         stdout=log_fd,
         stderr=log_fd,
-        env=processes.environment(also=ENVIRONMENT),
+        env=processes.environment(also=also),
         start_new_session=True,  # Ctrl-C is ours: we stop them in order
         preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - a few system calls
     )

@@ -27,6 +27,7 @@ class Wanted:
         data: one file for all devices, which is split; None: training is drawn.
         how: way to split, see `split`.
         test: samples that no device has; None: a tenth of the data is held out.
+        image, engine: of containers: what devices run, and podman or docker; None: the one that is there.
     """
 
     fleet: Path
@@ -39,6 +40,8 @@ class Wanted:
     scenario: str | None = None
     seed: int | None = None
     broker: str = "auto"
+    image: str = "liberatai-agent"
+    engine: str | None = None
 
 
 def read(wanted: Wanted) -> tuple[FleetFile, scenarios.Scenario, JobSpec, str]:
@@ -108,25 +111,27 @@ def run(
                 folder,
             )
 
-    def processes() -> Record:
+    def real() -> Record:
         from liberatai_coordinator.sim.process import backend  # noqa: PLC0415 - see above
 
-        simulated = backend.ProcessFleet(
-            backend.Given(
-                fleet=fleet,
-                scenario=scenario,
-                job=job,
-                text=text,
-                base_dir=base,
-                data=files,
-                test=test,
-                broker=wanted.broker,
-                on_round=lambda view: on_round(
-                    sum(one.state != "open" for one in view.rounds), job.rounds.count
-                ),
-            ),
-            wanted.folder / "state",
+        given = backend.Given(
+            fleet=fleet,
+            scenario=scenario,
+            job=job,
+            text=text,
+            base_dir=base,
+            data=files,
+            test=test,
+            broker=wanted.broker,
+            on_round=lambda view: on_round(sum(one.state != "open" for one in view.rounds), job.rounds.count),
         )
+        state = wanted.folder / "state"
+        simulated = backend.ProcessFleet(given, state)
+        if fleet.backend == "container":
+            from liberatai_coordinator.sim.container import backend as containers  # noqa: PLC0415 - see above
+            from liberatai_coordinator.sim.container.engine import find_engine  # noqa: PLC0415
+
+            simulated = containers.ContainerFleet(given, state, find_engine(wanted.image, wanted.engine))
         handlers = {
             "status": lambda _: simulated.status(),
             "scale": lambda asked: simulated.scale(str(asked["profile"]), int(asked["count"])),
@@ -138,11 +143,7 @@ def run(
         with Control(wanted.folder, handlers):
             return simulated.run()
 
-    if fleet.backend == "virtual":
-        return virtual()
-    if fleet.backend == "process":
-        return processes()
-    raise ConfigError("backend", ["container is not in this release: take process or virtual"])
+    return virtual() if fleet.backend == "virtual" else real()
 
 
 def _test(path: Path) -> tuple[Any, Any]:

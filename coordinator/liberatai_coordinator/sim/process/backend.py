@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from liberatai_coordinator.client.views import JobView
 from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.local import LocalDevice, LocalFleet
+from liberatai_coordinator.local.process import Process
 from liberatai_coordinator.sim import scenario as scenarios
 from liberatai_coordinator.sim.fleet_file import FleetFile, device_name
 from liberatai_coordinator.sim.process.limits import limits_of
@@ -78,6 +79,8 @@ def check(fleet: FleetFile, scenario: Scenario) -> None:
 class ProcessFleet:
     """A fleet of child processes, from nothing to its record. Its methods may be called from any thread."""
 
+    backend: Literal["process", "container"] = "process"
+
     def __init__(self, given: Given, folder: Path) -> None:
         """Set up, without starting anything.
 
@@ -110,11 +113,12 @@ class ProcessFleet:
         self._fleet = LocalFleet(
             folder,
             devices,
-            broker=given.broker,
+            broker=self._broker(),
             fleet=given.fleet.fleet,
             profiles_dir=Path(given.fleet.profiles_dir) if given.fleet.profiles_dir else None,
             url_of=self._url_of,
             limits_of=self._limits_of,
+            housed=self._housed,
             idle=self._all.keys() - self._names.keys(),
         )
 
@@ -130,6 +134,7 @@ class ProcessFleet:
         happening = threading.Thread(target=self._happen, name="scenario", daemon=True)
         try:
             with self._fleet:
+                self._started()
                 self._fleet.client.jobs.create(self._given.text, self._given.base_dir)
                 self._began_s = time.monotonic()
                 happening.start()
@@ -212,6 +217,16 @@ class ProcessFleet:
 
     # --- what a device is made of ----------------------------------------------------------------
 
+    def _broker(self) -> str:
+        return self._given.broker
+
+    def _housed(self, agent: Process) -> Process:
+        """Return what runs a device's agent."""
+        return agent
+
+    def _started(self) -> None:
+        """Look at what was started, before the job begins."""
+
     def _data_of(self, name: str) -> Path:
         """Return a device's file; one beyond the file's number has that of another of its profile."""
         if name in self._given.data:
@@ -227,9 +242,10 @@ class ProcessFleet:
             self._given.scenario, device, self._profiles[self._all[device]].net, self._given.fleet.seed
         )
         random = Random(f"{self._given.fleet.seed}|{device}|line")  # noqa: S311 - a simulation
-        return f"mqtt://127.0.0.1:{self._links.add(device, net, random, lambda: self._target)}"
+        scheme = url.partition("://")[0]
+        return f"{scheme}://127.0.0.1:{self._links.add(device, net, random, lambda: self._target)}"
 
-    def _limits_of(self, device: str) -> Callable[[], None]:
+    def _limits_of(self, device: str) -> Callable[[], None] | None:
         return limits_of(self._profiles[self._all[device]], list(self._all).index(device))
 
     # --- what happens to it ----------------------------------------------------------------------
@@ -333,7 +349,7 @@ class ProcessFleet:
             counts[self._all[name]] = counts.get(self._all[name], 0) + self._fleet.is_running(name)
         ended = [one for one in view.rounds if one.state != "open"] if view else []
         return {
-            "backend": "process",
+            "backend": self.backend,
             "scenario": self._given.scenario.name,
             "job": self._given.job.name,
             "state": view.state if view else "starting",
@@ -389,7 +405,7 @@ class ProcessFleet:
         newest = max(versions, key=lambda one: one.version, default=None)
         return Record(
             fleet=given.fleet.fleet,
-            backend="process",
+            backend=self.backend,
             scenario=given.scenario.name,
             description=given.scenario.description,
             seed=given.fleet.seed,

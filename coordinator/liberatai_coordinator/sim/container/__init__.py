@@ -1,0 +1,1 @@
+"""Devices in containers, driven by the command line of podman or docker."""
