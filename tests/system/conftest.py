@@ -16,6 +16,7 @@ import pytest
 from tests.system.machine import CACHE, ROOT, until
 
 from liberatai_coordinator.client.client import Client
+from liberatai_coordinator.client.wire import InvitationRequest
 from liberatai_core.errors import LiberataiError
 
 BUILD = ROOT / "deploy" / "packages"
@@ -56,8 +57,15 @@ def train_package() -> Path:
 @pytest.fixture
 def said(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Writes a line that is seen although the test passes: measured figures."""
-    writer = request.config.get_terminal_writer()
-    return lambda line: writer.line(f"\n{line}")
+    plugins = request.config.pluginmanager
+    terminal, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+
+    def say(line: str) -> None:
+        if terminal is not None and capture is not None:
+            with capture.global_and_fixture_disabled():
+                terminal.write_line(f"\n{line.strip()}")
+
+    return say
 
 
 @dataclass
@@ -65,8 +73,6 @@ class FleetHost:
     """A broker and a coordinator, real processes on this host."""
 
     folder: Path
-    address: str
-    port: int
     broker: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -75,7 +81,7 @@ class FleetHost:
 
     def start_broker(self) -> None:
         assert MOSQUITTO is not None
-        self.broker = subprocess.Popen([MOSQUITTO, "-c", str(self.folder / "mosquitto.conf")])
+        self.broker = subprocess.Popen([MOSQUITTO, "-c", str(self.folder / "broker" / "mosquitto.conf")])
 
     def stop_broker(self) -> None:
         if self.broker is not None:
@@ -89,45 +95,40 @@ class FleetHost:
         except LiberataiError:
             return False
 
-    def settings(self, device: str, **more: str) -> str:
-        key = self.client.health()["public_key"]
-        lines = [
-            "fleet: test",
-            f"device: {device}",
-            f"broker: mqtt://{self.address}:{self.port}",
-            f'coordinator_key: "{key}"',
-            "keepalive_s: 5",
-            *(f"{name}: {value}" for name, value in more.items()),
-        ]
-        return "\n".join(lines) + "\n"
+    def invite(self, device: str) -> str:
+        """Return a token for one device."""
+        (made,) = self.client.invitations.create(InvitationRequest(device=device))
+        return made.token
 
 
 @contextmanager
 def fleet_host(folder: Path, address: str, *more: str) -> Iterator[FleetHost]:
-    """Run a fleet that lets everybody in; `more` are lines of its settings."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = probe.getsockname()[1]
-    (folder / "mosquitto.conf").write_text(
-        f"listener {port} {address}\nallow_anonymous true\npersistence false\nuser root\n"
-    )
-    (folder / "coordinator.yaml").write_text(
-        f"fleet: test\nbroker: mqtt://{address}:{port}\nstate_dir: state\nenrolment: open\n" + "\n".join(more)
-    )
-    host = FleetHost(folder, address, port)
+    """Run a fleet with mutual TLS, as `liberatai broker init` makes it; `more` are lines of its settings."""
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("", 0))
+        ports = [str(probe.getsockname()[1]) for probe in (one, other)]
+    settings = folder / "coordinator.yaml"
+    places = ["--config", settings, "--state", folder / "state", "--dir", folder / "broker"]
+    doors = ["--host", address, "--port", ports[0], "--claim-port", ports[1]]
+    (folder / "broker-state").mkdir()
+    rest = ["--broker-state", folder / "broker-state", "--user", "root", "--devices", "100"]
+    coordinator = [sys.executable, "-m", "liberatai_coordinator"]
+    made = [*coordinator, "broker", "init", *map(str, [*places, *doors, *rest])]
+    run = subprocess.run(made, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    settings.write_text(settings.read_text() + "".join(f"{line}\n" for line in more))
+    host = FleetHost(folder)
     host.start_broker()
-    command = [sys.executable, "-m", "liberatai_coordinator", "serve", "--config", "coordinator.yaml"]
-    with (
-        (folder / "coordinator.log").open("wb") as log,
-        subprocess.Popen(command, cwd=folder, stderr=log) as coordinator,
-    ):
-        try:
-            until(lambda: _answers(host.client), "the coordinator answers")
-            yield host
-        finally:
-            host.stop_broker()
-            coordinator.terminate()
-            coordinator.wait(60)
+    with (folder / "coordinator.log").open("wb") as log:
+        serving = subprocess.Popen([*coordinator, "serve", "--config", str(settings)], stderr=log)
+    try:
+        until(lambda: _answers(host.client), "the coordinator answers")
+        yield host
+    finally:
+        host.stop_broker()
+        serving.terminate()
+        serving.wait(60)
 
 
 def _answers(client: Client) -> bool:

@@ -25,11 +25,11 @@ def test_a_fresh_device_is_online_after_two_commands_and_leaves_nothing_behind(
     with booted("install", f"--volume={agent_package.parent}:/packages:ro") as machine:
         before = files(machine)
         with fleet_host(tmp_path, machine.host) as fleet:
-            (tmp_path / "agent.yaml").write_text(fleet.settings("box-1"))
+            token = fleet.invite("box-1")
             start = time.monotonic()
             machine.run("apt-get", "install", "-qq", "-y", f"/packages/{agent_package.name}")
             installed_s = seconds_since(start)
-            machine.put(tmp_path / "agent.yaml", "/etc/liberatai/agent.yaml")
+            said(machine.run("liberatai-agent", "enrol", token))
             until(lambda: fleet.is_online("box-1"), "the device is online")
             online_s = seconds_since(start)
             said(f"commands: 2; installed after {installed_s:.1f} s, online after {online_s:.1f} s")

@@ -82,10 +82,10 @@ def device(
         y = np.arange(200) % 2
         np.savez(folder / "data.npz", x=random.normal(0, 1, (200, 2)).astype(np.float32) + y[:, None], y=y)
         machine.put(folder / "data.npz", "/srv/data.npz")
-        (folder / "agent.yaml").write_text(
-            fleet.settings(DEVICE, data="/srv/data.npz", gate="{min_free_disk_mb: 8}")
-        )
-        machine.put(folder / "agent.yaml", "/etc/liberatai/agent.yaml")
+        machine.run("liberatai-agent", "enrol", fleet.invite(DEVICE), "--data", "/srv/data.npz")
+        more = "keepalive_s: 5\\ngate: {min_free_disk_mb: 8}"
+        machine.run("sh", "-c", f"printf '{more}\\n' >>/etc/liberatai/agent.yaml")
+        machine.run("systemctl", "restart", AGENT)
         device = Device(machine, fleet)
         until(device.is_back, "the device has joined")
         yield device

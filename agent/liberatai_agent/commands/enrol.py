@@ -86,20 +86,27 @@ def _join(args: argparse.Namespace) -> int:
     state = (args.state_dir or DEFAULT_STATE).absolute()
     settings = _settings(args, token, device, state)
     _require_same(args, token, device)
-    config = _write(args.config, settings, token, state)
+    config = _prepare(args.config, settings, token, state)
     identity = Identity(config.state_path, device, config.fleet)
     print(f"fleet {token.fleet}, coordinator {token.coordinator} (key {fingerprint(token.coordinator_key)})")
     print(f"device {device}, key {fingerprint(identity.signer.public_key)}")
+    # The settings come last: where a service waits for them, it starts in that moment, and two programs
+    # that ask with one claim throw each other out.
     try:
         reply = asyncio.run(_ask(args, config, identity))
     except LinkError as error:
+        _settle(args.config, settings)
         raise LinkError(f"{error}; `liberatai-agent run` goes on asking") from None
+    except KeyboardInterrupt:
+        _settle(args.config, settings)
+        raise
+    if reply is not None and reply.profile and not args.profile:
+        settings = _with_profile(args.config, settings, reply.profile)
+    _settle(args.config, settings)
     if reply is None:
         print("waits for approval; `liberatai-agent run` goes on asking")
-        return OK
-    if reply.profile and not args.profile:
-        _add_profile(args.config, settings, reply.profile)
-    _report(args.config, config)
+    else:
+        _report(args.config, config)
     return OK
 
 
@@ -194,13 +201,13 @@ def _require_same(args: argparse.Namespace, token: "Token", device: str) -> None
         raise ConfigError(str(args.config), faults)
 
 
-def _write(path: Path, settings: dict[str, Any], token: "Token", state: Path) -> "AgentConfig":
+def _prepare(path: Path, settings: dict[str, Any], token: "Token", state: Path) -> "AgentConfig":
+    """Write what the token brings into the state folder; return the settings, which are not written yet."""
     from liberatai_agent.config import parse_config  # noqa: PLC0415
     from liberatai_core.certificates import certificate_pem, key_of_number, key_pem  # noqa: PLC0415
     from liberatai_core.files import make_folder, write_durably  # noqa: PLC0415
 
-    text = _yaml(settings)
-    config = parse_config(text, str(path), path.parent.absolute())
+    config = parse_config(_yaml(settings), str(path), path.parent.absolute())
     claim = certificate_pem(token.certificate) + key_pem(key_of_number(token.key))
     try:
         make_folder(state)
@@ -208,11 +215,23 @@ def _write(path: Path, settings: dict[str, Any], token: "Token", state: Path) ->
         write_durably(state / "tls" / "ca.crt", certificate_pem(token.authority), mode=0o644)
         write_durably(state / "tls" / "claim.pem", claim)
         make_folder(path.parent, mode=0o755)
-        write_durably(path, text.encode(), mode=0o644)
     except OSError as error:
-        hint = ": run it with sudo" if error.errno in (1, 13) else ""
-        raise DiskError(f"{error.filename or state}: {error.strerror}{hint}") from error
+        raise _denied(error, state) from error
     return config
+
+
+def _settle(path: Path, settings: dict[str, Any]) -> None:
+    from liberatai_core.files import write_durably  # noqa: PLC0415
+
+    try:
+        write_durably(path, _yaml(settings).encode(), mode=0o644)
+    except OSError as error:
+        raise _denied(error, path) from error
+
+
+def _denied(error: OSError, where: Path) -> DiskError:
+    hint = ": run it with sudo" if error.errno in (1, 13) else ""
+    return DiskError(f"{error.filename or where}: {error.strerror}{hint}")
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -221,17 +240,17 @@ def _yaml(settings: dict[str, Any]) -> str:
     return msgspec.yaml.encode(settings).decode()
 
 
-def _add_profile(path: Path, settings: dict[str, Any], profile: str) -> None:
-    """Write the hardware class that the invitation names, if this release knows it."""
+def _with_profile(path: Path, settings: dict[str, Any], profile: str) -> dict[str, Any]:
+    """Return the settings with the hardware class that the invitation names, if this release knows it."""
     from liberatai_agent.config import load_profile, parse_config  # noqa: PLC0415
-    from liberatai_core.files import write_durably  # noqa: PLC0415
 
-    text = _yaml(settings | {"profile": profile})
+    found = settings | {"profile": profile}
     try:
-        load_profile(parse_config(text, str(path), path.parent.absolute()))
-        write_durably(path, text.encode(), mode=0o644)
+        load_profile(parse_config(_yaml(found), str(path), path.parent.absolute()))
     except LiberataiError as error:
         sys.stderr.write(f"profile {profile} is left out: {error}\n")
+        return settings
+    return found
 
 
 def _report(path: Path, config: "AgentConfig") -> None:
@@ -250,4 +269,13 @@ def _report(path: Path, config: "AgentConfig") -> None:
     samples = f"{caps.samples} samples" if config.data else "no data yet (data: in the settings)"
     memory = size_text(caps.memory_bytes)
     print(f"this device: tier {caps.tier}, {caps.cores} cores, {memory} for training, {samples}")
-    print(f"{path}: settings written; now: sudo liberatai-agent install --systemd, or liberatai-agent run")
+    print(f"{path}: settings written; {_next_step()}")
+
+
+def _next_step() -> str:
+    from liberatai_agent import units  # noqa: PLC0415
+
+    places = (*units.PACKAGED, f"{units.UNIT_FOLDER}/{units.UNITS[0]}")
+    if any(Path("/", place).exists() for place in places):
+        return "the service starts by itself: systemctl status liberatai-agent"
+    return "now: sudo liberatai-agent install --systemd, or liberatai-agent run"
