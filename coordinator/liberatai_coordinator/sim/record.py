@@ -1,6 +1,12 @@
 """What a simulation saw: one value for the report, the command line and the comparison of backends."""
 
+from typing import Final
+
 import msgspec
+from msgspec.structs import replace
+
+AWAY: Final = frozenset({"crashed", "left", "away", "stopped"})
+"""Moments of a device that is not there."""
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,3 +134,35 @@ class Record(Value, frozen=True, kw_only=True):
     devices: tuple[DeviceRecord, ...] = ()
     faults: tuple[FaultRecord, ...] = ()
     points: tuple[Point, ...] = ()
+
+
+def with_ends(record: Record) -> Record:
+    """Return the record with words for how every fault ended, as its device's moments tell."""
+    moments = {device.id: device.moments for device in record.devices}
+    return replace(
+        record,
+        faults=tuple(
+            replace(one, how=_how(one, moments.get(one.device, ()), record)) for one in record.faults
+        ),
+    )
+
+
+def _how(fault: FaultRecord, moments: tuple[Moment, ...], record: Record) -> str:
+    if not fault.device:
+        after = next((one for one in record.rounds if one.at_s > fault.at_s), None)
+        return (
+            f"round {after.round}: {after.state}, {after.updates} of {after.invited}"
+            if after
+            else "the job was over"
+        )
+    over_s = record.began_s + (fault.at_s if fault.ended_s is None else fault.ended_s)
+    later = [one for one in moments if one.at_s >= over_s and one.what not in AWAY]
+    if not later:
+        return (
+            "still there: nothing else to do"
+            if moments and moments[-1].what not in AWAY
+            else "not back before the end"
+        )
+    words = f"there again after {max(0.0, later[0].at_s - over_s):.1f} s"
+    counted = next((one for one in later if one.what == "receipt"), None)
+    return f"{words}, next update counted after {counted.at_s - over_s:.1f} s" if counted else words

@@ -7,7 +7,7 @@ import msgspec
 
 from liberatai_coordinator.pictures import report as demo
 from liberatai_coordinator.pictures.report import COLOURS, MARKERS
-from liberatai_coordinator.sim.record import DeviceRecord, Record
+from liberatai_coordinator.sim.record import AWAY, DeviceRecord, Record
 from liberatai_core.errors import ConfigError, MissingExtraError, NotFoundError
 from liberatai_core.units import duration_text
 
@@ -22,7 +22,6 @@ PHASES: Final = {
     "away": "#1b1f24",
 }
 """What a bar of the time line means, and its colour."""
-AWAY: Final = ("crashed", "left", "away", "stopped")
 DRAWN: Final = 24
 """Devices in the time line."""
 LISTED: Final = 200

@@ -16,7 +16,15 @@ from liberatai_coordinator.sim import control, report, split, up
 from liberatai_coordinator.sim import scenario as scenarios
 from liberatai_coordinator.sim.fleet_file import FleetFile, load_fleet
 from liberatai_coordinator.sim.process import backend
-from liberatai_coordinator.sim.record import DeviceRecord, FaultRecord, Moment, Point, Record, RoundRecord
+from liberatai_coordinator.sim.record import (
+    DeviceRecord,
+    FaultRecord,
+    Moment,
+    Point,
+    Record,
+    RoundRecord,
+    with_ends,
+)
 from liberatai_core.errors import ConfigError, DataError, NotFoundError
 
 DEVICES = [f"pi4-{number:04}" for number in range(1, 41)]
@@ -213,6 +221,19 @@ def test_a_page_shows_who_held_a_round_and_how_faults_ended(tmp_path: Path) -> N
     assert page.count("data:image/png;base64,") == 3
     assert "<script" not in page
     assert "50.0 %" in page
+
+
+def test_how_a_fault_ended_follows_from_what_its_device_did_next() -> None:
+    moments = tuple(
+        Moment(at_s=at, what=what)
+        for at, what in ((0, "idle"), (3, "crashed"), (9.5, "idle"), (10, "fetching"), (12, "receipt"))
+    )
+    record = a_record(began_s=1.0, devices=(DeviceRecord(id="pi4-0001", profile="pi4", moments=moments),))
+    crash, broker = with_ends(record).faults
+    assert crash.how == "there again after 1.5 s, next update counted after 4.0 s"
+    assert broker.how == "round 1: published, 2 of 2"
+    gone = a_record(devices=(DeviceRecord(id="pi4-0001", profile="pi4", moments=moments[:2]),))
+    assert with_ends(gone).faults[0].how == "not back before the end"
 
 
 def test_a_page_of_a_job_without_versions_is_made_too(tmp_path: Path) -> None:

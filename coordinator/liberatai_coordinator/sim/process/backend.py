@@ -20,7 +20,15 @@ from liberatai_coordinator.sim import scenario as scenarios
 from liberatai_coordinator.sim.fleet_file import FleetFile, device_name
 from liberatai_coordinator.sim.process.limits import limits_of
 from liberatai_coordinator.sim.process.proxy import Proxies, Proxy
-from liberatai_coordinator.sim.record import DeviceRecord, FaultRecord, Moment, Point, Record, RoundRecord
+from liberatai_coordinator.sim.record import (
+    DeviceRecord,
+    FaultRecord,
+    Moment,
+    Point,
+    Record,
+    RoundRecord,
+    with_ends,
+)
 from liberatai_coordinator.sim.scenario import Happening, Scenario
 from liberatai_core.errors import (
     ConfigError,
@@ -144,7 +152,7 @@ class ProcessFleet:
                 happening.join()
             # Stopped: every agent has written its last words.
             seconds = round(time.monotonic() - started_s, 3)
-            return replace(record, wall_s=seconds, last_body_bytes=self._last_bodies())
+            return with_ends(replace(record, wall_s=seconds, last_body_bytes=self._last_bodies()))
         finally:
             self._stop.set()
             self._links.close()

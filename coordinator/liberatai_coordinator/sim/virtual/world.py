@@ -30,7 +30,15 @@ from liberatai_coordinator.service import Service
 from liberatai_coordinator.sim import scenario as scenarios
 from liberatai_coordinator.sim.fleet_file import FleetFile
 from liberatai_coordinator.sim.line import Line
-from liberatai_coordinator.sim.record import DeviceRecord, FaultRecord, Moment, Point, Record, RoundRecord
+from liberatai_coordinator.sim.record import (
+    DeviceRecord,
+    FaultRecord,
+    Moment,
+    Point,
+    Record,
+    RoundRecord,
+    with_ends,
+)
 from liberatai_coordinator.sim.scenario import Happening, Scenario
 from liberatai_coordinator.sim.virtual.device import Body, Device
 from liberatai_coordinator.sim.virtual.disk import Stored
@@ -563,7 +571,7 @@ class VirtualFleet:
             )
             for name, device in self.devices.items()
         ]
-        return Record(
+        record = Record(
             fleet=given.fleet.fleet,
             backend="virtual",
             scenario=given.scenario.name,
@@ -591,6 +599,7 @@ class VirtualFleet:
             faults=tuple(self._faults),
             points=tuple(self._points),
         )
+        return with_ends(record)
 
 
 _DO: Final[dict[str, Callable[[Device, float], None]]] = {
