@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from liberatai_coordinator.cli.kit import coordinator_config
+from liberatai_coordinator.cli.tables import Output, OutputOption, show_one
 from liberatai_core import logs
 
 
@@ -55,7 +56,7 @@ def demo(
     )
 
 
-def version() -> None:
+def version(output: OutputOption = Output.TABLE) -> None:
     """Show the version of this program and of the protocol it speaks."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
@@ -66,4 +67,8 @@ def version() -> None:
         number = installed("liberatai")
     except PackageNotFoundError:  # run from a source tree
         number = "unknown"
+    if not output.is_table:
+        python = platform.python_version()
+        show_one({"version": number, "protocol": PROTOCOL_VERSION, "python": python}, output)
+        return
     print(f"liberatai {number} (protocol {PROTOCOL_VERSION}, Python {platform.python_version()})")

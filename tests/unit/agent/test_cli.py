@@ -186,3 +186,10 @@ def test_status_prints_a_file_without_the_client_of_the_broker(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_that_shows_something_has_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "-o", "json"]) == 0
+    version = json.loads(capsys.readouterr().out)["version"]
+    assert main(["version", "-o", "name"]) == 0
+    assert capsys.readouterr().out == f"{version}\n"
