@@ -331,6 +331,20 @@ class JobSpec(Settings, frozen=True, kw_only=True):
         return max(fitting, key=lambda choice: len(choice.params), default=None)
 
 
+class Remote(Settings, frozen=True, kw_only=True):
+    """The API for other machines, over https with tokens (`liberatai tokens create`).
+
+    Attributes:
+        address: host:port where it answers; None: nowhere. 127.0.0.1 is for a tunnel or a proxy.
+        cert_file, key_file: of the server's certificate (PEM); None: made by the coordinator's own authority
+            for the host of the address (needs ca_dir).
+    """
+
+    address: Annotated[str, Meta(pattern=r"^[A-Za-z0-9.-]{1,253}:[1-9]\d{0,4}\Z")] | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+
 class Joining(Settings, frozen=True, kw_only=True):
     """How devices get their certificates.
 
@@ -374,6 +388,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
             None: neither.
         broker_dir: folder that `liberatai broker init` wrote, kept up to date; None: a broker elsewhere.
         joining: how devices get their certificates.
+        remote: the API for other machines.
     """
 
     fleet: Annotated[str, Meta(pattern=FLEET_OR_DEVICE)]
@@ -393,12 +408,19 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     ca_dir: str | None = None
     broker_dir: str | None = None
     joining: Joining = Joining()
+    remote: Remote = Remote()
 
     def relative_to(self, folder: PurePath) -> "CoordinatorConfig":
         """Return the settings with their paths taken from `folder`, where the settings file lies."""
         given = {name: getattr(self, name) for name in (*FILES, *FOLDERS, "state_dir")}
+        door = {"cert_file": self.remote.cert_file, "key_file": self.remote.key_file}
+        remote = msgspec.structs.replace(
+            self.remote, **{name: str(folder / path) for name, path in door.items() if path is not None}
+        )
         return msgspec.structs.replace(
-            self, **{name: str(folder / path) for name, path in given.items() if path is not None}
+            self,
+            remote=remote,
+            **{name: str(folder / path) for name, path in given.items() if path is not None},
         )
 
 

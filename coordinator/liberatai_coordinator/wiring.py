@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from liberatai_coordinator.api.listener import serve_tcp, serve_uds
+from liberatai_coordinator.api.guard import Guard
+from liberatai_coordinator.api.listener import serve_https, serve_tcp, serve_uds
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.api.routes import make_app
 from liberatai_coordinator.api.watching import make_watching_app
@@ -28,10 +29,12 @@ from liberatai_coordinator.service import Service, presence_frame
 from liberatai_coordinator.store.database import REPLACED
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
+from liberatai_core.certificates import certificate_pem, key_pem, new_key
 from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.messages import RUN_BYTES
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DiskError, MissingExtraError, ReplacedError
+from liberatai_core.files import write_durably
 from liberatai_core.learning.families import require_torch
 from liberatai_core.link.link import Link, Will
 from liberatai_core.link.mqtt import MqttLink
@@ -41,6 +44,10 @@ log = logging.getLogger(__name__)
 
 YOUNG_OBJECTS = 10_000
 """So many new objects are looked at together by the garbage collector."""
+
+
+REMOTE_DAYS = 365.0
+"""Of the certificate for the API; every start makes a new one."""
 
 
 MakeLink = Callable[[CoordinatorConfig, Will], Link]
@@ -221,7 +228,7 @@ async def _run(service: Service) -> int:
     socket = Path(config.state_dir) / config.socket
     operations = Operations.of(service)
     api = asyncio.create_task(serve_uds(make_app(operations), socket, config.socket_group))
-    watched = _watched(operations, config.metrics)
+    watched = [*_watched(operations, config.metrics), *_remote(operations, config)]
     # Its first step comes after those of the two: whoever is told that we are ready can ask at once.
     beat = asyncio.create_task(_beat(service))
     stop = asyncio.Event()
@@ -248,6 +255,36 @@ def _watched(operations: Operations, address: str | None) -> "list[asyncio.Task[
     if address is None:
         return []
     return [asyncio.create_task(serve_tcp(make_watching_app(operations), address))]
+
+
+def _remote(operations: Operations, config: CoordinatorConfig) -> "list[asyncio.Task[None]]":
+    """Return what answers other machines, if the settings want it.
+
+    Raises:
+        ConfigError: there is no certificate for it.
+    """
+    remote = config.remote
+    if remote.address is None:
+        return []
+    guarded = Guard(make_app(operations), operations.tokens.who)
+    if remote.cert_file is not None:
+        cert, key = Path(remote.cert_file), Path(remote.key_file or remote.cert_file)
+    elif config.ca_dir is not None:
+        cert = key = _own_certificate(config, remote.address.rpartition(":")[0])
+    else:
+        raise ConfigError("remote", ["cert_file: needed, because there is no ca_dir to make one"])
+    return [asyncio.create_task(serve_https(guarded, remote.address, cert, key))]
+
+
+def _own_certificate(config: CoordinatorConfig, host: str) -> Path:
+    """Return a file with a new certificate of our own authority for a host, and its key."""
+    made = new_key()
+    der = Authority(Path(config.ca_dir or "")).issue(
+        made.public_key(), "server", host, REMOTE_DAYS * 86_400.0, hosts=(host,)
+    )
+    path = Path(config.state_dir) / "api.pem"
+    write_durably(path, certificate_pem(der) + key_pem(made), mode=0o600)
+    return path
 
 
 async def _beat(service: Service) -> None:

@@ -51,6 +51,12 @@ class RevokedError(LiberataiError):
     code = "E_REVOKED"
 
 
+class RoleError(LiberataiError):
+    """Whoever asks may not do this: it needs another role."""
+
+    code = "E_ROLE"
+
+
 class TokenError(LiberataiError):
     """An invitation that nobody made, that is used up, or that was made elsewhere."""
 

@@ -191,7 +191,7 @@ def commands() -> dict[str, set[str]]:
 
 
 COMMANDS = commands()
-GLOBAL = {"--socket"}
+GLOBAL = {"--socket", "--server", "--token-file", "--ca-file"}
 
 
 def test_every_command_is_documented_with_an_example_and_all_its_options() -> None:

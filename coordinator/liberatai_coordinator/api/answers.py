@@ -22,6 +22,7 @@ PART: Final = 500
 """Records that are encoded at a time: some milliseconds."""
 
 STATUS: Final[dict[str, HTTPStatus]] = {
+    "E_ROLE": HTTPStatus.FORBIDDEN,
     "E_NOT_FOUND": HTTPStatus.NOT_FOUND,
     "E_UNKNOWN_DEVICE": HTTPStatus.NOT_FOUND,
     "E_ROUND_UNKNOWN": HTTPStatus.NOT_FOUND,

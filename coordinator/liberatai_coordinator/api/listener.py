@@ -7,11 +7,12 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -58,6 +59,24 @@ async def serve_uds(app: FastAPI, path: Path, group: str | None = None) -> None:
         _remove(path)
 
 
+async def serve_https(app: Any, address: str, cert_file: Path, key_file: Path) -> None:
+    """Answer other machines over TLS until cancelled; `app` asks who they are (`guard`).
+
+    Raises:
+        ConfigError: somebody else listens there, or the certificate cannot be read.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file)
+        listener = socket.create_server((host, int(port)))
+    except ssl.SSLError as error:
+        raise ConfigError("remote.cert_file", [f"{cert_file}: {error}"]) from None
+    except OSError as error:
+        raise ConfigError("remote.address", [f"{address}, {cert_file}: {error.strerror or error}"]) from None
+    listener.setblocking(False)
+    await _serve(app, listener, ssl_certfile=str(cert_file), ssl_keyfile=str(key_file))
+
+
 async def serve_tcp(app: FastAPI, address: str) -> None:
     """Answer at an address of this machine alone until cancelled.
 
@@ -81,9 +100,10 @@ async def serve_tcp(app: FastAPI, address: str) -> None:
     await _serve(app, listener)
 
 
-async def _serve(app: FastAPI, listener: socket.socket) -> None:
+async def _serve(app: Any, listener: socket.socket, **more: Any) -> None:
     config = uvicorn.Config(
         app,
+        **more,
         log_config=None,
         log_level="warning",
         access_log=False,

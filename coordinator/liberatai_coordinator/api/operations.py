@@ -16,6 +16,7 @@ from liberatai_coordinator.api.models import ModelOperations
 from liberatai_coordinator.api.plans import PlanOperations
 from liberatai_coordinator.api.rollouts import RolloutOperations
 from liberatai_coordinator.api.shadows import ShadowOperations
+from liberatai_coordinator.api.tokens import TokenOperations
 from liberatai_coordinator.api.variants import VariantOperations
 from liberatai_coordinator.service import Service
 
@@ -34,6 +35,7 @@ class Operations:
     invitations: InvitationOperations
     shadows: ShadowOperations
     rollouts: RolloutOperations
+    tokens: TokenOperations
     events: EventOperations
     audit: AuditOperations
 
@@ -51,6 +53,7 @@ class Operations:
             invitations=InvitationOperations(service),
             shadows=ShadowOperations(service),
             rollouts=RolloutOperations(service),
+            tokens=TokenOperations(service),
             events=EventOperations(service),
             audit=AuditOperations(service),
         )

@@ -20,11 +20,12 @@ from liberatai_coordinator.api.web import (
     models,
     rollouts,
     shadows,
+    tokens,
     variants,
 )
 from liberatai_coordinator.client import fleet_views, views, wire
 
-NOUNS: Final = (devices, groups, invitations, jobs, journal, models, rollouts, shadows, variants)
+NOUNS: Final = (devices, groups, invitations, jobs, journal, models, rollouts, shadows, tokens, variants)
 """Each has `add(app, operations)`."""
 
 

@@ -30,8 +30,10 @@ from liberatai_coordinator.cli import (
     rollout,
     shadow,
     sim,
+    tokens,
 )
-from liberatai_coordinator.cli.kit import DEFAULT_SOCKET, FAILED, complain, group
+from liberatai_coordinator.cli.kit import DEFAULT_SOCKET, FAILED, SERVER, complain, group
+from liberatai_coordinator.client.https import Server
 from liberatai_core.errors import LiberataiError
 
 app = group("Train one model together on devices that differ.", "liberatai devices list", add_completion=True)
@@ -42,6 +44,7 @@ app.add_typer(devices.app, name="devices")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(groups.app, name="groups")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(tokens.app, name="tokens")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(journal.events, name="events")
 app.add_typer(journal.audit, name="audit")
@@ -79,5 +82,18 @@ def _options(
     socket: Annotated[
         Path, typer.Option("--socket", envvar="LIBERATAI_SOCKET", help="Unix socket of the coordinator.")
     ] = Path(DEFAULT_SOCKET),
+    server: Annotated[
+        str,
+        typer.Option("--server", envvar="LIBERATAI_SERVER", help="Coordinator elsewhere: https://host:port."),
+    ] = "",
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", envvar="LIBERATAI_TOKEN_FILE", help="Token for --server.")
+    ] = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option("--ca-file", envvar="LIBERATAI_CA_FILE", help="Authority of the server's certificate."),
+    ] = None,
 ) -> None:
     context.obj = socket
+    if server:
+        context.meta[SERVER] = Server.from_files(server, token_file, ca_file)

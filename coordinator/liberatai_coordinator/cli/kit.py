@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Version = Annotated[str, typer.Option("--version", help="Number, tag or latest.")]
 
+SERVER = "liberatai.server"
+"""Where a context has the coordinator elsewhere, if the command line names one."""
 FAILED, USAGE, PARTLY, NOT_FOUND = 1, 2, 3, 4
 DEFAULT_SOCKET: Final = "/var/lib/liberatai/api.sock"
 COMPLETE_S: Final = 1.0
@@ -67,7 +69,7 @@ def group(help_text: str, example: str, *, add_completion: bool = False) -> type
 @contextmanager
 def client_of(context: typer.Context) -> Iterator[Client]:
     """Connect to the coordinator that the command line names."""
-    with Client(context.obj) as client:
+    with Client(context.meta.get(SERVER) or context.obj) as client:
         yield client
 
 

@@ -12,15 +12,17 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from liberatai_coordinator.client import unix_http
+from liberatai_coordinator.client import https, unix_http
 from liberatai_coordinator.client.fleet import (
     AuditClient,
     EventsClient,
     GroupsClient,
     RolloutsClient,
     ShadowsClient,
+    TokensClient,
 )
 from liberatai_coordinator.client.fleet_views import LogView, PingView
+from liberatai_coordinator.client.https import Server
 from liberatai_coordinator.client.views import (
     DeviceView,
     EnsembleView,
@@ -66,7 +68,7 @@ class Client:
     Raises (all methods): LinkError when no coordinator answers on the socket, and what the operations say.
     """
 
-    def __init__(self, socket: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, socket: Path | Server, *, timeout_s: float = TIMEOUT_S) -> None:
         self.socket = socket
         self.timeout_s = timeout_s
         self.devices = DevicesClient(self)
@@ -77,6 +79,7 @@ class Client:
         self.groups = GroupsClient(self)
         self.shadows = ShadowsClient(self)
         self.rollouts = RolloutsClient(self)
+        self.tokens = TokensClient(self)
         self.events = EventsClient(self)
         self.audit = AuditClient(self)
 
@@ -110,9 +113,15 @@ class Client:
             content: of the request; None for none.
             media_type: of the content.
         """
-        status, answer = unix_http.request(
-            self.socket, method, f"/v1{path}", content, media_type, timeout_s=self.timeout_s
-        )
+        target = f"/v1{path}"
+        if isinstance(self.socket, Server):
+            status, answer = https.request(
+                self.socket, method, target, content, media_type, timeout_s=self.timeout_s
+            )
+        else:
+            status, answer = unix_http.request(
+                self.socket, method, target, content, media_type, timeout_s=self.timeout_s
+            )
         if status < HTTPStatus.MULTIPLE_CHOICES:
             return answer
         raise error_of(status, answer)

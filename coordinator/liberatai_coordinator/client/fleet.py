@@ -3,8 +3,16 @@
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
-from liberatai_coordinator.client.fleet_views import AuditView, EventView, GroupView, RolloutView, ShadowView
-from liberatai_coordinator.client.wire import GroupRequest, Reason, RolloutRequest, Settings
+from liberatai_coordinator.client.fleet_views import (
+    AuditView,
+    EventView,
+    GroupView,
+    Role,
+    RolloutView,
+    ShadowView,
+    TokenView,
+)
+from liberatai_coordinator.client.wire import GroupRequest, Reason, RolloutRequest, Settings, TokenRequest
 
 if TYPE_CHECKING:
     from liberatai_coordinator.client.client import Client
@@ -83,6 +91,26 @@ class RolloutsClient:
         """Let everybody have what was before."""
         path = f"/rollouts/{quote(name, safe='')}/rollback"
         return self._client.ask("POST", path, RolloutView, Reason(reason=reason))
+
+
+class TokensClient:
+    """Tokens for the API from another machine."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def create(self, name: str, role: Role, ttl_s: float) -> TokenView:
+        """Make a token; it is shown this once."""
+        wanted = TokenRequest(name=name, role=role, ttl_s=ttl_s)
+        return self._client.ask("POST", "/tokens", TokenView, wanted)
+
+    def list(self) -> tuple[TokenView, ...]:
+        """Return all tokens, without what they are."""
+        return self._client.ask("GET", "/tokens", tuple[TokenView, ...])
+
+    def revoke(self, name: str) -> None:
+        """Let a token be worth nothing from now on."""
+        self._client.send("DELETE", f"/tokens/{quote(name, safe='')}")
 
 
 class EventsClient:

@@ -132,6 +132,23 @@ class LogView(View, frozen=True, kw_only=True):
 
 
 Role = Literal["viewer", "operator", "admin"]
+"""Viewers look; operators run the fleet; admins decide who may, and do what cannot be undone."""
+
+
+class TokenView(View, frozen=True, kw_only=True):
+    """A token for the API from another machine.
+
+    Attributes:
+        expires_at, used_at: Unix seconds; 0: never.
+        token: itself, only when it was made just now.
+    """
+
+    name: str
+    role: str
+    created_s: float
+    expires_at: float = 0.0
+    used_at: float = 0.0
+    token: str = ""
 
 
 class AuditView(View, frozen=True, kw_only=True):

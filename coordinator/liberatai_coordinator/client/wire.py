@@ -75,6 +75,14 @@ class RolloutRequest(Wire, frozen=True, kw_only=True):
     plan: RolloutPlan = RolloutPlan()
 
 
+class TokenRequest(Wire, frozen=True, kw_only=True):
+    """A new token: its name, what it may do, and for how many seconds (0: for ever)."""
+
+    name: Annotated[str, Meta(pattern=NAME)]
+    role: Literal["viewer", "operator", "admin"] = "viewer"
+    ttl_s: Annotated[float, Meta(ge=0, le=315_360_000)] = 0.0
+
+
 class Lines(Wire, frozen=True, kw_only=True):
     """How many lines of a log are wanted."""
 

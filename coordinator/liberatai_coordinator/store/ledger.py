@@ -17,6 +17,7 @@ from liberatai_coordinator.store.refusals import RefusalStore
 from liberatai_coordinator.store.rollouts import RolloutStore
 from liberatai_coordinator.store.rounds import RoundStore
 from liberatai_coordinator.store.shadows import ShadowStore
+from liberatai_coordinator.store.tokens import TokenStore
 from liberatai_coordinator.store.updates import UpdateStore
 from liberatai_coordinator.store.versions import VersionStore
 from liberatai_coordinator.store.writer import Writer
@@ -39,6 +40,7 @@ class Ledger:
     audit: AuditStore
     shadows: ShadowStore
     rollouts: RolloutStore
+    tokens: TokenStore
 
     @classmethod
     def open(
@@ -80,6 +82,7 @@ class Ledger:
                 audit=AuditStore(database),
                 shadows=ShadowStore(database),
                 rollouts=RolloutStore(database),
+                tokens=TokenStore(database),
             )
         except BaseException:
             database.close()

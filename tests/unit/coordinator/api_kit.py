@@ -114,6 +114,7 @@ class MemoryOperations:
         self.groups = MemoryGroups(self)
         self.shadows = MemoryShadows(self)
         self.rollouts = MemoryRollouts()
+        self.tokens: Any = None
         self.events = MemoryEvents()
         self.audit = MemoryAudits()
 
