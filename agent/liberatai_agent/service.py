@@ -111,6 +111,8 @@ class Service:
 
     def stop(self) -> None:
         """Ask the agent to say goodbye and end; from the event loop's thread."""
+        # Only here: who ends to begin anew in the same process would be killed for not having stopped.
+        notify("STOPPING=1")
         self._supervisor.stop()
 
     async def run(self) -> None:
@@ -274,7 +276,6 @@ class Service:
         self._supervisor.require_no_crash()
 
     async def _goodbye(self) -> None:
-        notify("STOPPING=1")
         for timer in filter(None, (self._timer, self._silence)):
             timer.cancel()
         parts = (self._supervisor, self._downloads, self._uploads, self._training)

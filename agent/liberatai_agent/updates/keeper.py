@@ -117,6 +117,7 @@ def _try(
     slots.keep_outbox(state_dir)
     (slots.folder_of(state_dir) / slots.HEALTHY).unlink(missing_ok=True)
     environment = _environment(place) | {TRIAL: str(wanted.sequence)}
+    environment.pop("NOTIFY_SOCKET", None)  # the service manager hears its main process, which is this one
     stopping: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: stopping.append(number))
@@ -135,6 +136,7 @@ def _try(
             time.sleep(LOOK_S)
             code = child.poll()
             if any(number != signal.SIGHUP for number in stopping):
+                notify("STOPPING=1")
                 child.terminate()
                 return _ended(child)
             if stopping:

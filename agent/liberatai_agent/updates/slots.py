@@ -21,6 +21,7 @@ from liberatai_core.errors import (
     MissingExtraError,
     NotFoundError,
 )
+from liberatai_core.files import make_folder
 
 FOLDER: Final = "releases"
 STATE: Final = "state.json"
@@ -89,7 +90,7 @@ def install(state_dir: Path, bundle: Path, public_key: bytes, *, now_s: float, a
             shutil.rmtree(place, ignore_errors=True)
             for name, content in release.contents(source, manifest):
                 path = place / name
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, mode=0o755)  # root may have asked: it is the agent's all the same
                 write_durably(path, content, mode=0o644)
             source.seek(0)
             write_durably(place / SIGNED, source.read(head_bytes), mode=0o644)
@@ -108,7 +109,7 @@ def install(state_dir: Path, bundle: Path, public_key: bytes, *, now_s: float, a
 
 def write_state_without(state_dir: Path, state: State, slot: Slot) -> None:
     """Forget a release on trial whose folder is about to be written anew."""
-    folder_of(state_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
+    make_folder(folder_of(state_dir), mode=0o755)
     if state.trial is not None and state.trial.slot == slot:
         write_state(state_dir, msgspec.structs.replace(state, trial=None, starts=0))
 
