@@ -47,9 +47,12 @@ def test_a_packaged_agent_leaves_a_bad_release_and_keeps_a_good_one(
         np.savez(folder / "data.npz", x=x, y=np.arange(200) % 2)
         machine.put(folder / "data.npz", "/srv/data.npz")
         update = f'{{release_key: "{public[0]}", beats: 3, patience_s: 90}}'
-        (folder / "agent.yaml").write_text(fleet.settings(DEVICE, data="/srv/data.npz", update=update))
-        machine.put(folder / "agent.yaml", "/etc/liberatai/agent.yaml")
+        joining = ("--device", DEVICE, "--data", "/srv/data.npz")
+        machine.run("liberatai-agent", "enrol", fleet.invite(DEVICE), *joining)
         until(lambda: fleet.is_online(DEVICE), "the device has joined")
+        machine.run("sh", "-c", f"echo 'update: {update}' >> /etc/liberatai/agent.yaml")
+        machine.run("systemctl", "restart", AGENT)
+        until(lambda: fleet.is_online(DEVICE), "the device is back")
         process = machine.show(AGENT, "MainPID")
 
         def runs() -> str:
