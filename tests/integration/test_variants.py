@@ -753,7 +753,7 @@ def test_what_cannot_be_pulled_writes_nothing(
     assert main(["models", "pull", "tiny", "--variant", three[1].id, "--out", str(out)]) == 1
     assert "E_DIGEST" in capsys.readouterr().err
     assert not out.exists()
-    assert main(["models", "pull", "tiny", "--budget", "700", "--out", str(tmp_path / "no" / "x")]) == 1
+    assert main(["models", "pull", "tiny", "--budget", "700", "--out", str(tmp_path / "no" / "x.lam")]) == 1
     assert "E_DISK" in capsys.readouterr().err
 
 

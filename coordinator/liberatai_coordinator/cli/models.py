@@ -77,7 +77,7 @@ app.command(
     "fit",
     epilog="Example: liberatai models fit digits --budget 120KB --budget 60KB --unlabeled images.npz",
 )(fit)
-app.command("pull", epilog="Example: liberatai models pull digits --budget 120KB --out digits.lam")(pull)
+app.command("pull", epilog="Example: liberatai models pull digits:v1 --runtime onnx --out digits")(pull)
 
 
 @app.command(

@@ -2,23 +2,37 @@
 
 # ruff: noqa: PLC0415 - a command imports what it needs when it runs, see `cli`
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from liberatai_coordinator.cli.kit import Model, Version, budget_of, budget_of_profile, client_of
+from liberatai_coordinator.cli.kit import Version, budget_of, budget_of_profile, client_of
+from liberatai_coordinator.cli.model_store import load, open_store
 from liberatai_coordinator.cli.tables import Output, OutputOption, clean, dump, progress, show_one
 from liberatai_coordinator.client.client import Client
 from liberatai_coordinator.client.views import VariantDetail, VariantView
+from liberatai_core.contract.limits import MAX_OBJECT_BYTES
 from liberatai_core.errors import ConfigError, DigestError, DiskError, NotFoundError
 from liberatai_core.spelling import meant
 
 
+class Runtime(StrEnum):
+    """What shall run a pulled model."""
+
+    SAFETENSORS = "safetensors"
+    NUMPY = "numpy"
+    ONNX = "onnx"
+    ONNX_INT8 = "onnx-int8"
+
+
 def pull(
     context: typer.Context,
-    name: Model,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    name: Annotated[str, typer.Argument(help="Commit of the repository, or name of a model.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write, or a file .lam for a fitted variant alone.")
+    ],
     budget: Annotated[
         str | None, typer.Option("--budget", help="The best variant whose file is not larger, e.g. 120KB.")
     ] = None,
@@ -31,10 +45,22 @@ def pull(
     structure: Annotated[
         str | None, typer.Option("--structure", help="Only variants made from this structure.")
     ] = None,
+    runtime: Annotated[
+        Runtime | None, typer.Option("--runtime", help="What shall run it: a folder gets that form.")
+    ] = None,
+    unlabeled: Annotated[
+        Path | None, typer.Option("--unlabeled", help="Inputs (npz) that onnx-int8 is calibrated on.")
+    ] = None,
     version: Version = "latest",
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Write the file of a variant: the one that answers best among those that fit, or one by its id."""
+    """Bring a commit into the form that fits: picked from what is stored, or made; it says why."""
+    if out.suffix != ".lam":
+        room = budget_of(budget, "--budget") if budget is not None else None
+        if profile is not None:
+            room = min(room or MAX_OBJECT_BYTES, budget_of_profile(profile))
+        _from_repository(context, name, out, runtime, room, variant or structure, unlabeled, output)
+        return
     given = [one for one in (budget, profile, variant) if one is not None]
     if len(given) != 1:
         raise ConfigError("models pull", ["give one of --budget, --profile and --variant"])
@@ -53,6 +79,40 @@ def pull(
         dump(detail, output)
         return
     print(f"{out}: {_variant_line(detail.variant)}")
+
+
+def _from_repository(
+    context: typer.Context,
+    ref: str,
+    folder: Path,
+    runtime: Runtime | None,
+    room: int | None,
+    variant: str | None,
+    unlabeled: Path | None,
+    output: Output,
+) -> None:
+    from liberatai_coordinator.repository import pull as pulling
+    from liberatai_core.learning.dataset import load_unlabeled
+
+    store = open_store(context)
+    loaded = load(store, ref)
+    data = loaded.commit.data
+    if unlabeled is not None and data is None:
+        raise ConfigError("--unlabeled", [f"{ref}: nobody said what data it is for"])
+    with progress(f"pulling {ref}"):
+        done = pulling.pull(
+            store,
+            loaded,
+            folder,
+            runtime=None if runtime is None else runtime.value,
+            room=room,
+            variant=variant,
+            unlabeled=None if unlabeled is None or data is None else load_unlabeled(unlabeled, data),
+        )
+    if not output.is_table:
+        dump(done, output)
+        return
+    print(f"{folder / done.file}: {loaded.commit.model} {done.commit[7:19]}, {done.bytes} bytes, {done.why}")
 
 
 def _best(client: Client, name: str, version: str, budget_bytes: int, structure: str | None) -> VariantView:

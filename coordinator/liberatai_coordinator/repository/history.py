@@ -124,6 +124,11 @@ class History:
         """
         yield from order(self._reachable(starts))
 
+    def before(self, start: str) -> Iterator[str]:
+        """Yield a commit and everything that it comes from, the nearest first."""
+        for digest, _ in _distances(self.get, start):
+            yield digest
+
     def _reachable(self, starts: Iterable[str]) -> dict[str, Entry]:
 
         wanted, found = list(starts), dict[str, Entry]()

@@ -37,7 +37,7 @@ from liberatai_core.errors import (
 
 VERSION: Final = b'{"imageLayoutVersion":"1.0.0"}'
 MAX_INDEX_BYTES: Final = 64 * 1024 * 1024
-PART_BYTES: Final = 1024 * 1024
+PART_BYTES: Final = 256 * 1024
 _TEMPORARY: Final = ".tmp"
 
 Refs = Mapping[str, Descriptor]

@@ -367,7 +367,7 @@ class Store:
 
     def is_ancestor(self, older: str, younger: str) -> bool:
         """Whether a commit is the other one, or what it comes from."""
-        return any(entry.digest == older for entry in self.history.walk([younger]))
+        return older == younger or any(digest == older for digest in self.history.before(younger))
 
     def remove_ref(self, model: str, tag: str) -> None:
         """Take a tag or a branch away; its commits stay until they are collected.
@@ -456,6 +456,7 @@ class Store:
                 self._variant(draft, variant, layers[variant.name], blobs) for variant in draft.variants
             )
             commit = msgspec.structs.replace(draft, variants=variants)
+            commit = decode(encode(commit), Commit, f"commit of {draft.model}")  # as readers will have it
             documents = []
             for content, media_type, path in cards.documents(commit):
                 documents.append(_keep(blobs, content, media_type, {TITLE: path, FILEPATH: path}))

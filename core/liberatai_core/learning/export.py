@@ -170,3 +170,21 @@ def write(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def described(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return an ONNX file that carries these texts, e.g. version, digest, classes, licence.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError("onnx is not installed: pip install 'liberatai[coordinator]'") from error
+    model = onnx.load_model_from_string(content)
+    known = {prop.key: prop.value for prop in model.metadata_props}
+    model.ClearField("metadata_props")
+    onnx.helper.set_model_props(model, {**known, **dict(sorted(metadata.items()))})
+    written: bytes = model.SerializeToString(deterministic=True)
+    return written

@@ -9,6 +9,7 @@ import base64
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import BinaryIO, Final, Protocol, Self, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
@@ -26,9 +27,10 @@ from liberatai_coordinator.repository.descriptors import (
 from liberatai_coordinator.repository.remote.credentials import Login, login_for
 from liberatai_core.errors import DigestError, NotFoundError, RegistryError, TooLargeError
 
-PIECE_BYTES: Final = 2 * 1024 * 1024
+PIECE_BYTES: Final = 1024 * 1024
 """Of an upload: what a cut costs at most."""
 READ_BYTES: Final = 256 * 1024
+SENT_BYTES: Final = 64 * 1024
 TRIES: Final = 6
 """In a row without progress."""
 TIMEOUT: Final = httpx.Timeout(60.0, connect=15.0)
@@ -237,9 +239,7 @@ class Registry:
             while offset < wanted.size:
                 before = offset
                 try:
-                    content.seek(offset)
-                    part = content.read(min(piece, wanted.size - offset))
-                    answer = self._patch(location, part, offset)
+                    answer = self._patch(location, content, offset, min(piece, wanted.size - offset))
                     if answer is None:  # no pieces here
                         uploads.set(key, None)
                         self._whole(wanted, content, progress)
@@ -280,16 +280,25 @@ class Registry:
         uploads.set(key, location)
         return location, 0, max(PIECE_BYTES, min(int(least), 1 << 28) if least.isdigit() else 0)
 
-    def _patch(self, location: str, part: bytes, offset: int) -> tuple[str, int] | None:
-        self.sent_bytes += len(part)
+    def _parts(self, content: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
+        """Yield a part of a file in small pieces: what is sent is not held in memory."""
+        content.seek(offset)
+        while size and (part := content.read(min(SENT_BYTES, size))):
+            size -= len(part)
+            self.sent_bytes += len(part)
+            yield part
+
+    def _patch(self, location: str, content: BinaryIO, offset: int, size: int) -> tuple[str, int] | None:
         headers = {
             "Content-Type": "application/octet-stream",
-            "Content-Range": f"{offset}-{offset + len(part) - 1}",
+            "Content-Range": f"{offset}-{offset + size - 1}",
+            "Content-Length": str(size),
         }
-        answer = self._request("PATCH", location, headers=headers, content=part)
+        parts = partial(self._parts, content, offset, size)
+        answer = self._request("PATCH", location, headers=headers, content=parts)
         if answer.status_code in (httpx.codes.ACCEPTED, httpx.codes.CREATED, httpx.codes.NO_CONTENT):
             found = _RANGE.fullmatch(answer.headers.get("Range", ""))
-            return self._location(answer, location), int(found[1]) + 1 if found else offset + len(part)
+            return self._location(answer, location), int(found[1]) + 1 if found else offset + size
         if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE or answer.status_code >= 500:
             raise httpx.WriteError(f"status {answer.status_code}")  # ask where it stands, and go on
         if offset == 0:
@@ -316,13 +325,8 @@ class Registry:
             self._require(answer, "beginning an upload")
             target = _with_query(self._location(answer, ""), {"digest": wanted.digest})
 
-            def parts() -> Iterator[bytes]:
-                content.seek(0)
-                while part := content.read(READ_BYTES):
-                    self.sent_bytes += len(part)
-                    yield part
-
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(wanted.size)}
+            parts = partial(self._parts, content, 0, wanted.size)
             answer = self._request("PUT", target, headers=headers, content=parts)
             self._require(answer, "uploading")
             progress(wanted.size)
