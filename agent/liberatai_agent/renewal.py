@@ -37,6 +37,7 @@ SETTLE_S = 600.0
 PROOF_S = 120.0
 """For the connection with the new certificate."""
 LOOK_AGAIN_S = 0.05
+NOT_YET_S = 2.0
 TRIES = 3
 """A new certificate that the broker refused so often is set aside."""
 
@@ -144,10 +145,10 @@ class Renewal:
     async def _look(self, own: Path, beside: Path) -> float:
         """Do what is due; return how long there is nothing to do."""
         dates = read_dates(own)
+        wait_s = 0.0 if self._waits else self._wait_s(dates)
+        if wait_s > 0 or self._connected() is None:
+            return min(LOOK_S, max(wait_s, NOT_YET_S))
         if not self._waits:
-            wait_s = self._wait_s(dates)
-            if wait_s > 0 or self._connected() is None:
-                return min(LOOK_S, max(wait_s, 1.0))
             await self._renew(beside)
         await self._prove(beside)
         return 0.1
@@ -189,7 +190,7 @@ class Renewal:
             await self._link().renew()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PROOF_S):
-                    while self._waits and self._connected() in (None, before):  # noqa: ASYNC110
+                    while self._waits and self._is_down_or(before):  # noqa: ASYNC110
                         await asyncio.sleep(LOOK_AGAIN_S)
             if not self._waits:
                 self.renewed += 1
@@ -201,3 +202,8 @@ class Renewal:
             raise CertificateError(f"the broker does not take the new one, set aside as {aside.name}")
         else:
             raise LinkError("not connected; the new certificate waits beside the old one")
+
+    def _is_down_or(self, before: object) -> bool:
+        """Say whether there is no connection, or still the one of before: equal ones are not the same."""
+        now = self._connected()
+        return now is None or now is before

@@ -16,12 +16,13 @@ from liberatai_agent.cli import main as agent
 from liberatai_agent.config import load_config
 from liberatai_coordinator import wiring
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.brokers.secure import SecureBroker, start_secure_broker
 from liberatai_coordinator.brokers.start import find_mosquitto
 from liberatai_coordinator.client.wire import InvitationRequest
 from liberatai_coordinator.config import CoordinatorConfig, Joining
 from liberatai_coordinator.service import Service
-from liberatai_core import processes
+from liberatai_core import certificates, processes
 from liberatai_core.certificate_file import read_dates
 
 FLEET = "default"
@@ -211,6 +212,31 @@ def test_a_certificate_is_renewed_over_the_connection_that_stands(
                 await until(lambda: read_dates(device.pem).serial != before.serial)
                 monkeypatch.undo()
                 await until(lambda: service.fleet.devices["dev-e"].online)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.system
+def test_a_new_certificate_that_the_broker_does_not_take_is_set_aside_and_the_old_one_goes_on(
+    broker: SecureBroker, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with coordinator(settings(broker, tmp_path)) as service:
+            device = Device(tmp_path, "dev-f")
+            assert await device.enrol(await invite(service)) == 0
+            before = read_dates(device.pem)
+            key = certificates.new_key()
+            other = Authority.create(tmp_path / "other", FLEET)
+            der = other.issue(key.public_key(), "device", "dev-f", 3600)
+            beside = device.pem.with_name("device.next.pem")
+            beside.write_bytes(certificates.certificate_pem(der) + certificates.key_pem(key))
+            async with device.running():
+                await until(
+                    lambda: "the broker does not take the new one" in device.status.get("last_error", "")
+                )
+                await until(lambda: service.fleet.devices["dev-f"].online)
+            assert not beside.exists()
+            assert read_dates(device.pem) == before
 
     asyncio.run(scenario())
 

@@ -39,16 +39,17 @@ class InvitationOperations:
             raise ConfigError("--count", ["a name belongs to one device: leave --device or --count out"])
         if wanted.group:
             require_name(wanted.group, "--group")
+        invited = await asyncio.to_thread(
+            enrolment.invitations.invite,
+            wanted.ttl_s,
+            device=wanted.device,
+            profile=wanted.profile,
+            group=wanted.group,
+            approval=wanted.approval,
+            count=wanted.count,
+        )
         made = []
-        for _ in range(wanted.count):
-            invitation, key = await asyncio.to_thread(
-                enrolment.invitations.invite,
-                wanted.ttl_s,
-                device=wanted.device,
-                profile=wanted.profile,
-                group=wanted.group,
-                approval=wanted.approval,
-            )
+        for invitation, key in invited:
             token = Token(
                 fleet=self.service.config.fleet,
                 coordinator=self.service.config.coordinator,

@@ -24,7 +24,6 @@ from liberatai_core.files import write_durably
 
 FILE: Final = "invitations.jsonl"
 Approval = Literal["auto", "hand"]
-MAX_COUNT: Final = 10_000
 KEPT_S: Final = 30 * 86_400.0
 """What is used up or over stays in the list for so long: an operator wants to know who came by which."""
 
@@ -80,30 +79,34 @@ class Invitations:
         profile: str = "",
         group: str = "",
         approval: Approval = "auto",
+        count: int = 1,
         now_s: float | None = None,
-    ) -> tuple[Invitation, bytes]:
-        """Make an invitation; return it and the 32 bytes of its private key, which are kept nowhere.
+    ) -> list[tuple[Invitation, bytes]]:
+        """Make invitations; return each with the 32 bytes of its private key, which are kept nowhere.
 
         Raises:
             NotFoundError: the authority's key is not here. DiskError: it cannot be noted.
         """
         now_s = clock.wall() if now_s is None else now_s
-        number = int.from_bytes(secrets.token_bytes(40), "big") % (_ORDER - 1) + 1
-        key = ec.derive_private_key(number, ec.SECP256R1())
-        claim = CLAIM_PREFIX + base64.b32encode(secrets.token_bytes(10)).decode().lower()
-        made = Invitation(
-            claim=claim,
-            certificate=self._authority.issue(key.public_key(), "claim", claim, ttl_s, now_s=now_s),
-            created_s=now_s,
-            expires_s=now_s + ttl_s,
-            device=device,
-            profile=profile,
-            group=group,
-            approval=approval,
-        )
+        made = []
+        for _ in range(count):
+            number = int.from_bytes(secrets.token_bytes(40), "big") % (_ORDER - 1) + 1
+            key = ec.derive_private_key(number, ec.SECP256R1())
+            claim = CLAIM_PREFIX + base64.b32encode(secrets.token_bytes(10)).decode().lower()
+            one = Invitation(
+                claim=claim,
+                certificate=self._authority.issue(key.public_key(), "claim", claim, ttl_s, now_s=now_s),
+                created_s=now_s,
+                expires_s=now_s + ttl_s,
+                device=device,
+                profile=profile,
+                group=group,
+                approval=approval,
+            )
+            made.append((one, number.to_bytes(32, "big")))
         with self._locked():
-            self._write([*self._kept(now_s), made])
-        return made, number.to_bytes(32, "big")
+            self._write([*self._kept(now_s), *(one for one, _ in made)])
+        return made
 
     def all(self) -> list[Invitation]:
         """Return all invitations, the oldest first.

@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 def devices_invite(
     context: typer.Context,
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="Number of tokens, each for one device.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="Number of tokens, each for one device.")] = 1,
     ttl: Annotated[str, typer.Option(help="How long they may be used: 30m, 1h, 7d.")] = "1h",
     device: Annotated[str, typer.Option(help="Name that the device must take; empty: its host name.")] = "",
     profile: Annotated[str, typer.Option(help="Hardware class that goes into the device's settings.")] = "",

@@ -99,7 +99,7 @@ class GroupRequest(Wire, frozen=True, kw_only=True):
 class InvitationRequest(Wire, frozen=True, kw_only=True):
     """New invitations, see `InvitationView`."""
 
-    count: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    count: Annotated[int, Meta(ge=1, le=1000)] = 1
     ttl_s: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 3600.0
     device: Annotated[str, Meta(max_length=32)] = ""
     profile: Annotated[str, Meta(max_length=64)] = ""

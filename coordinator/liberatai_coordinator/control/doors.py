@@ -77,11 +77,6 @@ class Doors:
         if self.broker is not None:
             self._spawn(self._at_broker("", ""))
 
-    def reopen(self, device: str) -> None:
-        """Let the broker serve a name again that was shut out: another machine joined with it."""
-        if device in self.closed and device not in self.fleet.devices:
-            self._open(device)
-
     def welcome(self, device: str) -> None:
         """Let the broker serve a name again that was shut out: an operator invited a device that has it."""
         if device in self.closed and self.fleet.require(device).status != "quarantined":

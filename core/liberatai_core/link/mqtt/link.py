@@ -229,7 +229,9 @@ class MqttLink:
             loss = await self._connect_once()
             if self._closed:
                 return
-            if not self._version_known and (loss.unanswered or loss.code == UNSUPPORTED_VERSION):
+            if not self._version_known and (
+                (loss.unanswered and not loss.certificate) or loss.code == UNSUPPORTED_VERSION
+            ):
                 self._old_protocol = not self._old_protocol
                 log.info("trying MQTT %s", "3.1.1" if self._old_protocol else "5")
                 if self._old_protocol:
@@ -238,8 +240,9 @@ class MqttLink:
             if loss.unexplained or loss.code == TOO_LARGE:
                 self._say(self._evidence.lost(loss.under_way, now_s, code=loss.code))
             pause = self._reconnect.lost(loss, now_s - started_s, random.uniform)
-            if self._at_once:
-                self._at_once, pause = False, Pause("connecting anew", 0.0)
+            if self._at_once or (self._beside and loss.certificate):
+                # Of a new certificate that is refused the old one knows nothing: it is its turn.
+                self._at_once, pause = False, Pause("connecting anew" if self._at_once else loss.reason, 0.0)
             self._mailbox.put(Disconnected(reason=pause.reason, retry_in_s=pause.seconds))
             await self._rest(pause)
 
