@@ -272,7 +272,7 @@ def main() -> int:
     family, params = NETWORKS[len(people.data.input_shape)]
     structure = structure_of(family, params, people.data)
     whole = StructureChoice(family=family, params=params)
-    head = StructureChoice(family=family, params={**params, "train": "head"}, density=0.5)
+    head = StructureChoice(family=family, params={**params, "train": "head"}, density=0.25)
     everyone = [0] * len(people.devices)
     half = Population(data=people.data, devices=people.devices[::2], test=people.test)
     accuracy: dict[str, float] = {}

@@ -13,7 +13,7 @@ from liberatai_core.contract.messages import SparseMethod, Training
 from liberatai_core.contract.topics import FLEET_OR_DEVICE, NAME
 from liberatai_core.errors import ConfigError
 from liberatai_core.settings import faults, parse_mapping
-from liberatai_core.structure import DataContract, Parameter
+from liberatai_core.structure import HEAD, TRAIN, DataContract, Parameter
 
 LOOPBACK = r"^127\.0\.0\.1:[1-9]\d{0,4}\Z"
 """Of this machine alone: there is no password."""
@@ -55,6 +55,7 @@ DOWN_TO_ALL, DOWN_TO_SOME = 0.15, 0.1
 rounds fetches several deltas in one, which is as long as they were dense."""
 
 
+HEAD_DENSITY = 0.25
 BACKBONE = NAME.removesuffix("\\Z") + "(@[0-9]{1,9})?\\Z"
 """A model, or a model and the number of a version."""
 
@@ -77,6 +78,15 @@ class StructureChoice(Settings, frozen=True, kw_only=True):
     params: dict[str, Parameter] = {}
     density: Share | None = None
     trained_share: Share | None = None
+
+    def density_or(self, usual: float) -> float:
+        """Return the share of what is trained that travels: `usual`, of a head at least a quarter.
+
+        A head is small, and left-overs of one backbone mean little on the next.
+        """
+        if self.density is not None:
+            return self.density
+        return max(usual, HEAD_DENSITY) if self.params.get(TRAIN) == HEAD else usual
 
 
 class Rounds(Settings, frozen=True, kw_only=True):

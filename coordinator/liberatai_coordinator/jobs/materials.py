@@ -53,13 +53,13 @@ def candidates_of(job: JobSpec) -> tuple[list[plan.Candidate], dict[str, Structu
             plan.Candidate(
                 id=structure.id,
                 family=structure.family,
-                density=choice.density or job.sparsify.up_density,
+                density=choice.density_or(job.sparsify.up_density),
                 parameters=structure.parameters,
                 trained=trained_part(job, structure).part.parameters,
                 smallest_bytes=smallest_bytes(structure),
                 macs=price.macs_per_sample,
                 activation_bytes=price.activation_bytes_per_sample,
-                down_density=choice.density or job.down_density,
+                down_density=choice.density_or(job.down_density),
                 head=trains_head(structure),
             )
         )

@@ -379,7 +379,7 @@ def _counts(job: JobSpec, member: Member, updates: Sequence[Update], late: Late)
 def _density(job: JobSpec, number: int, structure: Structure) -> float:
     """Return the share of the trained part that goes down; nothing follows the last version."""
     choice, rounds = job.choice(structure.family, structure.params), job.rounds.count
-    usual = (choice.density if choice else None) or job.down_density
+    usual = choice.density_or(job.down_density) if choice else job.down_density
     warm = density_at(
         min(number, rounds), rounds, usual, job.sparsify.warmup_rounds, job.sparsify.warmup_factor
     )
