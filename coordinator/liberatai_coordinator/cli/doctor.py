@@ -40,9 +40,10 @@ def doctor(
         settings, found = check_settings(config)
         findings += found
         if settings is not None:
-            findings += check_fleet(settings)
+            own = Path(settings.state_dir) / settings.socket
+            findings += check_fleet(settings, connected=_is_connected(own))
             if not _named(context):
-                socket = Path(settings.state_dir) / settings.socket
+                socket = own
     findings += check_socket(socket)
     if output is Output.NAME:
         print("\n".join(one.check for one in findings if one.state == "fail"))
@@ -107,13 +108,25 @@ def check_settings(path: Path) -> "tuple[CoordinatorConfig | None, list[Finding]
     return settings, [ok("settings", text)]
 
 
-def check_fleet(settings: "CoordinatorConfig") -> "list[Finding]":
-    """Look at everything that the settings name, and go to the broker."""
+def _is_connected(socket: Path) -> bool:
+    """Whether the coordinator of these settings runs, and the broker has let it in."""
+    try:
+        with Client(socket, timeout_s=2) as client:
+            return bool(client.health().get("protocol"))
+    except LiberataiError:
+        return False
+
+
+def check_fleet(settings: "CoordinatorConfig", *, connected: bool = False) -> "list[Finding]":
+    """Look at everything that the settings name, and go to the broker.
+
+    Not if the coordinator is connected: a broker throws the first one of a name out when a second one comes.
+    """
     import asyncio
     import time
 
     from liberatai_core.doctor.certificates import TlsFiles, check_files
-    from liberatai_core.doctor.finding import failed, warn
+    from liberatai_core.doctor.finding import failed, ok, warn
     from liberatai_core.doctor.machine import check_clock
 
     now_s = time.time()
@@ -130,6 +143,8 @@ def check_fleet(settings: "CoordinatorConfig") -> "list[Finding]":
     if failed(certificates):
         found.append(warn("broker", "not tried: the certificates come first", "mend them, and ask again"))
         return found
+    if connected:
+        return [*found, ok("broker", f"{settings.broker}: the running coordinator is connected")]
     return found + asyncio.run(check_broker(settings, files))
 
 
