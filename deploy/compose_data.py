@@ -1,4 +1,4 @@
-"""Example data for compose.yaml: digits of scikit-learn, dealt out unevenly, and a job that trains on them."""
+"""Example data for compose.yaml: digits of scikit-learn, dealt out unevenly, and a job on them."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ evaluate: {test: test.npz}
 def main() -> int:
     """Write the files into the folder that is named."""
     if len(sys.argv) != 2:
-        print("usage: compose_data.py FOLDER", file=sys.stderr)
+        sys.stderr.write("usage: compose_data.py FOLDER\n")
         return 2
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
