@@ -22,10 +22,13 @@ from liberatai_coordinator.cli.pull import pull
 from liberatai_coordinator.cli.tables import progress, size_text
 from liberatai_coordinator.cli.version import show_version
 from liberatai_coordinator.client.views import VersionView
-from liberatai_core.errors import ConfigError, DigestError
+from liberatai_core.errors import ConfigError, DigestError, StateError
 
 if TYPE_CHECKING:
+    from liberatai_coordinator.client.client import Client
     from liberatai_core.learning.quantised_onnx import Int8Report
+    from liberatai_core.structure import DataContract, Structure
+    from liberatai_core.weights import Vector
 
 
 class Format(StrEnum):
@@ -99,12 +102,19 @@ def models_export(
             help="safetensors, onnx or onnx-int8 [default: onnx for a file .onnx, else safetensors].",
         ),
     ] = None,
+    ensemble: Annotated[
+        bool,
+        typer.Option("--ensemble", help="All structures and how they answer together, as one ONNX file."),
+    ] = False,
     unlabeled: Annotated[
         Path | None,
         typer.Option("--unlabeled", help="File (npz) with inputs that onnx-int8 is calibrated on."),
     ] = None,
 ) -> None:
     """Write the weights of one structure, exactly as devices hold them, to a file of a common format."""
+    if ensemble:
+        _export_ensemble(context, name, out, version, structure, file_format, unlabeled)
+        return
     if file_format is None:
         file_format = Format.ONNX if out.suffix == ".onnx" else Format.SAFETENSORS
     int8 = file_format is Format.ONNX_INT8
@@ -116,15 +126,9 @@ def models_export(
     with client_of(context) as client, progress(f"exporting {name}"):
         view = client.models.version(name, version)
         chosen = only_structure(view, structure)
-        shape, data, content = client.models.weights(name, str(view.version), chosen)
-        from liberatai_core import weights as flat
         from liberatai_core.learning import export
 
-        vector = flat.from_bytes(content)
-        if flat.digest(vector).hex() != view.digests[chosen]:
-            raise DigestError(
-                f"{name} version {view.version}: {chosen} does not have its digest; nothing written"
-            )
+        shape, data, vector = _weights(client, view, chosen)
         if unlabeled is not None:
             from liberatai_core.learning.dataset import load_unlabeled
             from liberatai_core.learning.quantised_onnx import to_onnx_int8
@@ -135,6 +139,66 @@ def models_export(
         else:
             export.to_safetensors(shape, vector, out, _metadata(view, chosen, shape.params))
     print(f"{out}: {name} version {view.version}, {chosen}, {size_text(out.stat().st_size)}{said}")
+
+
+def _export_ensemble(
+    context: typer.Context,
+    name: str,
+    out: Path,
+    version: str,
+    structure: str | None,
+    file_format: Format | None,
+    unlabeled: Path | None,
+) -> None:
+    """Write what a version answers: its ensemble, or the structure that the guard fell back to."""
+    if structure is not None:
+        raise ConfigError("--ensemble", ["has all structures: leave --structure out"])
+    if file_format not in (None, Format.ONNX) or unlabeled is not None or out.suffix != ".onnx":
+        raise ConfigError("--ensemble", ["is an ONNX file in float32: --out must end in .onnx"])
+    with client_of(context) as client, progress(f"exporting {name}"):
+        view = client.models.version(name, version)
+        how = client.models.ensemble(name, str(view.version))
+        alone = how.use != "ensemble"
+        if not (alone or how.members):
+            raise StateError(f"{name} version {view.version} has no ensemble: leave --ensemble out")
+        ids = (how.use,) if alone else how.members
+        found = [_weights(client, view, one) for one in ids]
+        import msgspec
+
+        from liberatai_coordinator.models.ensembles import pool_of
+        from liberatai_coordinator.store.manifests import Ensemble
+        from liberatai_core.learning import export
+        from liberatai_core.learning.ensemble_onnx import ensemble_onnx
+
+        data = found[0][1]
+        if alone:
+            content = export.onnx_bytes(found[0][0], data, found[0][2])
+        else:
+            pool = pool_of(msgspec.convert(how, Ensemble, from_attributes=True))
+            content = ensemble_onnx([(shape, vector) for shape, _, vector in found], pool, data)
+        told = {
+            "model": view.model,
+            "version": str(view.version),
+            "version_id": view.id,
+            "ensemble": how.method,
+            "structures": json.dumps({one: view.digests[one] for one in ids}),
+        }
+        export.write(out, export.described(content, told))
+    what = f"the guard fell back to {how.use}" if alone else f"ensemble ({how.method}) of {', '.join(ids)}"
+    print(f"{out}: {name} version {view.version}, {what}, {size_text(out.stat().st_size)}")
+
+
+def _weights(client: "Client", view: VersionView, chosen: str) -> "tuple[Structure, DataContract, Vector]":
+    """Return a structure, the data contract and the weights, which have their digest."""
+    from liberatai_core import weights as flat
+
+    shape, data, content = client.models.weights(view.model, str(view.version), chosen)
+    vector = flat.from_bytes(content)
+    if flat.digest(vector).hex() != view.digests[chosen]:
+        raise DigestError(
+            f"{view.model} version {view.version}: {chosen} does not have its digest; nothing written"
+        )
+    return shape, data, vector
 
 
 def _int8_text(report: "Int8Report") -> str:

@@ -28,11 +28,11 @@ def answer(ensemble: Ensemble, log_probs: Floats) -> Floats:
     if ensemble.use != "ensemble":
         alone: Floats = log_probs[ensemble.members.index(ensemble.use)]
         return alone
-    return pooled(_pool(ensemble), log_probs)
+    return pooled(pool_of(ensemble), log_probs)
 
 
-def _pool(ensemble: Ensemble) -> Pool:
-    """Return the numbers as arrays."""
+def pool_of(ensemble: Ensemble) -> Pool:
+    """Return the numbers of an ensemble as arrays."""
     return Pool(
         weights=np.array(ensemble.weights),
         log_priors=np.array(ensemble.log_priors) if ensemble.log_priors else None,

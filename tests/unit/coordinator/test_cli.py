@@ -675,6 +675,77 @@ def test_an_int8_export_is_calibrated_on_the_file_and_says_what_it_lost(
     assert "E_DATA" in capsys.readouterr().err
 
 
+def test_an_ensemble_is_exported_as_one_file_or_the_structure_that_answers_alone(
+    fleet: MemoryOperations,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for needed in ("torch", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    from liberatai_core.aggregator.ensemble import Pool, pooled
+    from liberatai_core.learning.export import session_of
+    from liberatai_core.learning.families import initial_weights, structure_of
+    from liberatai_core.learning.training import log_probabilities
+
+    shapes = [structure_of("mlp", {"hidden": hidden}, DATA) for hidden in (4, 8)]
+    members = {shape.id: (shape, initial_weights(shape, DATA, 0)) for shape in shapes}
+    digests = {sid: digest(weights).hex() for sid, (_, weights) in members.items()}
+    row = msgspec.structs.replace(VERSIONS[0], digests=digests)
+    weights = np.random.default_rng(1).uniform(0, 1, (2, DATA.classes))
+    how = EnsembleView(
+        method="label_free", members=tuple(members), weights=tuple(map(tuple, weights.tolist()))
+    )
+
+    async def version(model: str, ref: str) -> VersionView:
+        return row
+
+    async def held(model: str, ref: str, structure: str) -> Any:
+        shape, vector = members[structure]
+        return shape, DATA, to_bytes(vector)
+
+    async def ensemble(model: str, ref: str) -> EnsembleView:
+        return how
+
+    for name, answer in (("version", version), ("weights", held), ("ensemble", ensemble)):
+        monkeypatch.setattr(fleet.models, name, answer)
+    out = tmp_path / "m.onnx"
+    given = ["models", "export", "digits", "--ensemble", "--out", str(out)]
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    said = np.stack([log_probabilities(shape, DATA, vector, x) for shape, vector in members.values()])
+    assert main(given) == 0
+    line = f"{out}: digits version 2, ensemble (label_free) of {', '.join(members)}, "
+    assert capsys.readouterr().out.startswith(line)
+    (found,) = session_of(out.read_bytes()).run(["logits"], {"x": x})
+    assert found == pytest.approx(pooled(Pool(weights=weights), said), abs=1e-4)
+    assert digests[shapes[1].id].encode() in out.read_bytes()
+    how = msgspec.structs.replace(how, use=shapes[1].id)
+    assert main(given) == 0
+    assert f"the guard fell back to {shapes[1].id}, " in capsys.readouterr().out
+    (logits,) = session_of(out.read_bytes()).run(["logits"], {"x": x})
+    assert (logits.argmax(1) == said[1].argmax(1)).all()
+    out.unlink()
+    how = EnsembleView(method="single")
+    assert main(given) == 1
+    assert "has no ensemble" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (["--out", "x.safetensors"], "--out must end in .onnx"),
+        (["--out", "x.onnx", "--format", "onnx-int8"], "an ONNX file in float32"),
+        (["--out", "x.onnx", "--structure", "mlp-hidden4"], "leave --structure out"),
+    ],
+)
+def test_an_ensemble_has_one_format_and_all_structures(
+    fleet: MemoryOperations, capsys: pytest.CaptureFixture[str], more: list[str], fault: str
+) -> None:
+    assert main(["models", "export", "digits", "--ensemble", *more]) == 2
+    assert fault in capsys.readouterr().err
+
+
 def test_the_only_structure_of_a_model_need_not_be_named(fleet: MemoryOperations, tmp_path: Path) -> None:
     assert main(["models", "export", "digits", "--out", str(tmp_path / "x.safetensors")]) == 0
     assert (tmp_path / "x.safetensors").exists()
