@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from liberatai_coordinator.cli.tables import Column, Output, clean, screen_width, show, wrapped
+from liberatai_coordinator.cli.tables import Column, Output, clean, screen_width, shown, wrapped
 from liberatai_coordinator.client.views import CentralView, JobView, LocalView, RoundView, ScoreView, newest
 
 
@@ -37,15 +37,14 @@ def explained(job: JobView) -> list[str]:
     ]
 
 
-def show_accuracy(job: JobView, output: Output) -> None:
-    """Write the newest figures as a table; nothing if there are none."""
+def accuracy_lines(job: JobView, output: Output) -> list[str]:
+    """Return the newest figures as a table; no line if there are none."""
     local, central, test = newest(job.rounds)
-    lines = rows(local, central, test)
-    if not lines:
-        return
-    print()
-    print(wrapped("; ".join(_sources(local, central, test)), screen_width()))
-    show(lines, _columns(local, central, test), output)
+    found = rows(local, central, test)
+    if not found:
+        return []
+    told = wrapped("; ".join(_sources(local, central, test)), screen_width())
+    return ["", told, *shown(found, _columns(local, central, test), output)]
 
 
 def rows(local: LocalView | None, central: CentralView | None, test: CentralView | None) -> list[Row]:

@@ -70,7 +70,7 @@ def add_to(app: typer.Typer) -> None:
         (ping, "ping gateway-01"),
         (probe, "probe gateway-01"),
         (logs, "logs gateway-01 -n 50"),
-        (rekey, "rekey gateway-01 --key 3f9a12c4"),
+        (rekey, "rekey gateway-01 --key 3f9a-12c4-77b0-e51d"),
     ):
         app.command(command.__name__, epilog=f"Example: liberatai devices {example}")(command)
 

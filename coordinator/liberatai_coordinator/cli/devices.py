@@ -150,7 +150,7 @@ DEVICE_COLUMNS: list[Column[DeviceView]] = [
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
     Column("STORAGE", lambda row: size_text(row.storage_bytes), right=True),
-    Column("KEY", lambda row: f"key {row.key}" if row.status == "pending" else "", note=True),
+    Column("KEY", lambda row: f"key {row.key}" if row.status == "pending" else "", note=True, rare=True),
     Column("MEMORY", lambda row: size_text(row.memory_bytes), wide=True, right=True),
     Column("CPU", lambda row: f"{row.cpu_share:g} of {row.cores} {row.arch}", wide=True),
     Column("FORM", lambda row: row.form, wide=True),

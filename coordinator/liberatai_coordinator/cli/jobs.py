@@ -8,21 +8,25 @@ from typing import Annotated
 
 import typer
 
-from liberatai_coordinator.cli.accuracy import explained, show_accuracy
+from liberatai_coordinator.cli.accuracy import accuracy_lines, explained
 from liberatai_coordinator.cli.fits import fits_line, nothing_fits
 from liberatai_coordinator.cli.job_text import ROUND_COLUMNS, STRUCTURE_COLUMNS, bytes_line, job_line
 from liberatai_coordinator.cli.kit import FAILED, client_of, complete_job, group, job_text
 from liberatai_coordinator.cli.tables import (
+    WATCH_S,
     Column,
     Output,
     OutputOption,
     WatchOption,
+    encoded,
     on_screen,
+    patiently,
     progress,
+    redraw,
     screen_width,
-    show,
     show_list,
     show_one,
+    shown,
     when_text,
     wrapped,
 )
@@ -77,10 +81,19 @@ def jobs_list(
 
 
 @app.command("show", epilog="Example: liberatai jobs show digits")
-def jobs_show(context: typer.Context, name: JobArgument, output: OutputOption = Output.TABLE) -> None:
+def jobs_show(
+    context: typer.Context,
+    name: JobArgument,
+    output: OutputOption = Output.TABLE,
+    watch: WatchOption = False,
+) -> None:
     """Show one job: what it decided, its structures, their accuracy, and its rounds."""
     with client_of(context) as client:
-        _show_job(client.jobs.show(name), output)
+        if not watch:
+            _show_job(client.jobs.show(name), output)
+            return
+        for job in patiently(lambda: client.jobs.show(name), every_s=WATCH_S):
+            redraw(_job_lines(job, output))
 
 
 @app.command("watch", epilog="Example: liberatai jobs watch digits")
@@ -157,18 +170,21 @@ def _show_job(job: JobView, output: Output) -> None:
     if not output.is_table:
         show_one(job, output)
         return
+    for line in _job_lines(job, output):
+        print(line)
+
+
+def _job_lines(job: JobView, output: Output) -> list[str]:
+    if not output.is_table:
+        return [encoded(job, output)]
     width = screen_width()
-    print(wrapped(job_line(job), width))
-    print(wrapped(bytes_line(job), width))
-    for line in explained(job):
-        print(wrapped(line, width))
+    lines = [wrapped(line, width) for line in (job_line(job), bytes_line(job), *explained(job))]
     if job.structures:
-        print()
-        show(job.structures, STRUCTURE_COLUMNS, output)
-    show_accuracy(job, output)
+        lines += ["", *shown(job.structures, STRUCTURE_COLUMNS, output)]
+    lines += accuracy_lines(job, output)
     if job.rounds:
-        print()
-        show(job.rounds, ROUND_COLUMNS, output)
+        lines += ["", *shown(job.rounds, ROUND_COLUMNS, output)]
+    return lines
 
 
 JOB_COLUMNS: list[Column[JobSummary]] = [

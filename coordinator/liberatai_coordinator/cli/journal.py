@@ -22,8 +22,8 @@ from liberatai_coordinator.client.fleet_views import AuditView, EventView
 FOLLOW_S: Final = 1.0
 """Between two questions for what is new."""
 
-events = group("What happened in the fleet.", "liberatai events tail")
-audit = group("What operators changed.", "liberatai audit tail")
+events = group("What happened in the fleet; alone: `tail`.", "liberatai events tail", alone=True)
+audit = group("What operators changed; alone: `tail`.", "liberatai audit tail", alone=True)
 
 Count = Annotated[int, typer.Option("--last", "-n", min=1, max=1000, help="How many of the newest.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")]
@@ -58,6 +58,18 @@ def audit_tail(
             show(found, AUDIT_COLUMNS, output)
             return
         _follow(found, client.audit.after, AUDIT_COLUMNS, output)
+
+
+@events.callback()
+def _events(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        events_tail(context)
+
+
+@audit.callback()
+def _audit(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        audit_tail(context)
 
 
 def _follow(

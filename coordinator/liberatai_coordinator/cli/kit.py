@@ -50,12 +50,20 @@ _UNITS = {
 }
 
 
-def group(help_text: str, example: str, *, add_completion: bool = False) -> typer.Typer:
-    """Return an empty group of commands; the whole program adds `--install-completion` for the shell."""
+def group(help_text: str, example: str, *, add_completion: bool = False, alone: bool = False) -> typer.Typer:
+    """Return an empty group of commands.
+
+    Args:
+        help_text: what it is for.
+        example: shown below its help.
+        add_completion: the whole program adds `--install-completion` for the shell.
+        alone: its callback does something where no command is given; otherwise help is shown.
+    """
     return typer.Typer(
         help=help_text,
         epilog=f"Example: {example}",
-        no_args_is_help=True,
+        no_args_is_help=not alone,
+        invoke_without_command=alone,
         rich_markup_mode=None,  # plain help: the same on a screen, in a pipe and in a manual
         pretty_exceptions_enable=False,
         add_completion=add_completion,

@@ -69,7 +69,7 @@ ASSIGNMENT_COLUMNS: list[Column[AssignmentView]] = [
     Column("PROFILE", lambda row: row.profile),
     Column("TIER", lambda row: row.tier),
     Column("STRUCTURE", lambda row: row.structure or "none"),
-    Column("VARIANT", lambda row: size_text(row.variant_bytes), right=True),
+    Column("SIZE", lambda row: size_text(row.variant_bytes), right=True),
     Column("BUDGET", lambda row: size_text(row.budget_bytes), right=True),
     Column("DENSITY", lambda row: f"{row.density:.2%}", right=True),
     Column("WHY", lambda row: "; ".join(part for part in (row.why, row.link) if part), note=True),

@@ -34,6 +34,7 @@ from liberatai_core.units import (
 )
 
 __all__ = [
+    "WATCH_S",
     "Column",
     "Output",
     "OutputOption",
@@ -43,6 +44,7 @@ __all__ = [
     "count_text",
     "dump",
     "duration_text",
+    "encoded",
     "on_screen",
     "patiently",
     "progress",
@@ -54,6 +56,7 @@ __all__ = [
     "show",
     "show_list",
     "show_one",
+    "shown",
     "size_text",
     "when_text",
     "wrapped",
@@ -100,6 +103,7 @@ class Column(Generic[Row]):
         wide: only `-o wide` has it.
         right: numbers stand at the right.
         note: a sentence: where it does not fit, it stands below its row.
+        rare: left out everywhere where no row has it.
     """
 
     title: str
@@ -107,6 +111,7 @@ class Column(Generic[Row]):
     wide: bool = False
     right: bool = False
     note: bool = False
+    rare: bool = False
 
 
 def clean(text: str) -> str:
@@ -175,7 +180,7 @@ def shown(rows: Sequence[Row], columns: Sequence[Column[Row]], output: Output) -
     if output is Output.NAME:
         return [clean(columns[0].text(row)) for row in rows]
     if not output.is_table:
-        return [_encoded(rows, output)]
+        return [encoded(rows, output)]
     return rendered(rows, columns, wide=output is Output.WIDE, width=screen_width())
 
 
@@ -190,9 +195,10 @@ def rendered(
         wide: every column, in one line, however long.
         width: of the screen, in characters; None: as long as it gets.
     """
+    written = [_Cells.of(rows, column) for column in columns if wide or not column.wide]
+    cells = [one for one in written if one.said or not one.column.rare]
     if wide:
-        return _lines([_Cells.of(rows, column) for column in columns])
-    cells = [_Cells.of(rows, column) for column in columns if not column.wide]
+        return _lines(cells)
     if width is None:
         return _lines(cells)
     cells = [one for one in cells if one.said or not one.column.note]
@@ -221,7 +227,7 @@ class _Cells:
             column=column,
             texts=(column.title, *texts),
             width=max(map(len, (column.title, *texts))),
-            said=any(text != "-" for text in texts) or not rows,
+            said=any(text != "-" for text in texts) or not (rows or column.rare),
         )
 
     def placed(self) -> list[str]:
@@ -276,10 +282,11 @@ def show_one(view: Any, output: Output) -> None:
 
 def dump(value: Any, output: Output) -> None:
     """Write a value for programs."""
-    print(_encoded(value, output))
+    print(encoded(value, output))
 
 
-def _encoded(value: Any, output: Output) -> str:
+def encoded(value: Any, output: Output) -> str:
+    """Return a value for programs."""
     if output is Output.YAML:
         return msgspec.yaml.encode(value).decode().rstrip("\n")
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -22,7 +22,7 @@ from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import MarkRow, TombstoneRow
 from liberatai_core.contract.frame import fingerprint
 from liberatai_core.contract.topics import DOWN_LEAVES, UP_LEAVES
-from liberatai_core.errors import LiberataiError, NotFoundError, StateError
+from liberatai_core.errors import ConfigError, LiberataiError, StateError
 
 log = logging.getLogger(__name__)
 
@@ -270,13 +270,13 @@ def require_key(public_key: bytes, shown: str, device: str) -> None:
     """Refuse a key that is not the one that somebody reads at the device.
 
     Raises:
-        StateError: it is another one. NotFoundError: too little of it was given.
+        StateError: it is another one. ConfigError: too little of it was given.
     """
     wanted = shown.replace(":", "").replace("-", "").strip().lower()
     if not wanted:
         return
     if len(wanted) < 16:
-        raise NotFoundError(f"--key {shown}: give at least 16 digits of what the device shows")
+        raise ConfigError("--key", [f"{shown}: give at least 16 digits of what the device shows"])
     known = fingerprint(public_key).replace("-", "")
     if not (known.startswith(wanted) or public_key.hex().startswith(wanted)):
         raise StateError(f"{device} has key {fingerprint(public_key)}, not {shown}: it is another machine")

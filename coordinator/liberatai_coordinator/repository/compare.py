@@ -13,6 +13,7 @@ from liberatai_core.errors import StructureError
 from liberatai_core.learning.dataset import load_unlabeled
 from liberatai_core.learning.training import log_probabilities
 from liberatai_core.structure import DataContract, Structure
+from liberatai_core.units import share_text, size_text
 from liberatai_core.weights import Vector
 
 
@@ -56,12 +57,17 @@ class Diff(msgspec.Struct, frozen=True, kw_only=True):
         if self.ancestor:
             yield f"both come from {short(self.ancestor)}"
         for name, (before, after) in self.metrics.items():
-            told = [f"{value:.6g}" if value is not None else "-" for value in (before, after)]
-            yield f"{name}: {told[0]} -> {told[1]}"
+            yield f"{name.replace('_', ' ')}: {_figure(name, before)} -> {_figure(name, after)}"
         for name, sizes in self.bytes.items():
-            yield f"{name}: {sizes[0]} -> {sizes[1]} bytes"
+            yield f"{name}: {size_text(sizes[0])} -> {size_text(sizes[1])}"
         for name, share in self.agreement.items():
             yield f"{name}: same answer on {share:.2%} of the samples"
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return share_text(value) if name.endswith("accuracy") else f"{value:.6g}"
 
 
 def compare(store: Store, first: Loaded, second: Loaded, samples: Path | None) -> Diff:

@@ -42,6 +42,8 @@ def test_devices_are_meant_by_name_selector_or_group(capsys: pytest.CaptureFixtu
     assert said("devices", "drain", code=2) == ""
     assert said("devices", "drain", "-l", "floor=9", code=4) == ""
     assert "training_failed" in said("events", "tail")
+    assert said("events") == said("events", "tail")
+    assert "devices decommission" in said("audit")
     audited = said("audit", "tail", "-o", "wide")
     assert "devices decommission" in audited
     assert "E_NOT_FOUND" in audited

@@ -50,6 +50,15 @@ def test_names_of_forty_characters_are_whole_at_every_width(width: int) -> None:
     assert ("STRUCTURE" in head) == (width > 80)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_key_to_compare_has_a_column_only_while_a_device_waits(wide: bool) -> None:
+    waits = msgspec.structs.replace(DEVICES[0], status="pending", key="41b0-0453")
+    assert "KEY" not in rendered(DEVICES, DEVICE_COLUMNS, wide=wide)[0].split()
+    found = rendered([waits, *DEVICES[1:]], DEVICE_COLUMNS, wide=wide)
+    assert "KEY" in found[0].split()
+    assert "key 41b0-0453" in found[1]
+
+
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_wide_runs_past_the_edge_in_one_line_with_every_column(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -58,7 +67,7 @@ def test_wide_runs_past_the_edge_in_one_line_with_every_column(
     show(DEVICES, DEVICE_COLUMNS, Output.WIDE)
     head, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == NAMES
-    assert all(column.title in head for column in DEVICE_COLUMNS)
+    assert all((column.title in head.split()) == (not column.rare) for column in DEVICE_COLUMNS)
     assert len(head) > width
     assert "training waits for 30 %" in rows[1]
 
