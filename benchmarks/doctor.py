@@ -36,7 +36,7 @@ from liberatai_coordinator.authority.broker_files import sync
 from liberatai_coordinator.brokers.secure import SecureBroker, start_secure_broker
 from liberatai_coordinator.brokers.start import RunningBroker, free_port, start_broker
 from liberatai_coordinator.cli.app import main as coordinator_main
-from liberatai_coordinator.service import presence_frame
+from liberatai_coordinator.intake.fencing import presence_frame
 from liberatai_core.contract.frame import Signer
 from liberatai_core.contract.topics import Topics
 from liberatai_core.doctor.broker import reach

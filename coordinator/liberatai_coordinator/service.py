@@ -11,8 +11,6 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from liberatai_coordinator import clock
 from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.authority.invitations import Invitation
@@ -21,15 +19,16 @@ from liberatai_coordinator.control.asking import Asking
 from liberatai_coordinator.control.doors import Doors
 from liberatai_coordinator.control.rollouts import Rollouts
 from liberatai_coordinator.control.shadows import Shadows
-from liberatai_coordinator.fleet import query
 from liberatai_coordinator.fleet.devices import Device, Fleet
-from liberatai_coordinator.fleet.facts import facts_of
+from liberatai_coordinator.fleet.facts import members
+from liberatai_coordinator.intake.broker_refusals import BrokerRefusals
 from liberatai_coordinator.intake.enrolment import Enrolment
 from liberatai_coordinator.intake.fencing import Fencing
 from liberatai_coordinator.intake.flow import Flow
-from liberatai_coordinator.intake.frames import Frame, Frames, Opened
+from liberatai_coordinator.intake.frames import Frame, Frames, Opened, require_own
 from liberatai_coordinator.intake.presence import LEAF, Presence
 from liberatai_coordinator.intake.updates import Updates
+from liberatai_coordinator.intake.uploads import Uploads
 from liberatai_coordinator.jobs.attendance import Attendance
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.queue import Jobs
@@ -37,18 +36,15 @@ from liberatai_coordinator.jobs.runner import Runner
 from liberatai_coordinator.models.retention import sweep
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
-from liberatai_core.contract import messages
-from liberatai_core.contract.frame import Signer, claimed_key, key_id, seal
+from liberatai_core.contract.frame import Signer, claimed_key
 from liberatai_core.contract.messages import (
     Answer,
     Capability,
     CertificateReply,
     CertificateRequest,
-    CoordinatorState,
     EpochSeen,
     Event,
     Have,
-    Message,
     Offer,
     Report,
     SessionSeen,
@@ -56,17 +52,14 @@ from liberatai_core.contract.messages import (
     Telemetry,
     Update,
 )
-from liberatai_core.contract.topics import Place, Topics, parse
-from liberatai_core.errors import FrameError, LiberataiError, QuotaError, SignatureError, TopicError
+from liberatai_core.contract.topics import Topics, parse
+from liberatai_core.errors import FrameError, LiberataiError
 from liberatai_core.link.link import Connected, Disconnected, Link, Received, Refused
 
 log = logging.getLogger(__name__)
 
 EXPIRE_S = 60.0
 """Between two looks for uploads that nobody goes on with."""
-
-MAX_REFUSALS = 32
-"""Refusals of the broker that are kept and logged: every blob and device has topics of its own."""
 
 GOODBYE_S = 5.0
 """How long a stopping coordinator tries to say so."""
@@ -101,10 +94,9 @@ class Service:
     rollouts: Rollouts = field(init=False)
     connected: str = ""
     flow: Flow = field(default_factory=Flow)
-    broker_refuses: dict[tuple[str, str], str] = field(default_factory=dict)
+    broker_refuses: BrokerRefusals = field(default_factory=BrokerRefusals)
     started_s: float = field(default_factory=clock.wall)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _said_refusals: set[tuple[str, str]] = field(default_factory=set)
     _behind: asyncio.Event = field(default_factory=asyncio.Event)
     _restored: bool = False
 
@@ -141,7 +133,7 @@ class Service:
             repository=self.repository,
             publisher=self.publisher,
             shadows=self.shadows,
-            members=self.members,
+            members=lambda asked: members(self.fleet, asked, clock.wall()),
         )
         self.shadows.heard_of = self.rollouts.heard
         self.doors.forgotten = self._forgotten
@@ -152,7 +144,7 @@ class Service:
             publisher=self.publisher,
             ack=self.link.ack,
             refused=self._count,
-            again=self._open_again,
+            again=lambda frame: self.frames.add(frame),  # noqa: PLW0108 - made below
         )
         self.enrolment = self._enrolment()
         self.frames = Frames(
@@ -206,21 +198,9 @@ class Service:
     async def _send_certificate(self, to: str, reply: CertificateReply) -> None:
         await self.publisher.send(self.topics.provisioning(to, "crt"), reply)
 
-    def members(self, asked: str) -> tuple[str, ...]:
-        """Return the names of the devices of which a question is true."""
-        ready, wall_s, wanted = self.fleet.ready_names, clock.wall(), query.parse(asked)
-        return tuple(
-            name
-            for name, device in sorted(self.fleet.devices.items())
-            if query.matches(wanted, facts_of(device, ready=name in ready, wall_s=wall_s))
-        )
-
     def _forgotten(self, device: str) -> None:
         self.shadows.forget(device)
         self.rollouts.forget(device)
-
-    def _open_again(self, frame: Frame) -> None:
-        self.frames.add(frame)
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -239,7 +219,7 @@ class Service:
         self.doors.restored()
         if self.enrolment is not None:
             await self.enrolment.load()
-        await self._sweep()  # now, for nobody makes files yet
+        await _sweep(self.ledger, self.repository)  # now, for nobody makes files yet
         self._restored = True
 
     async def run(self) -> None:
@@ -251,14 +231,14 @@ class Service:
         self.devices.set_connected(False)
         self._spawn(self.devices.run())
         self._spawn(self.frames.run())
-        self._spawn(self._expire())
+        self._spawn(_expire(self.updates.uploads))
         self.shadows.restore()
         self.rollouts.restore()
         if self.enrolment is not None:
             self._spawn(self.enrolment.look_after())
             await self.link.subscribe(self.topics.requests)
         presence = self.topics.coordinator(self.config.coordinator)
-        self.publisher.retained[presence] = self.presence("online")
+        self.publisher.retained[presence] = self.fencing.presence(self.signer, "online")
         # Its own presence, too: before anything is said, it is heard whether this is a copy.
         await self.link.subscribe(presence, *self.topics.from_devices)
         await self.link.open()
@@ -266,7 +246,7 @@ class Service:
         self._spawn(self.shadows.publish())
         self._spawn(self.rollouts.run())
         self.jobs.resume()
-        self._spawn(self._commit())
+        self._spawn(_commit(self.jobs))
         listening = asyncio.create_task(self._listen())
         behind = asyncio.create_task(self._behind.wait())
         try:
@@ -278,16 +258,6 @@ class Service:
             behind.cancel()
             await self._stop(presence)
 
-    async def _commit(self) -> None:
-        """Commit versions that a crash, or a release without a model repository, left out."""
-        try:
-            made = await asyncio.to_thread(self.jobs.commits.publish_all)
-        except LiberataiError as error:
-            log.warning("not all versions are committed: %s %s", error.code, error)
-        else:
-            if made:
-                log.info("committed %d versions to the model repository", made)
-
     async def _listen(self) -> None:
         breath_s = clock.monotonic()
         async for event in self.link.events():
@@ -298,7 +268,7 @@ class Service:
                     log.info("connected to %s (%s)", self.config.broker, protocol)
                     self.connected = protocol
                     self.devices.set_connected(True)
-                    self.broker_refuses.clear()
+                    self.broker_refuses.lines.clear()
                     self._spawn(self.publisher.republish())
                 case Disconnected(reason=reason, retry_in_s=retry):
                     if self.connected or retry > 1:
@@ -308,22 +278,12 @@ class Service:
                     # The longest pause is short while devices wait for receipts of a round.
                     self.link.urgent(any(job.open_round is not None for job in self.runners.values()))
                 case Refused():
-                    self._broker_refused(event)
+                    self.broker_refuses.heard(event)
+                    if event.what == "size":
+                        self._spawn(self.publisher.cut_anew())
             if clock.monotonic() - breath_s > BREATH_S:
                 await asyncio.sleep(0)
                 breath_s = clock.monotonic()
-
-    def _broker_refused(self, event: Refused) -> None:
-        """Say once in words what the broker does not do; cut blobs smaller if they are too long for it."""
-        kind = event.what, event.topic
-        line = f"{'E_SIZE' if event.what == 'size' else 'E_BROKER'}: {event.words}"
-        if kind not in self._said_refusals and len(self._said_refusals) < MAX_REFUSALS:
-            self._said_refusals.add(kind)
-            log.warning("%s", line)
-        if len(self.broker_refuses) < MAX_REFUSALS:
-            self.broker_refuses[kind] = line
-        if event.what == "size":
-            self._spawn(self.publisher.cut_anew())
 
     async def _stop(self, presence: str) -> None:
         for task in [*self.jobs.cancel(), *self._tasks]:
@@ -332,32 +292,15 @@ class Service:
         self.doors.cancel()
         self.devices.save_traffic()
         if not self.fencing.ends:
+            goodbye = self.fencing.presence(self.signer, "offline")
             with contextlib.suppress(TimeoutError, LiberataiError):
-                await asyncio.wait_for(
-                    self.link.publish(presence, self.presence("offline"), retain=True), GOODBYE_S
-                )
+                await asyncio.wait_for(self.link.publish(presence, goodbye, retain=True), GOODBYE_S)
         await self.link.close()
-
-    def presence(self, state: str) -> bytes:
-        """Return the signed presence of this coordinator."""
-        return presence_frame(self.signer, self.config.coordinator, self.ledger.epoch, state)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _sweep(self) -> None:
-        """Remove files that a crash left behind."""
-        try:
-            await asyncio.to_thread(sweep, self.ledger, self.repository)
-        except LiberataiError as error:
-            log.warning("files that no version needs are not removed: %s %s", error.code, error)
-
-    async def _expire(self) -> None:
-        while True:
-            await asyncio.sleep(EXPIRE_S)
-            self.updates.uploads.expire(clock.monotonic())
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -375,7 +318,7 @@ class Service:
             if place.side == "co":
                 self._own_presence(frame)
             elif event.payload:
-                self._require_calm(frame)
+                self.flow.require_calm(place, clock.monotonic(), retained=event.retained)
                 self.frames.add(frame)
                 return
         except LiberataiError as error:
@@ -383,17 +326,6 @@ class Service:
         except Exception:
             log.exception("fault while handling a message on %s", event.topic)
         self.link.ack(event.token)
-
-    def _require_calm(self, frame: Frame) -> None:
-        """Refuse a flood before anything of it is looked at; parts of uploads have bounds of their own.
-
-        Raises:
-            QuotaError: the device says too much.
-        """
-        place = frame.place
-        counted = place.side == "up" and place.part is None and not frame.retained
-        if counted and not self.flow.may(place.owner, clock.monotonic()):
-            raise QuotaError(f"{place.owner} says more than a device has to say")
 
     def _own_presence(self, frame: Frame) -> None:
         if frame.place.owner == self.config.coordinator and frame.payload:
@@ -411,19 +343,6 @@ class Service:
     def _count(self, device: str, error: LiberataiError) -> None:
         self.fleet.count_refusal(device, error)
         self.ledger.refusals.count(device, error.code)
-
-    def _require_own(self, message: Message, key: bytes, place: Place) -> None:
-        """Refuse what one device signs in another's name, or sends on another's topic.
-
-        The broker's access rules do the same, but the broker is not trusted.
-        """
-        device = getattr(message, "device", None)
-        self.fleet.require_alive(key)
-        if device != place.owner:
-            raise TopicError(f"a message of {device} on the topic of {place.owner}")
-        owner = self.fleet.owner(key_id(key))
-        if owner != device and not isinstance(message, Capability):
-            raise SignatureError(f"{owner} signed in the name of {device}")
 
     async def _handle_all(self, batch: list[Opened]) -> None:
         for opened in batch:
@@ -446,7 +365,7 @@ class Service:
                 self._spawn(self._answer_request(opened, message))
             return False
         if message is not None:
-            self._require_own(message, opened.public_key, frame.place)
+            require_own(self.fleet, message, opened.public_key, frame.place)
         if isinstance(message, Update) and frame.place.leaf == "x":
             self.devices.note_alive(message.device)
             self.updates.take(opened, message)
@@ -479,21 +398,39 @@ class Service:
         return False
 
     def _answer_baseless(self, device: Device) -> None:
-        self._spawn(self._give_whole_path(device.id))
-
-    async def _give_whole_path(self, device: str) -> None:
-        try:
-            await self.jobs.base_missing(device)
-        except LiberataiError as error:
-            log.warning("%s asks for the whole path: %s %s", device, error.code, error)
+        self._spawn(_give_whole_path(self.jobs, device.id))
 
     async def _answer_session(self, seen: SessionSeen) -> None:
         await self.publisher.send(self.topics.down(seen.device, "xa"), seen)
 
 
-def presence_frame(signer: Signer, coordinator: str, epoch: int, state: str) -> bytes:
-    """Return a signed CoordinatorState."""
-    body = CoordinatorState(
-        coordinator=coordinator, epoch=epoch, state=msgspec.convert(state, messages.Presence)
-    )
-    return seal(body, signer)
+async def _give_whole_path(jobs: Jobs, device: str) -> None:
+    try:
+        await jobs.base_missing(device)
+    except LiberataiError as error:
+        log.warning("%s asks for the whole path: %s %s", device, error.code, error)
+
+
+async def _commit(jobs: Jobs) -> None:
+    """Commit versions that a crash, or a release without a model repository, left out."""
+    try:
+        made = await asyncio.to_thread(jobs.commits.publish_all)
+    except LiberataiError as error:
+        log.warning("not all versions are committed: %s %s", error.code, error)
+    else:
+        if made:
+            log.info("committed %d versions to the model repository", made)
+
+
+async def _sweep(ledger: Ledger, repository: Repository) -> None:
+    """Remove files that a crash left behind."""
+    try:
+        await asyncio.to_thread(sweep, ledger, repository)
+    except LiberataiError as error:
+        log.warning("files that no version needs are not removed: %s %s", error.code, error)
+
+
+async def _expire(uploads: Uploads) -> None:
+    while True:
+        await asyncio.sleep(EXPIRE_S)
+        uploads.expire(clock.monotonic())

@@ -21,11 +21,11 @@ from liberatai_coordinator.authority.authority import Authority
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.control.broker_lists import BrokerLists
 from liberatai_coordinator.fleet.devices import Fleet
-from liberatai_coordinator.intake.fencing import first_epoch
+from liberatai_coordinator.intake.fencing import first_epoch, presence_frame
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.renewal import renew
 from liberatai_coordinator.link_settings import mqtt_settings
-from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.database import REPLACED
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository

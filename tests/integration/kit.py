@@ -11,9 +11,10 @@ import numpy as np
 
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Fleet
+from liberatai_coordinator.intake.fencing import presence_frame
 from liberatai_coordinator.jobs.publisher import Publisher
 from liberatai_coordinator.jobs.runner import Runner
-from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.repository import Repository
 from liberatai_core.compressor.artifact import restore

@@ -120,14 +120,14 @@ def test_a_coordinator_says_what_its_broker_refuses_until_the_next_connection(
         broker = MemoryBroker()
         broker.allow = lambda _client, what, topic: what == "subscribe" or "/co/" not in topic
         async with coordinator(broker, tmp_path) as service:
-            await until(lambda: bool(service.broker_refuses))
+            await until(lambda: bool(service.broker_refuses.lines))
             told = (await Operations.of(service).health())["broker_refuses"]
             assert len(told) == 1
             assert told[0].startswith("E_BROKER: the broker refuses messages to lai/v1/")
             broker.allow = None
             broker.kill(service.config.coordinator)
             await until(lambda: any("/co/" in topic for topic in broker.retained))
-            await until(lambda: not service.broker_refuses)
+            await until(lambda: not service.broker_refuses.lines)
 
     asyncio.run(run())
     assert sum("E_BROKER" in record.message for record in caplog.records) == 1

@@ -20,9 +20,10 @@ from tests.integration.kit import (
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.fleet import devices as fleet_devices
 from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.intake.fencing import presence_frame
 from liberatai_coordinator.intake.presence import Jobs
 from liberatai_coordinator.jobs import attendance
-from liberatai_coordinator.service import Service, presence_frame
+from liberatai_coordinator.service import Service
 from liberatai_core.contract.frame import Signer, open_frame
 from liberatai_core.contract.messages import EpochSeen, Report, SessionSeen, State, Telemetry
 from liberatai_core.errors import DiskError

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from liberatai_coordinator import clock
 from liberatai_coordinator.client.fleet_views import GroupView
 from liberatai_coordinator.fleet import query
+from liberatai_coordinator.fleet.facts import members
 from liberatai_coordinator.service import Service
 from liberatai_coordinator.store.rows import GroupRow
 
@@ -41,7 +42,7 @@ class GroupOperations:
         await asyncio.to_thread(self.service.ledger.groups.delete, name)
 
     def _view(self, row: GroupRow, *, named: bool) -> GroupView:
-        names = self.service.members(row.query)
+        names = members(self.service.fleet, row.query, clock.wall())
         return GroupView(
             name=row.name,
             query=row.query,

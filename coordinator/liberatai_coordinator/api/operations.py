@@ -72,7 +72,7 @@ class Operations:
             "public_key": service.signer.public_key.hex(),
             "broker": service.config.broker,
             "protocol": service.connected,
-            "broker_refuses": list(service.broker_refuses.values()),
+            "broker_refuses": list(service.broker_refuses.lines.values()),
             "devices_online": service.fleet.ready_count,
             "uptime_s": clock.wall() - service.started_s,
         }

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from liberatai_coordinator.fleet.devices import LIVING, Device, Knock
+from liberatai_coordinator.fleet import query
+from liberatai_coordinator.fleet.devices import LIVING, Device, Fleet, Knock
 from liberatai_coordinator.fleet.query import LABEL, Value
 
 MIB, KIB, MBIT = 1 << 20, 1 << 10, 1e6
@@ -64,6 +65,22 @@ def facts_of(device: Device, *, ready: bool, wall_s: float) -> dict[str, Value |
         "down_mbit": None if capability.down_bits_s is None else capability.down_bits_s / MBIT,
         "samples": float(capability.samples),
     }
+
+
+def members(fleet: Fleet, asked: str, wall_s: float) -> tuple[str, ...]:
+    """Return the names of the devices of which a question is true, in order.
+
+    Args:
+        fleet: all devices.
+        asked: the question, see `query`.
+        wall_s: the time of day.
+    """
+    ready, wanted = fleet.ready_names, query.parse(asked)
+    return tuple(
+        name
+        for name, device in sorted(fleet.devices.items())
+        if query.matches(wanted, facts_of(device, ready=name in ready, wall_s=wall_s))
+    )
 
 
 def conditions_of(

@@ -13,8 +13,8 @@ import logging
 from dataclasses import dataclass
 
 from liberatai_coordinator.store.ledger import Ledger
-from liberatai_core.contract.frame import expect, key_id
-from liberatai_core.contract.messages import CoordinatorState
+from liberatai_core.contract.frame import Signer, expect, key_id, seal
+from liberatai_core.contract.messages import CoordinatorState, Presence
 from liberatai_core.errors import ReplayError, UnknownDeviceError
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ def first_epoch(before: int, now_s: float) -> int:
     minutes = int((now_s - BEGIN_2026_S) / 60)
     clock = minutes if FIRST_GENERATION <= minutes <= LAST_GENERATION else FIRST_GENERATION
     return max(clock, generation(before) + 1) << STARTS_BITS
+
+
+def presence_frame(signer: Signer, coordinator: str, epoch: int, state: Presence) -> bytes:
+    """Return a signed CoordinatorState."""
+    return seal(CoordinatorState(coordinator=coordinator, epoch=epoch, state=state), signer)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +114,10 @@ class Fencing:
         if word.coordinator != self.coordinator:
             raise ReplayError(f"presence of {word.coordinator}, this is {self.coordinator}")
         return word.epoch
+
+    def presence(self, signer: Signer, state: Presence) -> bytes:
+        """Return the signed presence of this coordinator under its epoch."""
+        return presence_frame(signer, self.coordinator, self.ledger.epoch, state)
 
     @property
     def ends(self) -> bool:

@@ -6,6 +6,9 @@ own (credits), and are not counted here.
 
 from dataclasses import dataclass, field
 
+from liberatai_core.contract.topics import Place
+from liberatai_core.errors import QuotaError
+
 AT_ONCE = 500.0
 """After a restart a device says all it has again; a coordinator hears what the broker kept of it."""
 PER_S = 20.0
@@ -28,3 +31,18 @@ class Flow:
             self._buckets.pop(next(iter(self._buckets)))
         self._buckets[name] = (left - 1.0 if left >= 1.0 else left, now_s)
         return left >= 1.0
+
+    def require_calm(self, place: Place, now_s: float, *, retained: bool) -> None:
+        """Refuse a flood before anything of it is looked at; parts of uploads have bounds of their own.
+
+        Args:
+            place: what the topic says.
+            now_s: as in `may`.
+            retained: the broker had it in store.
+
+        Raises:
+            QuotaError: the device says too much.
+        """
+        counted = place.side == "up" and place.part is None and not retained
+        if counted and not self.may(place.owner, now_s):
+            raise QuotaError(f"{place.owner} says more than a device has to say")

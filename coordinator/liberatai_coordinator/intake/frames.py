@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_core.contract.frame import key_id, open_frame
 from liberatai_core.contract.messages import Capability, Message
 from liberatai_core.contract.topics import Place
-from liberatai_core.errors import FrameError, LiberataiError
+from liberatai_core.errors import FrameError, LiberataiError, SignatureError, TopicError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,23 @@ class Opened:
     public_key: bytes = b""
     error: LiberataiError | None = None
     found: object = None
+
+
+def require_own(fleet: Fleet, message: Message, key: bytes, place: Place) -> None:
+    """Refuse what one device signs in another's name, or sends on another's topic.
+
+    The broker's access rules do the same, but the broker is not trusted.
+
+    Raises:
+        RevokedError: the key was buried. TopicError: another device's topic. SignatureError: another's name.
+    """
+    device = getattr(message, "device", None)
+    fleet.require_alive(key)
+    if device != place.owner:
+        raise TopicError(f"a message of {device} on the topic of {place.owner}")
+    owner = fleet.owner(key_id(key))
+    if owner != device and not isinstance(message, Capability):
+        raise SignatureError(f"{owner} signed in the name of {device}")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from liberatai_coordinator.intake.fencing import (
     Fencing,
     first_epoch,
     generation,
+    presence_frame,
 )
-from liberatai_coordinator.service import presence_frame
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_core.contract.frame import Signer, seal
-from liberatai_core.contract.messages import Head
+from liberatai_core.contract.messages import Head, Presence
 from liberatai_core.errors import (
     FrameError,
     ReplacedError,
@@ -47,7 +47,9 @@ def epoch_after_restart(ledger: Ledger) -> int:
 
 
 @pytest.mark.parametrize("state", ["online", "offline", "lost"])
-def test_its_own_presence_in_store_at_the_broker_shows_how_far_it_was(ledger: Ledger, state: str) -> None:
+def test_its_own_presence_in_store_at_the_broker_shows_how_far_it_was(
+    ledger: Ledger, state: Presence
+) -> None:
     found = fencing(ledger)
     found.own_presence(presence_frame(OWN, "co1", 41, state))
     assert found.behind
