@@ -207,8 +207,14 @@ def load(
 
 def describe(file: Path, description: Description) -> None:
     """Write what a compressed file does not say of itself beside it; raises OSError."""
+    path, content = description_file(file, description)
+    write_durably(path, content, mode=0o644)
+
+
+def description_file(file: Path, description: Description) -> tuple[Path, bytes]:
+    """Return where a compressed file's description stands, and its content."""
     content = json.dumps(msgspec.to_builtins(description), indent=2) + "\n"
-    write_durably(file.with_name(file.name + DESCRIPTION), content.encode(), mode=0o644)
+    return file.with_name(file.name + DESCRIPTION), content.encode()
 
 
 def read_description(file: Path) -> Description:

@@ -12,6 +12,7 @@ from liberatai_core.compressor.artifact import restore
 from liberatai_core.learning.export import INPUT, OUTPUT, session_of
 from liberatai_core.learning.families import initial_weights, structure_of
 from liberatai_core.learning.training import log_probabilities
+from liberatai_core.model import load
 from liberatai_core.structure import DataContract
 from liberatai_core.weights import digest
 
@@ -69,7 +70,10 @@ def test_named_tensors_onnx_and_compressed_files_come_with_what_they_are(pulled,
     told, folder = pulling("--budget", "900")
     assert told["made"]
     assert told["bytes"] <= 900
-    assert restore((folder / "model.lam").read_bytes(), SHAPE).shape == weights.shape
+    held = restore((folder / "model.lam").read_bytes(), SHAPE)
+    answered = load(folder / "model.lam", runtime="numpy").predict(x)
+    assert np.array_equal(answered.labels, log_probabilities(SHAPE, DATA, held, x).argmax(1))
+    assert set(answered.names) <= {"a", "b", "c"}
 
     inputs = tmp_path / "x.npz"
     np.savez(inputs, x=np.random.default_rng(0).random((64, 1, 4, 4), dtype=np.float32))

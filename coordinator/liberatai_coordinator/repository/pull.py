@@ -24,6 +24,7 @@ from liberatai_core.compressor.codebook import compress, smallest_bytes
 from liberatai_core.errors import BudgetError, ConfigError, DiskError, NotFoundError, StructureError
 from liberatai_core.learning import export
 from liberatai_core.learning.quantised_onnx import to_onnx_int8
+from liberatai_core.model import Description, description_file
 from liberatai_core.structure import Structure
 from liberatai_core.weights import Vector
 
@@ -119,9 +120,26 @@ def pull(
             folder / found.file: content,
             folder / cards.CARD_FILE: cards.card(loaded.commit).encode(),
             folder / "model.json": msgspec.json.format(msgspec.json.encode(record), indent=2),
+            **_beside(folder / found.file, wanted, loaded.commit, one),
         }
     )
     return found
+
+
+def _beside(file: Path, wanted: Runtime, commit: Commit, one: Variant) -> dict[Path, bytes]:
+    """Return what `liberatai_core.model.load` needs beside a compressed file."""
+    shape = one.structure
+    if wanted != "numpy" or shape is None or commit.data is None or shape.family == tensors.UNNAMED:
+        return {}
+    known = Description(
+        family=shape.family,
+        params=dict(shape.params),
+        data=commit.data,
+        classes=commit.labels,
+        model=commit.model,
+        version=commit.number or 0,
+    )
+    return dict([description_file(file, known)])
 
 
 def fitted(store: Store, loaded: Loaded) -> list[Variant]:
