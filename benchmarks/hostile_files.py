@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from liberatai_agent.fits import Limits, require_fits
+from liberatai_agent.session.fits import Limits, require_fits
 from liberatai_core.compressor import artifact, codebook
 from liberatai_core.compressor.layout import CONSTANT, DRAWN, GRID
 from liberatai_core.contract.frame import decode_spec, encode_spec

@@ -7,13 +7,18 @@ import time
 from pathlib import Path
 from typing import Final
 
-from liberatai_agent import gate, probe
-from liberatai_agent.belonging import FOREIGN_KEY_REMEDY, UNKNOWN_FLEET_REMEDY, foreign_key, unknown_fleet
-from liberatai_agent.broker import mqtt_settings
 from liberatai_agent.config import AgentConfig, load_config, load_profile
-from liberatai_agent.link_meter import read_link
-from liberatai_agent.machine_watch import snapshot
-from liberatai_agent.status import last_error, read_status
+from liberatai_agent.exchange.broker import mqtt_settings
+from liberatai_agent.exchange.link_meter import read_link
+from liberatai_agent.machine import gate, probe
+from liberatai_agent.machine.machine_watch import snapshot
+from liberatai_agent.membership.belonging import (
+    FOREIGN_KEY_REMEDY,
+    UNKNOWN_FLEET_REMEDY,
+    foreign_key,
+    unknown_fleet,
+)
+from liberatai_agent.store.status import last_error, read_status
 from liberatai_core.contract.topics import ROOT, Topics
 from liberatai_core.doctor.broker import Reached, reach
 from liberatai_core.doctor.certificates import TlsFiles, check_files

@@ -17,37 +17,37 @@ from msgspec.structs import replace
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
-from liberatai_agent.answering import Answering
-from liberatai_agent.belonging import Belonging
-from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.trainer import Trainer
-from liberatai_agent.clock import now_s
 from liberatai_agent.config import AgentConfig, load_profile
-from liberatai_agent.connection import Connection, LinkFactory
-from liberatai_agent.counters import Counters
-from liberatai_agent.database import Database
-from liberatai_agent.downloads import Downloads
-from liberatai_agent.faults import Faults
-from liberatai_agent.hearing import Ear, is_blob
-from liberatai_agent.identity import Identity
-from liberatai_agent.link_meter import LinkMeter
-from liberatai_agent.logbook import Logbook
-from liberatai_agent.machine_watch import MachineWatch, Watched, sample
-from liberatai_agent.outbox import Outbox, open_database
-from liberatai_agent.overview import Seen, StatusFile, overview
-from liberatai_agent.probe import promised_bits_s
-from liberatai_agent.renewal import Renewal
-from liberatai_agent.replying import Replying
-from liberatai_agent.saying import Saying
+from liberatai_agent.exchange.connection import Connection, LinkFactory
+from liberatai_agent.exchange.downloads import Downloads
+from liberatai_agent.exchange.hearing import Ear, is_blob
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.exchange.saying import Saying
+from liberatai_agent.exchange.uploads import Uploads
+from liberatai_agent.health.logbook import Logbook
+from liberatai_agent.health.overview import Seen, StatusFile, overview
+from liberatai_agent.health.replying import Replying
+from liberatai_agent.health.supervisor import Signs, Supervisor, give_memory_back, stands_still
+from liberatai_agent.machine.clock import now_s
+from liberatai_agent.machine.machine_watch import MachineWatch, Watched, sample
+from liberatai_agent.machine.probe import promised_bits_s
+from liberatai_agent.membership.belonging import Belonging
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.membership.renewal import Renewal
 from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.shadow.models import Models
 from liberatai_agent.shadow.shadow import Shadow
-from liberatai_agent.state_folder import StateLock
-from liberatai_agent.supervisor import Signs, Supervisor, give_memory_back, stands_still
-from liberatai_agent.training import Training
+from liberatai_agent.store.blobs import BlobStore, Fetcher
+from liberatai_agent.store.counters import Counters
+from liberatai_agent.store.database import Database
+from liberatai_agent.store.faults import Faults
+from liberatai_agent.store.outbox import Outbox, open_database
+from liberatai_agent.store.state_folder import StateLock
 from liberatai_agent.updates import keeper
-from liberatai_agent.upgrading import Upgrading
-from liberatai_agent.uploads import Uploads
+from liberatai_agent.updates.upgrading import Upgrading
+from liberatai_agent.work.answering import Answering
+from liberatai_agent.work.training import Training
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Have, Request, Telemetry, Update, Want
 from liberatai_core.contract.topics import Topics

@@ -35,7 +35,7 @@ def code_of(folder: Path, version: str, break_it: bool) -> Path:
     first = folder / "liberatai_core" / "__init__.py"
     first.write_text(first.read_text().replace(__version__, version))
     if break_it:
-        watch = folder / "liberatai_agent" / "machine_watch.py"
+        watch = folder / "liberatai_agent" / "machine" / "machine_watch.py"
         text = watch.read_text()
         broken = text.replace(
             "    def look_at_gate(self)", "    def look_at_gate(self): raise RuntimeError\n\n    def _(self)"

@@ -17,10 +17,10 @@ from tests.integration.test_agent_service import (
     status_file,
 )
 
-from liberatai_agent import machine_watch, probe
 from liberatai_agent.config import LinkSettings
-from liberatai_agent.link_estimate import DAY_S, LinkEstimate
-from liberatai_agent.link_meter import FILE, read_link
+from liberatai_agent.exchange.link_estimate import DAY_S, LinkEstimate
+from liberatai_agent.exchange.link_meter import FILE, read_link
+from liberatai_agent.machine import machine_watch, probe
 from liberatai_core.contract.messages import Capability, Report, State, Telemetry, Update
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
 

@@ -14,13 +14,13 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
-from liberatai_agent import probe
 from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.config import AgentConfig, GateSettings
 from liberatai_agent.events import ResidualFile, Returned, TrainingResult
+from liberatai_agent.machine import probe
 from liberatai_agent.service import Service
-from liberatai_agent.status import read_status
+from liberatai_agent.store.status import read_status
 from liberatai_core.compressor.codebook import compress
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Signer, encode_spec, open_frame, seal

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.integration.kit import coordinator, until
 
-from liberatai_agent.blobs import BlobStore, Fetcher
+from liberatai_agent.store.blobs import BlobStore, Fetcher
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.intake.uploads import Uploads
 from liberatai_coordinator.jobs.publisher import Publisher

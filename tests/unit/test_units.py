@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from liberatai_agent import units
 from liberatai_agent.cli import main
+from liberatai_agent.machine import units
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 SERVICES = ["liberatai-agent.service", "liberatai-coordinator.service", "liberatai-trainer@.service"]

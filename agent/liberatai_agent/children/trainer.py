@@ -13,8 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_agent import control_groups
-from liberatai_agent.children import workers
+from liberatai_agent.children import control_groups, workers
 from liberatai_agent.children.messages import (
     LENGTH,
     Failed,

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from liberatai_agent import control_groups
-from liberatai_agent.children import start
+from liberatai_agent.children import control_groups, start
 from liberatai_agent.children.messages import HELLO
 
 SOCKET = "LIBERATAI_TRAINER"

@@ -65,7 +65,7 @@ def _enrol(args: argparse.Namespace) -> int:
     if args.token:
         return _join(args)
     from liberatai_agent.config import load_config  # noqa: PLC0415
-    from liberatai_agent.identity import Identity  # noqa: PLC0415
+    from liberatai_agent.membership.identity import Identity  # noqa: PLC0415
 
     config = load_config(args.config)
     identity = Identity(config.state_path, config.device, config.fleet)
@@ -77,7 +77,7 @@ def _join(args: argparse.Namespace) -> int:
     import asyncio  # noqa: PLC0415
     import sys  # noqa: PLC0415
 
-    from liberatai_agent.identity import Identity  # noqa: PLC0415
+    from liberatai_agent.membership.identity import Identity  # noqa: PLC0415
     from liberatai_core.contract.frame import fingerprint  # noqa: PLC0415
     from liberatai_core.token import read_token  # noqa: PLC0415
 
@@ -113,7 +113,7 @@ def _join(args: argparse.Namespace) -> int:
 async def _ask(args: argparse.Namespace, config: "AgentConfig", identity: Any) -> "CertificateReply | None":
     import asyncio  # noqa: PLC0415
 
-    from liberatai_agent.joining import join  # noqa: PLC0415
+    from liberatai_agent.membership.joining import join  # noqa: PLC0415
 
     pending = asyncio.Event()
     last = ("", "")
@@ -255,8 +255,8 @@ def _with_profile(path: Path, settings: dict[str, Any], profile: str) -> dict[st
 
 def _report(path: Path, config: "AgentConfig") -> None:
     """Say what was reached: until when the certificate is valid, what this device can do, what comes next."""
-    from liberatai_agent import probe  # noqa: PLC0415
     from liberatai_agent.config import load_config, load_profile  # noqa: PLC0415
+    from liberatai_agent.machine import probe  # noqa: PLC0415
     from liberatai_core.certificate_file import read_dates  # noqa: PLC0415
     from liberatai_core.units import date_text, size_text  # noqa: PLC0415
 
@@ -273,7 +273,7 @@ def _report(path: Path, config: "AgentConfig") -> None:
 
 
 def _next_step() -> str:
-    from liberatai_agent import units  # noqa: PLC0415
+    from liberatai_agent.machine import units  # noqa: PLC0415
 
     places = (*units.PACKAGED, f"{units.UNIT_FOLDER}/{units.UNITS[0]}")
     if any(Path("/", place).exists() for place in places):

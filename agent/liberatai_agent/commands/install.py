@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
 
 
 def _install(_args: argparse.Namespace) -> int:
-    from liberatai_agent import units  # noqa: PLC0415
+    from liberatai_agent.machine import units  # noqa: PLC0415
 
     _require_systemd("install --systemd")
     if any((ROOT / path).exists() for path in units.PACKAGED):
@@ -75,7 +75,7 @@ def _program_folder() -> PurePosixPath:
     Raises:
         StateError: no service could start them.
     """
-    from liberatai_agent import units  # noqa: PLC0415
+    from liberatai_agent.machine import units  # noqa: PLC0415
 
     folder = PurePosixPath(sys.executable).parent
     # A virtual environment's Python is a link; what it leads to must be seen as well.
@@ -106,7 +106,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _uninstall(args: argparse.Namespace) -> int:
-    from liberatai_agent import units  # noqa: PLC0415
+    from liberatai_agent.machine import units  # noqa: PLC0415
 
     _require_systemd("uninstall")
     if any((ROOT / path).exists() for path in units.PACKAGED):
@@ -129,7 +129,7 @@ def _uninstall(args: argparse.Namespace) -> int:
 
 
 def _purge() -> None:
-    from liberatai_agent import units  # noqa: PLC0415
+    from liberatai_agent.machine import units  # noqa: PLC0415
 
     for folder in units.STATE:
         shutil.rmtree(ROOT / folder, ignore_errors=True)

@@ -86,7 +86,7 @@ def tell_agent(folder: Path, then: str = "") -> str:
     import os  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
-    from liberatai_agent.state_folder import holder  # noqa: PLC0415
+    from liberatai_agent.store.state_folder import holder  # noqa: PLC0415
 
     pid = holder(folder)
     if pid is None:

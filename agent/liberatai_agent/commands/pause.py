@@ -32,8 +32,8 @@ def register(commands: Any) -> None:
 def _pause(args: argparse.Namespace) -> int:
     import time  # noqa: PLC0415
 
-    from liberatai_agent import pausing  # noqa: PLC0415
     from liberatai_agent.config import load_config  # noqa: PLC0415
+    from liberatai_agent.machine import pausing  # noqa: PLC0415
 
     until_s = None
     if args.span is not None:
@@ -50,8 +50,8 @@ def _pause(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from liberatai_agent import pausing  # noqa: PLC0415
     from liberatai_agent.config import load_config  # noqa: PLC0415
+    from liberatai_agent.machine import pausing  # noqa: PLC0415
 
     folder = load_config(args.config).state_path
     if not pausing.resume(folder):

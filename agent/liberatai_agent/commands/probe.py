@@ -24,10 +24,10 @@ def register(commands: Any) -> None:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from liberatai_agent import probe  # noqa: PLC0415
     from liberatai_agent.config import AgentConfig, load_config, load_profile  # noqa: PLC0415
-    from liberatai_agent.link_estimate import NOTHING, announce  # noqa: PLC0415
-    from liberatai_agent.link_meter import read_link  # noqa: PLC0415
+    from liberatai_agent.exchange.link_estimate import NOTHING, announce  # noqa: PLC0415
+    from liberatai_agent.exchange.link_meter import read_link  # noqa: PLC0415
+    from liberatai_agent.machine import probe  # noqa: PLC0415
 
     if args.config is None:
         config = AgentConfig(fleet="none", device="this", coordinator_key="0" * 64, state_dir="/nonexistent")

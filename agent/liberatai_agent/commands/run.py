@@ -37,9 +37,9 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from liberatai_agent.broker import mqtt_settings  # noqa: PLC0415
     from liberatai_agent.config import load_config, load_profile  # noqa: PLC0415
-    from liberatai_agent.joining import why_join  # noqa: PLC0415
+    from liberatai_agent.exchange.broker import mqtt_settings  # noqa: PLC0415
+    from liberatai_agent.membership.joining import why_join  # noqa: PLC0415
     from liberatai_core import logs  # noqa: PLC0415
 
     config = load_config(args.config)
@@ -65,10 +65,10 @@ async def _serve(config: "AgentConfig") -> int:
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
-    from liberatai_agent.broker import mqtt_settings  # noqa: PLC0415
-    from liberatai_agent.files import set_aside  # noqa: PLC0415
+    from liberatai_agent.exchange.broker import mqtt_settings  # noqa: PLC0415
+    from liberatai_agent.health.supervisor import StandstillError  # noqa: PLC0415
     from liberatai_agent.service import Service  # noqa: PLC0415
-    from liberatai_agent.supervisor import StandstillError  # noqa: PLC0415
+    from liberatai_agent.store.files import set_aside  # noqa: PLC0415
     from liberatai_core.link.mqtt import MqttLink  # noqa: PLC0415
 
     def make_link(will: "Will") -> "MqttLink":
@@ -106,11 +106,11 @@ async def _joined(config: "AgentConfig") -> bool:
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
-    from liberatai_agent.joining import why_join  # noqa: PLC0415
+    from liberatai_agent.membership.joining import why_join  # noqa: PLC0415
 
     if not why_join(config):
         return True
-    from liberatai_agent.waiting import wait_for_certificate  # noqa: PLC0415
+    from liberatai_agent.membership.waiting import wait_for_certificate  # noqa: PLC0415
 
     waiting = asyncio.create_task(wait_for_certificate(config))
     loop = asyncio.get_running_loop()

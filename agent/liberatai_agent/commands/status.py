@@ -27,7 +27,7 @@ def _status(args: argparse.Namespace) -> int:
     import time  # noqa: PLC0415
 
     from liberatai_agent.config import load_config  # noqa: PLC0415
-    from liberatai_agent.status import last_error, read_status  # noqa: PLC0415
+    from liberatai_agent.store.status import last_error, read_status  # noqa: PLC0415
 
     folder = args.state_dir if args.state_dir is not None else load_config(args.config).state_path
     found = read_status(folder)

@@ -28,7 +28,7 @@ from liberatai_agent.events import (
     Trained,
     TrainingFailed,
 )
-from liberatai_agent.fits import Limits, require_fits, trainer_of
+from liberatai_agent.session.fits import Limits, require_fits, trainer_of
 from liberatai_agent.session.paths import joined, kept, refs, size_bytes, with_room
 from liberatai_agent.session.sending import pending_of, send, with_pending
 from liberatai_agent.session.state import (

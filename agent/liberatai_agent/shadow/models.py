@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.children.messages import File, Work
 from liberatai_agent.events import TrainingResult
-from liberatai_agent.files import write_durably
-from liberatai_agent.fits import Limits, trainer_of
+from liberatai_agent.session.fits import Limits, trainer_of
+from liberatai_agent.store.blobs import BlobStore, Fetcher
+from liberatai_agent.store.files import write_durably
 from liberatai_core.contract.frame import decode_spec
 from liberatai_core.contract.limits import MAX_SPEC_BYTES
 from liberatai_core.contract.messages import ModelWish, Sums, TaskSpec

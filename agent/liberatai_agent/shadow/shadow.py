@@ -12,10 +12,10 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.files import write_durably
 from liberatai_agent.privacy import outward
 from liberatai_agent.shadow.models import LATER, ONCE_MORE, Models
 from liberatai_agent.shadow.tightening import in_force, tightened
+from liberatai_agent.store.files import write_durably
 from liberatai_core import __version__
 from liberatai_core.contract.frame import Keys, expect
 from liberatai_core.contract.limits import MAX_SINGLE_BYTES

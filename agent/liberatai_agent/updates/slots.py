@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from liberatai_agent.files import write_durably
+from liberatai_agent.store.files import write_durably
 from liberatai_agent.updates.plan import Release, Slot, State, free_slot, require_wanted, unpacked
 from liberatai_core import release
 from liberatai_core.errors import (

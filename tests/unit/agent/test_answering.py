@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tests.unit.core.test_model import DATA, DS_CNN, Folder, a_file
 
-from liberatai_agent.answering import Answering, socket_path
 from liberatai_agent.children.predictor_child import MAX_QUESTION_BYTES, Answers
 from liberatai_agent.cli import main
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.work.answering import Answering, socket_path
 from liberatai_core.learning.inference import Predictor
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "sensor" / "sensor.py"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from liberatai_agent import service
-from liberatai_agent.belonging import Belonging, foreign_key, unknown_fleet
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.membership.belonging import Belonging, foreign_key, unknown_fleet
 from liberatai_agent.service import Service
 from liberatai_core.contract.frame import Signer, key_id, seal
 from liberatai_core.contract.messages import CoordinatorState

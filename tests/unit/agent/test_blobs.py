@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from liberatai_agent.blobs import BlobStore
+from liberatai_agent.store.blobs import BlobStore
 from liberatai_core.contract.frame import decode_spec
 from liberatai_core.contract.messages import BlobRef, Step, TaskSpec
 from liberatai_core.contract.topics import blob_id

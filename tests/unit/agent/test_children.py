@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from liberatai_agent import control_groups, probe
-from liberatai_agent.children import start
+from liberatai_agent.children import control_groups, start
 from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer
+from liberatai_agent.machine import probe
 from liberatai_core import processes
 from liberatai_core.contract.messages import Training
 from liberatai_core.errors import DigestError

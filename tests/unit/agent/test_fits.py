@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from liberatai_agent.fits import MIB, Limits, memory_bytes, require_fits, seen, trainer_of
+from liberatai_agent.session.fits import MIB, Limits, memory_bytes, require_fits, seen, trainer_of
 from liberatai_core.contract.messages import TaskSpec, Training
 from liberatai_core.errors import LiberataiError
 from liberatai_core.profile import Trainer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from liberatai_agent.config import GateSettings
-from liberatai_agent.gate import MIB, RUN_S, Gate, Snapshot, decide, quota_spent, quota_words
+from liberatai_agent.machine.gate import MIB, RUN_S, Gate, Snapshot, decide, quota_spent, quota_words
 
 RULES = GateSettings(
     max_load_others=1.0,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_agent.files import write_durably
-from liberatai_agent.identity import Identity
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.store.files import write_durably
 from liberatai_core.errors import ConfigError
 
 OLD, NEW = b"o" * 32, b"n" * 32

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from liberatai_agent.link_estimate import (
+from liberatai_agent.exchange.link_estimate import (
     ANNOUNCE_S,
     DAY_S,
     DRIFT_HALF_LIFE_S,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_agent.link_estimate import ANNOUNCE_S, DAY_S, DRIFT_HALF_LIFE_S, LinkEstimate
-from liberatai_agent.link_meter import FILE, SAVE_S, UNSAVED_BYTES, LinkMeter, read_link
+from liberatai_agent.exchange.link_estimate import ANNOUNCE_S, DAY_S, DRIFT_HALF_LIFE_S, LinkEstimate
+from liberatai_agent.exchange.link_meter import FILE, SAVE_S, UNSAVED_BYTES, LinkMeter, read_link
 from liberatai_core.errors import NotFoundError
 from liberatai_core.link.link import Traffic
 

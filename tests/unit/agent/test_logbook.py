@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from liberatai_agent.logbook import Logbook, outward_line
+from liberatai_agent.health.logbook import Logbook, outward_line
 from liberatai_core.contract.limits import MAX_LINES, MAX_TEXT
 
 

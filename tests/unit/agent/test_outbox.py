@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from liberatai_agent import outbox_upgrade
-from liberatai_agent.counters import Counters
 from liberatai_agent.events import ResidualFile, Returned
-from liberatai_agent.outbox import Leftover, Outbox, meaning_of, open_database
-from liberatai_agent.state_folder import StateLock
+from liberatai_agent.store import outbox_upgrade
+from liberatai_agent.store.counters import Counters
+from liberatai_agent.store.outbox import Leftover, Outbox, meaning_of, open_database
+from liberatai_agent.store.state_folder import StateLock
 from liberatai_core.contract.frame import Signer, open_frame, seal
 from liberatai_core.contract.messages import TaskSpec, Update, update_id
 from liberatai_core.contract.topics import blob_id
@@ -425,7 +425,7 @@ WRITER = """
 import hashlib, sys
 from pathlib import Path
 from liberatai_agent.events import ResidualFile
-from liberatai_agent.outbox import Outbox, open_database
+from liberatai_agent.store.outbox import Outbox, open_database
 from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import Update, update_id
 folder, signer = Path(sys.argv[1]), Signer.from_seed(b"d" * 32, "test")

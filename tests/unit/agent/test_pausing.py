@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from liberatai_agent import machine_watch, pausing, probe
 from liberatai_agent.cli import main
 from liberatai_agent.config import AgentConfig, GateSettings, TrainSettings, parse_config
-from liberatai_agent.gate import RUN_S, Gate, Snapshot, decide
-from liberatai_agent.pausing import Pause
-from liberatai_agent.state_folder import StateLock, holder
+from liberatai_agent.machine import machine_watch, pausing, probe
+from liberatai_agent.machine.gate import RUN_S, Gate, Snapshot, decide
+from liberatai_agent.machine.pausing import Pause
+from liberatai_agent.store.state_folder import StateLock, holder
 from liberatai_core.errors import ConfigError
 
 
@@ -58,9 +58,7 @@ def test_a_file_that_nobody_understands_is_a_pause(tmp_path: Path, content: byte
 
 def test_a_running_agent_is_told_and_a_dead_one_is_not_looked_for(tmp_path: Path) -> None:
     assert holder(tmp_path) is None
-    program = (
-        "import sys,time; from liberatai_agent.state_folder import StateLock; from pathlib import Path\n"
-    )
+    program = "import sys,time; from liberatai_agent.store.state_folder import StateLock; from pathlib import Path\n"
     program += "lock = StateLock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

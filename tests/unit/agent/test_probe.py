@@ -10,10 +10,11 @@ import numpy as np
 import psutil
 import pytest
 
-from liberatai_agent import control_groups, probe
+from liberatai_agent.children import control_groups
+from liberatai_agent.children.control_groups import Group
 from liberatai_agent.config import AgentConfig, LinkSettings
-from liberatai_agent.control_groups import Group
-from liberatai_agent.link_estimate import NOTHING, Announced
+from liberatai_agent.exchange.link_estimate import NOTHING, Announced
+from liberatai_agent.machine import probe
 from liberatai_core.contract.messages import Capability
 from liberatai_core.profile import Profile, parse_profile
 

@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from liberatai_agent import files, overview, status
 from liberatai_agent.cli import main
-from liberatai_agent.counters import Counters
-from liberatai_agent.faults import Faults
-from liberatai_agent.outbox import open_database
-from liberatai_agent.overview import StatusFile
-from liberatai_agent.status import last_error, read_status
+from liberatai_agent.health import overview
+from liberatai_agent.health.overview import StatusFile
+from liberatai_agent.store import files, status
+from liberatai_agent.store.counters import Counters
+from liberatai_agent.store.faults import Faults
+from liberatai_agent.store.outbox import open_database
+from liberatai_agent.store.status import last_error, read_status
 
 
 def test_only_changes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from liberatai_agent import supervisor
-from liberatai_agent.supervisor import Signs, StandstillError, Supervisor, stands_still
+from liberatai_agent.health import supervisor
+from liberatai_agent.health.supervisor import Signs, StandstillError, Supervisor, stands_still
 
 
 def signs(**changes: float | bool | None) -> Signs:
@@ -45,7 +45,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, *found: Signs) -> tuple[list[str], Ba
 
     monkeypatch.setattr(supervisor, "notify", told.append)
     monkeypatch.setattr(supervisor, "pause_s", lambda: 0.0)
-    monkeypatch.setattr("liberatai_agent.supervisor.time.monotonic", lambda: 2000.0)
+    monkeypatch.setattr("liberatai_agent.health.supervisor.time.monotonic", lambda: 2000.0)
     try:
         asyncio.run(Supervisor(next_signs).watch())
     except (StandstillError, asyncio.CancelledError) as error:

@@ -549,7 +549,7 @@ def test_a_kill_for_memory_says_so_and_other_kills_do_not(
     chain: Chain, data: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
 ) -> None:
     kills = iter([4, 5 if counted else 4])
-    monkeypatch.setattr("liberatai_agent.control_groups.out_of_memory_kills", lambda: next(kills))
+    monkeypatch.setattr("liberatai_agent.children.control_groups.out_of_memory_kills", lambda: next(kills))
     shot = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
     async def scenario() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from liberatai_agent.blobs import BlobStore
 from liberatai_agent.config import AgentConfig, UpdateSettings
+from liberatai_agent.store.blobs import BlobStore
 from liberatai_agent.updates import keeper, plan, slots
 from liberatai_agent.updates.plan import MAX_STARTS, Release, State
-from liberatai_agent.upgrading import Upgrading
+from liberatai_agent.updates.upgrading import Upgrading
 from liberatai_core.contract.messages import AgentWish, BlobRef
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import (

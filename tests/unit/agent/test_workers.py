@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from liberatai_agent import control_groups
-from liberatai_agent.children import workers
+from liberatai_agent.children import control_groups, workers
 from liberatai_agent.children.messages import Work
 from liberatai_agent.children.trainer import Trainer, TrainerDiedError
 from liberatai_core.contract.messages import Training
@@ -151,7 +150,7 @@ def test_a_kill_for_memory_is_told_from_other_ends_by_the_kernels_counter(
     manager: Manager, counted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = iter([4, 5 if counted else 4])
-    monkeypatch.setattr("liberatai_agent.control_groups.out_of_memory_kills", lambda: next(kills))
+    monkeypatch.setattr("liberatai_agent.children.control_groups.out_of_memory_kills", lambda: next(kills))
     manager.program = STUCK.replace("time.sleep(600)", "__import__('os').kill(0, 9)").replace(
         "kill(0", "kill(__import__('os').getpid()"
     )

@@ -19,10 +19,10 @@ from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
 from liberatai_agent.children.messages import Failed
-from liberatai_agent.fits import Limits, trainer_of
-from liberatai_agent.hearing import Ear
+from liberatai_agent.exchange.hearing import Ear
 from liberatai_agent.privacy import outward
-from liberatai_agent.training import rounds_away, update_of, work_of
+from liberatai_agent.session.fits import Limits, trainer_of
+from liberatai_agent.work.training import rounds_away, update_of, work_of
 from liberatai_coordinator.fleet.plan import training_s
 from liberatai_coordinator.sim.line import Line
 from liberatai_coordinator.sim.virtual.disk import Disk, Stored

@@ -1,6 +1,6 @@
 """The disk of a simulated device, in memory: what the agent's outbox, blobs and identity files keep.
 
-It survives a crash of its device, as a disk does. The rules are those of `liberatai_agent.outbox`.
+It survives a crash of its device, as a disk does. The rules are those of `liberatai_agent.store.outbox`.
 """
 
 from collections.abc import Iterable

@@ -436,7 +436,7 @@ class VirtualFleet:
             self._moments[name] = []
 
     def _capability(self, name: str, profile: Profile, public_key: bytes) -> Capability:
-        """Return what a device of a profile says of itself, as `liberatai_agent.probe` would."""
+        """Return what a device of a profile says of itself, as `liberatai_agent.machine.probe` would."""
         return Capability(
             device=name,
             public_key=public_key,

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liberatai_agent import probe
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.faults import Faults
-from liberatai_agent.files import replace_quickly
-from liberatai_agent.identity import Identity
-from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.machine import probe
+from liberatai_agent.membership.identity import Identity
 from liberatai_agent.session import Session, report_of
 from liberatai_agent.session.state import final_of, missing_of
 from liberatai_agent.shadow.models import Deployed
-from liberatai_agent.status import FILE, last_error
+from liberatai_agent.store.faults import Faults
+from liberatai_agent.store.files import replace_quickly
+from liberatai_agent.store.status import FILE, last_error
 from liberatai_core import __version__
 from liberatai_core.certificate_file import Dates
 from liberatai_core.contract.frame import fingerprint

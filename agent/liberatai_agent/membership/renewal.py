@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from liberatai_agent.asking import Question, keep, make_question, open_reply, refusal_of
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.files import set_aside
-from liberatai_agent.identity import Identity
-from liberatai_agent.joining import EXPIRED
+from liberatai_agent.membership.asking import Question, keep, make_question, open_reply, refusal_of
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.membership.joining import EXPIRED
+from liberatai_agent.store.files import set_aside
 from liberatai_core.certificate_file import Dates, read_dates
 from liberatai_core.contract.messages import CertificateReply
 from liberatai_core.contract.topics import Topics

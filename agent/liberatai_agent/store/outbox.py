@@ -19,11 +19,11 @@ from typing import Any
 
 import msgspec
 
-from liberatai_agent.database import Database
 from liberatai_agent.events import ResidualFile, Returned, Unsent
-from liberatai_agent.files import sync_folder
-from liberatai_agent.outbox_upgrade import upgrade
 from liberatai_agent.session.state import MAX_FINISHED
+from liberatai_agent.store.database import Database
+from liberatai_agent.store.files import sync_folder
+from liberatai_agent.store.outbox_upgrade import upgrade
 from liberatai_core.contract.frame import HEADER_BYTES
 from liberatai_core.contract.messages import TaskSpec, Update
 from liberatai_core.contract.topics import blob_id

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.store.blobs import BlobStore, Fetcher
 from liberatai_agent.updates import slots
 from liberatai_core.contract.messages import AgentWish
 from liberatai_core.errors import BusyError, DiskError, StateError, TooLargeError

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from liberatai_agent.asking import Question, keep, make_question, open_reply, refusal_of
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.identity import Identity
+from liberatai_agent.membership.asking import Question, keep, make_question, open_reply, refusal_of
+from liberatai_agent.membership.identity import Identity
 from liberatai_core.certificate_file import read_dates
 from liberatai_core.contract.messages import CertificateReply
 from liberatai_core.contract.topics import Topics

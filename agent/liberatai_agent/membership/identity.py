@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from liberatai_agent.files import set_aside, write_durably
+from liberatai_agent.store.files import set_aside, write_durably
 from liberatai_core.contract.frame import Signer, key_id
 from liberatai_core.errors import ConfigError, DiskError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 
-from liberatai_agent.logbook import Logbook
+from liberatai_agent.health.logbook import Logbook
 from liberatai_core.contract.limits import MAX_CONTROL_BYTES
 from liberatai_core.contract.messages import Answer, Request
 from liberatai_core.errors import BusyError, LiberataiError, ReplayError, StateError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_agent.files import write_durably
+from liberatai_agent.store.files import write_durably
 from liberatai_core.contract.messages import Update
 
 _FROM_1 = """

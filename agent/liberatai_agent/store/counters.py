@@ -1,6 +1,6 @@
 """Counters of one device, in its database: refused frames by code."""
 
-from liberatai_agent.database import Database
+from liberatai_agent.store.database import Database
 
 
 class Counters:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from liberatai_agent import gate, probe
-from liberatai_agent.clock import now_s
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.events import GateChanged, MachineChanged, QuotaChanged
-from liberatai_agent.fits import Limits, limits_of
-from liberatai_agent.identity import Identity
-from liberatai_agent.link_meter import LinkMeter
-from liberatai_agent.pausing import paused
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.machine import gate, probe
+from liberatai_agent.machine.clock import now_s
+from liberatai_agent.machine.pausing import paused
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.session.fits import Limits, limits_of
 from liberatai_agent.windows import open_at
 from liberatai_core.contract.messages import Capability, Telemetry
 from liberatai_core.errors import BusyError

@@ -9,9 +9,9 @@ from typing import Any
 
 from liberatai_agent.actions import SendChunks, SendOffer, SendUpdate
 from liberatai_agent.events import ChunksSent, UpdateDropped
-from liberatai_agent.identity import Identity
-from liberatai_agent.link_meter import LinkMeter
-from liberatai_agent.outbox import Outbox
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.store.outbox import Outbox
 from liberatai_core.contract.frame import seal
 from liberatai_core.contract.messages import Offer
 from liberatai_core.contract.topics import Topics, blob_id

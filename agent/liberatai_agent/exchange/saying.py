@@ -13,8 +13,8 @@ from typing import Literal
 import msgspec
 
 from liberatai_agent.actions import Emit, PublishReport
-from liberatai_agent.identity import Identity
-from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.membership.identity import Identity
 from liberatai_agent.privacy import outward
 from liberatai_core import __version__
 from liberatai_core.contract.frame import seal

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 
-from liberatai_agent.counters import Counters
+from liberatai_agent.store.counters import Counters
 from liberatai_core.errors import LiberataiError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from liberatai_agent.children.certificates import CertificateCheck, CertificateTask, ask_child
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.identity import Identity
+from liberatai_agent.membership.identity import Identity
 from liberatai_core import errors
 from liberatai_core.contract.frame import expect, key_id, seal
 from liberatai_core.contract.messages import CertificateReply, CertificateRequest

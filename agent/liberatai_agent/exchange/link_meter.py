@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from liberatai_agent import link_estimate
-from liberatai_agent.files import write_durably
-from liberatai_agent.link_estimate import DAY_S, NOTHING, Announced, LinkEstimate
+from liberatai_agent.exchange import link_estimate
+from liberatai_agent.exchange.link_estimate import DAY_S, NOTHING, Announced, LinkEstimate
+from liberatai_agent.store.files import write_durably
 from liberatai_core.link.link import Traffic
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 
 import psutil
 
-from liberatai_agent import control_groups
-from liberatai_agent.children import start
+from liberatai_agent.children import control_groups, start
+from liberatai_agent.children.control_groups import Group
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.control_groups import Group
 from liberatai_agent.events import Tier
-from liberatai_agent.files import replace_quickly
-from liberatai_agent.link_estimate import NOTHING, Announced
+from liberatai_agent.exchange.link_estimate import NOTHING, Announced
+from liberatai_agent.store.files import replace_quickly
 from liberatai_core import __version__, processes
 from liberatai_core.contract.limits import MAX_SAMPLES
 from liberatai_core.contract.messages import SPARSE_METHODS, Capability

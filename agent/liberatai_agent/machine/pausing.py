@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from liberatai_agent.files import replace_quickly
+from liberatai_agent.store.files import replace_quickly
 from liberatai_core.errors import DiskError
 
 FILE: Final = "paused.json"

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 
 from liberatai_agent.events import BrokerRefused, LinkDown, LinkUp, Renumbered
-from liberatai_agent.faults import Faults
-from liberatai_agent.identity import Identity
-from liberatai_agent.saying import presence
+from liberatai_agent.exchange.saying import presence
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.store.faults import Faults
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import LiberataiError
 from liberatai_core.link.link import (

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
-from liberatai_agent.files import sync_folder, write_durably
+from liberatai_agent.store.files import sync_folder, write_durably
 from liberatai_core.contract import chunks
 from liberatai_core.contract.frame import Keys, encode_spec, expect
 from liberatai_core.contract.limits import MAX_CHAIN, MAX_SINGLE_BYTES, WINDOW_CHUNKS

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from liberatai_agent.files import set_aside
+from liberatai_agent.store.files import set_aside
 from liberatai_core.errors import DamagedError, DiskError
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from liberatai_agent.blobs import BlobStore, Fetcher
 from liberatai_agent.events import BlobFailed, BlobStored, SpecRead
-from liberatai_agent.link_meter import LinkMeter
+from liberatai_agent.exchange.link_meter import LinkMeter
+from liberatai_agent.store.blobs import BlobStore, Fetcher
 from liberatai_core.contract.frame import decode_spec
 from liberatai_core.contract.limits import MAX_SPEC_BYTES
 from liberatai_core.contract.messages import BlobRef

@@ -29,7 +29,7 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - not
 
 def shipped_units() -> Path:
     """Return the folder of the units that come with LiberatAI, installed or in a source tree."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "data" / "systemd"
     return installed if installed.is_dir() else package.parents[1] / "deploy" / "systemd"
 

@@ -8,11 +8,11 @@ import os
 import time
 
 from liberatai_agent.config import AgentConfig
-from liberatai_agent.files import replace_quickly
-from liberatai_agent.identity import Identity
-from liberatai_agent.joining import join, why_join
-from liberatai_agent.state_folder import StateLock
-from liberatai_agent.status import FILE
+from liberatai_agent.membership.identity import Identity
+from liberatai_agent.membership.joining import join, why_join
+from liberatai_agent.store.files import replace_quickly
+from liberatai_agent.store.state_folder import StateLock
+from liberatai_agent.store.status import FILE
 from liberatai_core import __version__
 from liberatai_core.contract.frame import fingerprint
 from liberatai_core.errors import LiberataiError

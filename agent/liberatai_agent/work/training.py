@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from liberatai_agent.actions import StartTraining, StoreUpdate
-from liberatai_agent.blobs import BlobStore
 from liberatai_agent.children.messages import File, Work
 from liberatai_agent.children.trainer import Trainer
 from liberatai_agent.events import (
@@ -21,8 +20,9 @@ from liberatai_agent.events import (
     TrainingFailed,
     UpdateDropped,
 )
-from liberatai_agent.fits import Limits, require_fits, trainer_of
-from liberatai_agent.outbox import Outbox, meaning_of
+from liberatai_agent.session.fits import Limits, require_fits, trainer_of
+from liberatai_agent.store.blobs import BlobStore
+from liberatai_agent.store.outbox import Outbox, meaning_of
 from liberatai_core.contract.messages import Task, Update
 from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import CodecError, LiberataiError, MemoryLimitError

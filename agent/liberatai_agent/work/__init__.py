@@ -1,0 +1,1 @@
+"""Work for other processes: training, and answers with the newest model."""
