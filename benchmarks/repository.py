@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from liberatai_coordinator.repository import imports, merge, signing, tensors, trust
+from liberatai_coordinator.repository import care, imports, merge, signing, tensors, trust
 from liberatai_coordinator.repository.commits import Commit, index_of, manifest_of
 from liberatai_coordinator.repository.descriptors import (
     INDEX,
@@ -217,7 +217,7 @@ def worker(folder: Path, seed: int, place: str) -> None:
         store.set_ref("big", tag, made.digest, kind="tag", force=True)
         told.write(f"{tag} {made.digest}\n")
         if number % 3 == 0:
-            store.gc(lambda _entry, age: age < 5)
+            care.gc(store, lambda _entry, age: age < 5)
         if number % 4 == 0 and place:
             where = parse_place(place)
             with Registry(where.host, where.name) as registry:
@@ -258,7 +258,7 @@ def kills(folder: Path, seed: int, runs: int) -> Result:
             if "latest" in promised and not again.is_ancestor(promised["latest"], named["latest"]):
                 lost += 1
             faults = [
-                fault for digest in set(named.values()) for fault in again.verify(digest, parents=False)
+                fault for digest in set(named.values()) for fault in care.verify(again, digest, parents=False)
             ]
             broken += len(faults)
             if pushed and run % 20 == 0:
@@ -278,7 +278,7 @@ def _broken_there(folder: Path, store: Store, place: str) -> int:
     try:
         with Registry(where.host, where.name) as registry_:
             found = transfer.fetch(other, where, registry_)
-        return len(other.verify(found.loaded.digest, parents=False))
+        return len(care.verify(other, found.loaded.digest, parents=False))
     except LiberataiError as error:
         print(f"  the registry: {error.code} {error}")
         return 1

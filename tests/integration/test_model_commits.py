@@ -10,7 +10,7 @@ from tests.integration.kit import coordinator, devices, ended, job_yaml, until
 
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.models.commits import Commits
-from liberatai_coordinator.repository import tensors
+from liberatai_coordinator.repository import care, tensors
 from liberatai_coordinator.repository.commits import Commit
 from liberatai_coordinator.repository.store import Store
 from liberatai_coordinator.store.ledger import Ledger
@@ -40,7 +40,7 @@ def test_every_version_is_committed_as_devices_hold_it_and_again_the_same(tmp_pa
     assert [entry.number for entry in log] == [3, 2, 1, 0]
     assert [entry.updates for entry in log] == [3, 3, 3, 0]
     assert [entry.parents for entry in log] == [(log[1].digest,), (log[2].digest,), (log[3].digest,), ()]
-    assert store.verify(newest) == []
+    assert care.verify(store, newest) == []
 
     ledger, blobs = Ledger.open(tmp_path), Repository(tmp_path)
     try:

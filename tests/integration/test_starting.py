@@ -13,7 +13,7 @@ from liberatai_coordinator.config import parse_job
 from liberatai_coordinator.models import starting
 from liberatai_coordinator.models.commits import STARTED, Commits, Started
 from liberatai_coordinator.models.members import Public
-from liberatai_coordinator.repository import tensors
+from liberatai_coordinator.repository import care, tensors
 from liberatai_coordinator.repository.files import About, commit_weights
 from liberatai_coordinator.repository.store import Store
 from liberatai_coordinator.store.ledger import Ledger
@@ -62,7 +62,7 @@ def test_a_job_begins_with_the_weights_of_a_commit_and_its_lineage_says_so(tmp_p
         assert np.array_equal(from_bytes(Repository(tmp_path).get(record.master)), weights)
     finally:
         ledger.close()
-    assert store.verify(log[0].digest) == []
+    assert care.verify(store, log[0].digest) == []
 
 
 def test_a_round_that_is_worse_than_the_start_stays_off_the_branch_that_people_use(tmp_path: Path) -> None:

@@ -21,13 +21,15 @@ def verify(
     ] = None,
 ) -> None:
     """Read every file of commits and of what they come from: digests, records, signatures."""
+    from liberatai_coordinator.repository import care
+
     store = open_store(context)
     starts = [store.find(ref)] if ref else sorted({one.digest for one in store.names()})
     faults: dict[str, str] = {}
     checked = 0
     with progress("reading"):
         for start in starts:
-            faults |= {str(fault): fault.code for fault in store.verify(start)}
+            faults |= {str(fault): fault.code for fault in care.verify(store, start)}
             checked += 1
     for text, code in faults.items():
         print(f"liberatai: {code}: {clean(text)}", file=sys.stderr)
@@ -46,13 +48,15 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what nothing names. With --newest old commits lose their files; what has a name never does."""
+    from liberatai_coordinator.repository import care
     from liberatai_coordinator.repository.names import short
 
     if newest is None and every:
         raise ConfigError("--every", ["only with --newest: without it no commit loses its files"])
     store = open_store(context)
     with progress("collecting"):
-        going, freed = store.gc(
+        going, freed = care.gc(
+            store,
             lambda entry, age: (
                 newest is None
                 or age < newest

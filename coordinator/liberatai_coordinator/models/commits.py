@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from liberatai_coordinator.models.evaluation import CentralScores
-from liberatai_coordinator.repository import tensors
+from liberatai_coordinator.repository import care, tensors
 from liberatai_coordinator.repository.commits import Commit, Variant
 from liberatai_coordinator.repository.descriptors import (
     COMPRESSED,
@@ -308,7 +308,7 @@ class Commits:
             return age < newest or (every > 0 and entry.number % every == 0) or not entry.parents
 
         with self._lock:
-            self.store.gc(keep)
+            care.gc(self.store, keep)
 
 
 def fitted_branch(number: int) -> str:

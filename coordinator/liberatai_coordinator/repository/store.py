@@ -29,7 +29,6 @@ from liberatai_coordinator.repository.descriptors import (
     FILEPATH,
     INDEX,
     MANIFEST,
-    MAX_JSON_BYTES,
     MODEL_CONFIG,
     OURS,
     SIGNATURE,
@@ -42,7 +41,7 @@ from liberatai_coordinator.repository.descriptors import (
     encode,
 )
 from liberatai_coordinator.repository.history import Entry, History, ancestor, entry_of
-from liberatai_coordinator.repository.layout import Layout, write_atomically
+from liberatai_coordinator.repository.layout import Layout
 from liberatai_coordinator.repository.names import (
     BRANCH,
     Wanted,
@@ -53,6 +52,7 @@ from liberatai_coordinator.repository.names import (
     short,
     unknown,
 )
+from liberatai_coordinator.repository.referrers import Referrers
 from liberatai_core.errors import (
     DigestError,
     LiberataiError,
@@ -118,6 +118,7 @@ class Store:
         """
         self.layout = Layout(folder)
         self.folder = folder
+        self.referrers = Referrers(self.layout, folder)
         self.history = History(folder, self._entry)
 
     # --- reading -----------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Store:
         """
         content = self.layout.json(digest)
         index, commit = self.parsed(digest, content)
-        signer = signing.signer_of(self.envelopes(digest), digest, commit.model, self.trusted())
+        signer = signing.signer_of(self.referrers.envelopes(digest), digest, commit.model, self.trusted())
         return Loaded(
             digest=digest, size=len(content), commit=commit, signer=signer, manifests=index.manifests
         )
@@ -158,48 +159,6 @@ class Store:
         if index_of(commit, own) != content or manifest_of(commit, manifest.layers)[0] != own:
             raise SchemaError(f"{what}: not the index that its record makes: content was exchanged")
         return index, commit
-
-    def envelopes(self, digest: str) -> list[bytes]:
-        """Return the signatures of a commit, not verified yet."""
-        found = []
-        for one in self.referrers(digest).manifests[: signing.MAX_SIGNATURES]:
-            if one.artifact_type not in (SIGNATURE, None):
-                continue
-            manifest = decode(self.layout.json(one.digest), Manifest, "signature")
-            if manifest.artifact_type != SIGNATURE or manifest.subject is None:
-                continue
-            if manifest.subject.digest == digest:
-                found += [
-                    self.layout.get(layer.digest, limit=MAX_JSON_BYTES)
-                    for layer in manifest.layers
-                    if layer.media_type == ENVELOPE
-                ]
-        return found
-
-    def referrers(self, digest: str) -> Index:
-        """Return what refers to a commit, as a registry would tell it."""
-        path = self._referrers_path(digest)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return Index(schema_version=2, manifests=())
-        return decode(content, Index, str(path))
-
-    def _referrers_path(self, digest: str) -> Path:
-        return self.folder / "referrers" / self.layout.path(digest).name
-
-    def add_referrers(self, digest: str, described: Iterable[Descriptor]) -> None:
-        """Note signature manifests that are in the repository as some of a commit's."""
-        path, content = self._referrers_file(digest, described)
-        write_atomically(path, content)
-
-    def _referrers_file(self, digest: str, described: Iterable[Descriptor]) -> tuple[Path, bytes]:
-        before = self.referrers(digest).manifests
-        known = {one.digest for one in before}
-        after = (*before, *(one for one in described if one.digest not in known))
-        path = self._referrers_path(digest)
-        path.parent.mkdir(exist_ok=True)
-        return path, encode(Index(schema_version=2, manifests=after))
 
     def entry(self, digest: str) -> Entry:
         """Return the line that a list shows of a commit."""
@@ -404,7 +363,7 @@ class Store:
             named = {one.digest for one in after.values() if one.note(KIND) in ("branch", "tag")}
             for digest in sorted(named):
                 # Where registries have no referrers API, signatures stand under this tag; so do they here.
-                content = encode(self.referrers(digest))
+                content = encode(self.referrers.of(digest))
                 self.layout.put([content])
                 after[digest.replace(":", "-")] = describe(content, INDEX, {KIND: "signature"})
             return after
@@ -472,7 +431,7 @@ class Store:
             for part in parts:
                 _keep(blobs, part, ENVELOPE)
             note = msgspec.structs.replace(_keep(blobs, signed, MANIFEST), artifact_type=SIGNATURE)
-            beside, referrers = self._referrers_file(described.digest, [note])
+            beside, referrers = self.referrers.file(described.digest, [note])
             _keep(blobs, referrers, INDEX)
             self.layout.put_named({**blobs, described.digest: index}, {beside: referrers})
             if branch is not None:
@@ -510,111 +469,6 @@ class Store:
             NotFoundError, DigestError, SchemaError: it is absent or damaged.
         """
         return decode(self.layout.json(variant.manifest), Manifest, variant.name).layers
-
-    # --- checking and collecting ---------------------------------------------------------------------
-
-    def collected(self) -> set[str]:
-        """Return the commits whose files were let go by rule."""
-        try:
-            text = (self.folder / "collected").read_text()
-        except FileNotFoundError:
-            return set()
-        return set(text.split())
-
-    def verify(self, digest: str, *, parents: bool = True) -> list[LiberataiError]:
-        """Read everything of a commit, and of what it comes from; returns every fault with what it is in."""
-        faults: list[LiberataiError] = []
-        seen: set[str] = set()
-        gone = self.collected()
-        wanted, checked = [digest], set[str]()
-        while wanted:
-            one = wanted.pop()
-            if one in seen:
-                continue
-            seen.add(one)
-            try:
-                loaded = self.read(one)
-            except LiberataiError as error:
-                faults.append(error)
-                continue
-            faults += self._faults(loaded, checked, files=one not in gone)
-            if parents:
-                here = [parent for parent in loaded.commit.parents if self.layout.has(parent)]
-                wanted += here
-        return faults
-
-    def _faults(self, loaded: Loaded, checked: set[str], *, files: bool) -> Iterator[LiberataiError]:
-        try:
-            needed = self._needed(loaded.digest, files=files)
-        except LiberataiError as error:
-            yield error
-            return
-        for one in sorted(needed - checked):
-            checked.add(one)
-            try:
-                self.layout.check(one)
-            except LiberataiError as error:
-                yield error
-
-    def gc(
-        self, keep: Callable[[Entry, int], bool] = lambda _entry, _age: True, *, dry_run: bool = False
-    ) -> tuple[list[str], int]:
-        """Remove what nothing names, and the files of old commits that a rule lets go.
-
-        Args:
-            keep: whether an untagged commit keeps its files, by its line and its place in the history (0 is
-                the newest of its model). What tags and branches name always does.
-            dry_run: only tell.
-
-        Returns:
-            Commits whose files go, and the bytes that are (or would be) freed.
-
-        Raises:
-            DiskError: the disk refuses.
-        """
-        with self.layout.alone():
-            refs = self.layout.refs()
-            named = {one.digest for one in refs.values() if one.note(KIND) != "signature"}
-            gone, going = self.collected(), []
-            ages: dict[str, int] = {}
-            needed: set[str] = {one.digest for one in refs.values()}
-            for entry in self.history.walk(named):
-                age = ages[entry.model] = ages.get(entry.model, -1) + 1
-                if entry.digest not in named and entry.digest not in gone and not keep(entry, age):
-                    going.append(entry.digest)
-                    gone.add(entry.digest)
-                needed |= self._needed(entry.digest, files=entry.digest not in gone)
-            garbage = [digest for digest in self.layout.blobs() if digest not in needed]
-            freed = sum(self.layout.path(digest).stat().st_size for digest in garbage)
-            if not dry_run:
-                if going:
-                    text = "".join(f"{digest}\n" for digest in sorted(gone))
-                    write_atomically(self.folder / "collected", text.encode())
-                freed = self.layout.remove(garbage)
-                self._forget_referrers(needed)
-        return going, freed
-
-    def _needed(self, digest: str, *, files: bool) -> set[str]:
-        needed = {digest}
-        index = decode(self.layout.json(digest), Index, short(digest))
-        for number, one in enumerate(index.manifests):
-            needed.add(one.digest)
-            manifest = decode(self.layout.json(one.digest), Manifest, short(one.digest))
-            needed.add(manifest.config.digest)
-            if files or number == 0:
-                needed |= {layer.digest for layer in manifest.layers}
-        for one in self.referrers(digest).manifests:
-            needed.add(one.digest)
-            manifest = decode(self.layout.json(one.digest), Manifest, short(one.digest))
-            needed |= {part.digest for part in (manifest.config, *manifest.layers)}
-        return needed
-
-    def _forget_referrers(self, needed: set[str]) -> None:
-        folder = self.folder / "referrers"
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if f"sha256:{path.name}" not in needed:
-                    path.unlink(missing_ok=True)
 
 
 def now_s() -> int:

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.coordinator.registry_kit import FakeRegistry
 from tests.unit.coordinator.test_model_repository import commit, read, weights
 
-from liberatai_coordinator.repository import signing, tensor_file, tensors, trust
+from liberatai_coordinator.repository import care, signing, tensor_file, tensors, trust
 from liberatai_coordinator.repository.descriptors import MANIFEST, WEIGHT_RAW, Manifest, describe, encode
 from liberatai_coordinator.repository.names import parse_place
 from liberatai_coordinator.repository.remote import credentials, registry, transfer
@@ -66,7 +66,7 @@ def test_a_commit_its_parents_and_signatures_travel_and_come_back_bit_for_bit(tw
     assert (found.loaded.digest, found.commits, found.name) == (last.digest, 2, "digits:v1")
     assert np.array_equal(read(second, found.loaded), values)
     assert [entry.digest for entry in second.log([last.digest])] == [last.digest, one.digest]
-    assert second.verify(last.digest) == []
+    assert care.verify(second, last.digest) == []
     assert fetched(second, fake).commits == 0
 
 
@@ -131,7 +131,7 @@ def test_what_is_not_what_it_says_is_refused(two, damaged):
     fake = FakeRegistry()
     made = commit(first, weights(1))
     pushed(first, fake, made)
-    manifest = first.referrers(made.digest).manifests[0].digest
+    manifest = first.referrers.of(made.digest).manifests[0].digest
     fake.damage.add(
         {
             "index": made.manifests[1].digest,
@@ -145,7 +145,7 @@ def test_what_is_not_what_it_says_is_refused(two, damaged):
     assert second.names() == []
     fake.damage.clear()
     assert fetched(second, fake).name == "digits:v1"
-    assert second.verify(made.digest) == []
+    assert care.verify(second, made.digest) == []
 
 
 def test_uploads_and_downloads_go_on_after_cuts(two, monkeypatch):

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from liberatai_coordinator.repository import signing, tensors, trust
+from liberatai_coordinator.repository import care, signing, tensors, trust
 from liberatai_coordinator.repository.commits import Commit
 from liberatai_coordinator.repository.descriptors import (
     MANIFEST,
@@ -66,7 +66,7 @@ def test_what_was_committed_is_read_bit_for_bit_and_named(store):
     assert np.array_equal(read(store, first), values)
     assert store.find("digits") == store.find(first.digest[7:15]) == store.find(f"digits@{first.digest[7:]}")
     assert commit(store, values, message="one").digest == first.digest
-    assert store.verify(first.digest) == []
+    assert care.verify(store, first.digest) == []
     for text in ("other", "digits:v9", "digits~1", "digits:7", "beef", "0" * 64):
         with pytest.raises(NotFoundError):
             store.find(text)
@@ -97,7 +97,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(store):
     changed = weights(1)
     changed[3] += 1
     last = commit(store, changed, first)
-    store.gc()
+    care.gc(store)
     for digest in store.layout.blobs():
         path = store.layout.path(digest)
         content = path.read_bytes()
@@ -105,7 +105,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(store):
             damaged = bytearray(content)
             damaged[place] ^= 4
             path.write_bytes(damaged)
-            faults = store.verify(last.digest)
+            faults = care.verify(store, last.digest)
             if faults == []:  # only what lies under the signatures' tag may be without a part in the commit
                 assert digest in {one.digest for one in store.layout.refs().values()}
                 with pytest.raises(DigestError):
@@ -113,7 +113,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(store):
             else:
                 assert any(path.name in str(fault) for fault in faults), [str(one) for one in faults]
         path.write_bytes(content)
-    assert store.verify(last.digest) == []
+    assert care.verify(store, last.digest) == []
 
 
 def test_unsigned_wrongly_signed_and_exchanged_content_is_refused(store, tmp_path):
@@ -125,7 +125,7 @@ def test_unsigned_wrongly_signed_and_exchanged_content_is_refused(store, tmp_pat
     theirs = commit(other, weights(3))
     for one in other.layout.blobs():
         store.layout.put([other.layout.get(one)])
-    store.add_referrers(theirs.digest, other.referrers(theirs.digest).manifests)
+    store.referrers.add(theirs.digest, other.referrers.of(theirs.digest).manifests)
     with pytest.raises(SignatureError, match="models trust"):
         store.read(theirs.digest)
     key = signing.public_key(trust.own_key(other.folder))
@@ -139,7 +139,7 @@ def test_unsigned_wrongly_signed_and_exchanged_content_is_refused(store, tmp_pat
     swapped, parts = signing.signature_manifest(envelope, first.descriptor)
     store.layout.put([swapped, *parts])
     note = msgspec.structs.replace(describe(swapped, MANIFEST), artifact_type=SIGNATURE)
-    store.add_referrers(second.digest, [note])
+    store.referrers.add(second.digest, [note])
     with pytest.raises(SignatureError):
         store.read(second.digest)
     trust.distrust(store.folder, key)
@@ -154,7 +154,7 @@ def test_an_index_with_another_variant_is_no_commit(store):
     other = decode(store.layout.json(second.digest), Index, "index")
     mixed = encode(msgspec.structs.replace(index, manifests=(index.manifests[0], other.manifests[1])))
     (digest,) = store.layout.put([mixed])
-    store.add_referrers(digest, store.referrers(first.digest).manifests)
+    store.referrers.add(digest, store.referrers.of(first.digest).manifests)
     with pytest.raises(SchemaError, match="exchanged"):
         store.read(digest)
 
@@ -186,9 +186,11 @@ def test_collecting_keeps_what_has_a_name_and_what_the_rule_keeps(store):
     for number in range(1, 8):
         made.append(commit(store, weights(number), made[-1], message="x" * number))
     store.set_ref("digits", "v2", made[2].digest, kind="tag")
-    assert store.gc() == ([], pytest.approx(0, abs=4096 * 8))
-    told, would = store.gc(lambda _entry, age: age < 3, dry_run=True)
-    gone, freed = store.gc(lambda _entry, age: age < 3)
+    going, freed = care.gc(store)
+    assert going == []
+    assert freed == pytest.approx(0, abs=4096 * 8)
+    told, would = care.gc(store, lambda _entry, age: age < 3, dry_run=True)
+    gone, freed = care.gc(store, lambda _entry, age: age < 3)
     assert told == gone == [made[number].digest for number in (4, 3, 1, 0)]
     assert freed == would > 3 * weights(0).nbytes
     for number in (2, 5, 6, 7):
@@ -196,7 +198,7 @@ def test_collecting_keeps_what_has_a_name_and_what_the_rule_keeps(store):
     with pytest.raises(NotFoundError):
         read(store, made[3])
     assert len(list(store.log([made[-1].digest]))) == 8
-    assert store.verify(made[-1].digest) == []
+    assert care.verify(store, made[-1].digest) == []
 
 
 def test_a_lost_or_damaged_history_file_costs_time_only(store):
@@ -229,7 +231,7 @@ def test_processes_that_write_at_once_lose_no_tag(store):
         one.join(60)
         assert one.exitcode == 0
     assert len(store.names("digits")) == 41
-    assert store.verify(store.find("digits")) == []
+    assert care.verify(store, store.find("digits")) == []
 
 
 def test_names_that_are_none_are_refused():

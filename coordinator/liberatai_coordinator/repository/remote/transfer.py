@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from liberatai_coordinator.repository import imports
+from liberatai_coordinator.repository import care, imports
 from liberatai_coordinator.repository.descriptors import (
     COMMIT,
     FILEPATH,
@@ -153,7 +153,7 @@ def _require_forward(store: Store, there: str, wanted: str, place: Place) -> Non
 
 def _missing(store: Store, loaded: Loaded, registry: Registry) -> list[Loaded]:
     """Return the commits that the registry lacks, the newest first; what it has, it has with all parents."""
-    gone = store.collected()
+    gone = care.collected(store)
     wanted, seen, missing = [loaded.digest], {loaded.digest}, []
     while wanted:
         digest = wanted.pop(0)
@@ -174,7 +174,7 @@ def _push_commit(
     store: Store, loaded: Loaded, registry: Registry, uploads: KeptUploads, progress: Progress
 ) -> int:
     sent = 0
-    manifests = [*loaded.manifests, *store.referrers(loaded.digest).manifests]
+    manifests = [*loaded.manifests, *store.referrers.of(loaded.digest).manifests]
     index = store.layout.json(loaded.digest)
     for one in loaded.manifests:
         sent += _push_blobs(store, one, registry, uploads, progress)
@@ -183,7 +183,7 @@ def _push_commit(
     for one in manifests[len(loaded.manifests) :]:
         sent += _push_blobs(store, one, registry, uploads, progress)
         registry.put_manifest(one.digest, store.layout.json(one.digest), MANIFEST)
-    registry.put_manifest(loaded.digest.replace(":", "-"), encode(store.referrers(loaded.digest)), INDEX)
+    registry.put_manifest(loaded.digest.replace(":", "-"), encode(store.referrers.of(loaded.digest)), INDEX)
     return sent
 
 
@@ -341,7 +341,7 @@ def _record(store: Store, digest: str, content: bytes, registry: Registry) -> tu
         for blob in (part.config, *part.layers[:4]):
             blobs[blob.digest] = _small(registry, blob)
     store.layout.put_named(blobs)
-    store.add_referrers(digest, signatures)
+    store.referrers.add(digest, signatures)
     return store.read(digest).commit.parents
 
 
