@@ -5,7 +5,9 @@ Nothing is changed, and a running agent is not disturbed.
 
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import psutil
 
 from liberatai_agent.config import AgentConfig, load_config, load_profile
 from liberatai_agent.exchange.broker import mqtt_settings
@@ -29,6 +31,7 @@ from liberatai_core.profile import PROCESS_BYTES, Profile, trainers
 from liberatai_core.units import size_text
 
 LEAST_DISK_BYTES: Final = 64 << 20
+RIGHTS_REMEDY: Final = "the broker's list of rights: `liberatai broker sync`"
 SETTINGS: Final = "what each key means: docs/jobs.md#agentyaml"
 
 
@@ -48,8 +51,16 @@ def check_settings(path: Path) -> tuple[AgentConfig | None, list[Finding]]:
     return config, [ok("settings", text)]
 
 
-async def examine(config: AgentConfig) -> list[Finding]:
-    """Look at everything that the settings name, and go to the broker."""
+async def examine(config: AgentConfig, changed_s: float = 0.0) -> list[Finding]:
+    """Look at everything that the settings name, and go to the broker.
+
+    Not if the running agent is connected with these settings, and obeys its coordinator: a broker throws the
+    first one of a name out when a second one comes.
+
+    Args:
+        config: the settings.
+        changed_s: when their file was written, Unix seconds.
+    """
     now_s = time.time()
     found = check_state(config)
     found.append(check_clock(now_s))
@@ -66,6 +77,8 @@ async def examine(config: AgentConfig) -> list[Finding]:
     if failed(certificates):
         found.append(warn("broker", "not tried: the certificates come first", "mend them, and ask again"))
         return found
+    if (told := connected_agent(config, changed_s)) is not None:
+        return found + told
     return found + await check_broker(config, files)
 
 
@@ -151,6 +164,25 @@ async def check_data(config: AgentConfig) -> list[Finding]:
     if bench.warning:
         found.append(warn("data", bench.warning.removeprefix("E_DATA: "), "look at y of the file"))
     return found + check_machine(config, profile, bench)
+
+
+def connected_agent(config: AgentConfig, changed_s: float) -> list[Finding] | None:
+    """Say what the running agent has at the broker; None: somebody has to go there and look."""
+    status = read_status(config.state_path) or {}
+    same = status.get("device") == config.device and status.get("fleet") == config.fleet
+    newer = float(status.get("started_at") or 0) < changed_s
+    obeys = status.get("connected") is True and status.get("coordinator") == "online"
+    if not (same and obeys and _runs(status)) or newer or status.get("broker") != config.broker:
+        return None
+    found = [ok("broker", f"{config.broker}: the running agent is connected ({status.get('protocol')})")]
+    found += [fail("rights", str(line), RIGHTS_REMEDY) for line in status.get("broker_refuses", [])]
+    return [*found, ok("coordinator", f"of fleet {config.fleet}: the running agent hears and obeys it")]
+
+
+def _runs(status: dict[str, Any]) -> bool:
+    """Whether the agent that wrote this is there: its file outlives a kill."""
+    pid = status.get("pid")
+    return bool(status.get("running")) and isinstance(pid, int) and psutil.pid_exists(pid)
 
 
 # --- the broker -----------------------------------------------------------------------------------

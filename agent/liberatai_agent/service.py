@@ -211,7 +211,7 @@ class Service:
         self._replying = Replying(
             config.device,
             self._logbook if config.share_logs else None,
-            self._machine.look_at_machine,
+            self._look_again,
             self._saying.answer,
         )
         self._training = Training(
@@ -467,6 +467,11 @@ class Service:
         if self._belonging.fault is not None:
             self._failed(*self._belonging.fault)
             self._status.changed()
+
+    async def _look_again(self) -> None:
+        """Measure anew, and say anew what the fleet should know: it asks because it misses something."""
+        await self._machine.look_at_machine()
+        self._saying.again()
 
     async def _watch_machine(self) -> None:
         """Look at the machine; when it is known what this device can do, tasks may come."""

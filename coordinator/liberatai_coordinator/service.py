@@ -126,7 +126,7 @@ class Service:
         )
         self.asking = Asking(fleet=self.fleet, publisher=self.publisher, epoch=self.ledger.epoch)
         self.shadows = Shadows(fleet=self.fleet, ledger=self.ledger, publisher=self.publisher)
-        self.doors.opened = self.shadows.publish_one
+        self.doors.opened = self._opened
         self.rollouts = Rollouts(
             fleet=self.fleet,
             ledger=self.ledger,
@@ -399,6 +399,12 @@ class Service:
 
     def _answer_baseless(self, device: Device) -> None:
         self._spawn(_give_whole_path(self.jobs, device.id))
+
+    async def _opened(self, device: str) -> None:
+        """Serve a device that may come in again; what stood at the broker of it was taken away."""
+        await self.shadows.publish_one(device)
+        with contextlib.suppress(LiberataiError):  # without a broker it will say everything by itself
+            await self.asking.remind(device)
 
     async def _answer_session(self, seen: SessionSeen) -> None:
         await self.publisher.send(self.topics.down(seen.device, "xa"), seen)

@@ -142,3 +142,34 @@ async def test_who_does_not_answer_or_shares_no_log_says_so(broker: MemoryBroker
         agent._replying._say = lambda _answer: None
         with pytest.raises(LinkError, match="did not answer"):
             await asyncio.wait_for(ask.devices.ping(DEVICE), 30)
+
+
+async def test_a_released_device_says_again_what_the_broker_was_made_to_forget(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
+    """Else the next start of the coordinator knows nothing of a device that is there all the time."""
+    async with an_agent(broker, a_config(tmp_path)):
+        async with coordinator(broker, tmp_path / "co") as service:
+            ask = await ready(service)
+            await ask.devices.approve(DEVICE, "")
+            await ask.devices.quarantine(DEVICE, "looks odd")
+            await service.doors.settled()
+            assert TOPICS.up(DEVICE, "state") not in broker.retained
+            await ask.devices.release(DEVICE)
+            await until(lambda: TOPICS.up(DEVICE, "state") in broker.retained)
+        async with coordinator(broker, tmp_path / "co") as service:
+            await until(lambda: DEVICE in service.fleet.ready_names)
+
+
+async def test_a_device_with_a_new_key_is_ready_once_that_was_taken(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
+    """It is connected already: nobody has to start it again."""
+    async with coordinator(broker, tmp_path / "co") as service:
+        async with an_agent(broker, a_config(tmp_path)):
+            ask = await ready(service)
+        (tmp_path / "anew").mkdir()
+        async with an_agent(broker, a_config(tmp_path / "anew")):
+            await until(lambda: DEVICE in service.fleet.knocks)
+            assert (await ask.devices.rekey(DEVICE, "")).state == "unknown"
+            await until(lambda: DEVICE in service.fleet.ready_names)

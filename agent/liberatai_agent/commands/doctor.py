@@ -28,7 +28,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     config, findings = check_settings(args.config)
     if config is not None:
-        findings += asyncio.run(examine(config))
+        findings += asyncio.run(examine(config, args.config.stat().st_mtime))
     if args.output in ("json", "yaml"):
         show_data(findings, args.output)
     elif args.output == "name":  # what must be mended

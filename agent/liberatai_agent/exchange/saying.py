@@ -70,6 +70,7 @@ class Saying:
         self._device, self._identity, self._topics = device, identity, topics
         self._link, self._meter, self._failed = link, meter, failed
         self._retained: dict[str, bytes] = {}
+        self._standing: dict[str, bytes] = {}
         self._events: deque[tuple[str, bytes]] = deque(maxlen=MAX_EVENTS)
         self._there, self._online = asyncio.Event(), asyncio.Event()
         self.publishing_since: float | None = None
@@ -132,6 +133,11 @@ class Saying:
             self._events.append((self._topic("ev"), self._seal(seen)))
             self._there.set()
 
+    def again(self) -> None:
+        """Say anew all that stands at the broker: it may have been taken away there."""
+        self._retained.update(self._standing)
+        self._there.set()
+
     async def telemetry(self, sample: Telemetry) -> None:
         """Send a sample of load and traffic; a lost one is lost.
 
@@ -178,7 +184,7 @@ class Saying:
 
     def _keep(self, leaf: str, payload: bytes) -> None:
         """Publish a retained message, unless a newer one for the topic comes first."""
-        self._retained[self._topic(leaf)] = payload
+        self._retained[self._topic(leaf)] = self._standing[self._topic(leaf)] = payload
         self._there.set()
 
     def _topic(self, leaf: str) -> str:

@@ -69,6 +69,16 @@ class Asking:
             )
         return answer, clock.monotonic() - began_s
 
+    async def remind(self, device: str) -> None:
+        """Let a device say everything again, if it is there: also one of which nothing is known just now.
+
+        Raises:
+            LinkError: the broker is away.
+        """
+        self._number += 1
+        request = Request(device=device, epoch=self.epoch, number=self._number, what="probe")
+        await self.publisher.send(self.publisher.topics.down(device, "req"), request)
+
     def heard(self, answer: Answer) -> None:
         """Take a device's verified answer; one that nobody waits for is dropped."""
         asked = self._waiting.get((answer.device, answer.number))

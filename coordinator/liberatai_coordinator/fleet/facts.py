@@ -124,7 +124,8 @@ def conditions_of(
     elif device.note:
         found.append(Condition("Odd", True, device.note, device.state_s))
     if knock is not None:
-        words = f"another key asks for its name ({knock.times} times): `liberatai devices rekey {device.id}`"
+        often = "once" if knock.times == 1 else f"{knock.times} times"
+        words = f"another key asks for its name ({often}): `liberatai devices rekey {device.id}`"
         found.append(Condition("Knocking", True, words, knock.first_s))
     return tuple(found)
 
