@@ -111,7 +111,7 @@ async def shut_out(service: Service, device: Device, how: str) -> dict[str, floa
     await until(lambda: device.name not in service.fleet.ready_names)
     found["invited_s"] = time.perf_counter() - began
     with contextlib.suppress(LiberataiError):
-        service.fleet.require_alive(device.signer.public_key)
+        service.fleet.buried.require_alive(device.signer.public_key)
         service.fleet.admit(device.name)
         raise SystemExit(f"{device.name} is still let in")
     found["coordinator_s"] = time.perf_counter() - began

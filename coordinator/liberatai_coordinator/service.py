@@ -7,6 +7,7 @@ offers each have one owner; jobs run by themselves (`jobs.queue`).
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -341,7 +342,7 @@ class Service:
         log.info("refused on %s: %s %s", topic, error.code, error)
 
     def _count(self, device: str, error: LiberataiError) -> None:
-        self.fleet.count_refusal(device, error)
+        self.fleet.refusals.setdefault(device, Counter())[error.code] += 1
         self.ledger.refusals.count(device, error.code)
 
     async def _handle_all(self, batch: list[Opened]) -> None:

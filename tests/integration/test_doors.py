@@ -134,7 +134,7 @@ async def test_a_device_with_a_new_key_knocks_and_is_taken(broker: MemoryBroker,
         await until(lambda: there(service, "a"))
         old = ScriptedDevice(broker, "old")
         old.signer = Signer.from_seed(b"a".ljust(32, b"-"), FLEET)
-        assert service.fleet.buried == {old.signer.public_key: "a"}
+        assert service.fleet.buried.owners == {old.signer.public_key: "a"}
         await anew.link.close()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -24,7 +24,8 @@ from liberatai_coordinator.client.views import (
     VersionView,
 )
 from liberatai_coordinator.config import JobSpec
-from liberatai_coordinator.fleet.devices import Device, Knock
+from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.fleet.keys import Knock
 from liberatai_coordinator.fleet.plan import Assignment, Candidate
 from liberatai_coordinator.jobs.records import Contribution, stats_of
 from liberatai_coordinator.models.evaluation import CentralScores, LocalScores

@@ -62,7 +62,7 @@ class Doors:
     def restore(self) -> None:
         """Take over what the ledger remembers: labels, marks, keys that are refused for good."""
         for grave in self.ledger.devices.tombstones():
-            self.fleet.bury(grave.public_key, grave.device)
+            self.fleet.buried.bury(grave.public_key, grave.device)
             self.closed.add(grave.device)
         self.publisher.barred |= self.closed
 

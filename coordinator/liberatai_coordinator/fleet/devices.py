@@ -8,17 +8,18 @@ be replaced. So a device is believed to be there only as long as it gives signs 
 while the coordinator has no broker.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from liberatai_coordinator.fleet.keys import BuriedKeys, Knock, knock
+from liberatai_coordinator.fleet.traffic import NO_TRAFFIC, DeviceTraffic
+from liberatai_coordinator.fleet.watch import Watch
 from liberatai_core.contract import limits
 from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.messages import Capability, Event, Message, Report, State, Telemetry
 from liberatai_core.errors import (
-    LiberataiError,
     NotFoundError,
     ReplayError,
     RevokedError,
@@ -29,9 +30,6 @@ from liberatai_core.errors import (
 
 Status = Literal["pending", "approved", "quarantined"]
 Enrolment = Literal["approve", "allowlist", "open"]
-
-MAX_TOTAL = 2**53
-"""Totals stop here: counters come from devices, and a database's integers end at 2^63."""
 
 MAX_PENDING = 1000
 """Devices that wait for approval: a stranger cannot fill the memory with names."""
@@ -58,9 +56,6 @@ that was put back from a copy does it once."""
 ANSWER_S = 10.0
 """Between two answers to a device whose session number went back: a replayed frame must not cause a flood."""
 
-MAX_KNOCKS = 1000
-"""Names whose knocking keys are kept: whoever gets past the broker may knock for every name there is."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
@@ -68,58 +63,6 @@ class Mark:
 
     since_s: float
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knock:
-    """Another key that introduces itself with the name of a known device: a new card, or somebody else.
-
-    Attributes:
-        public_key: the newest one.
-        session: of its introduction.
-        first_s, last_s: Unix seconds of its first and last word.
-        times: that it was heard.
-    """
-
-    public_key: bytes
-    session: int
-    first_s: float
-    last_s: float
-    times: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceTraffic:
-    """Bytes of a device over all its starts.
-
-    Attributes:
-        sent_bytes, received_bytes: in total.
-        session, session_sent, session_received: the last counters heard, which begin at zero at every start.
-    """
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    session: int = 0
-    session_sent: int = 0
-    session_received: int = 0
-
-    def heard(self, session: int, sent: int, received: int) -> "DeviceTraffic":
-        """Return the totals after the device told its counters.
-
-        Samples may be lost, doubled or late: within a session only what exceeds the last word is added.
-        """
-        if session < self.session:
-            return self
-        last_sent, last_received = (
-            (self.session_sent, self.session_received) if session == self.session else (0, 0)
-        )
-        return DeviceTraffic(
-            sent_bytes=min(MAX_TOTAL, self.sent_bytes + max(0, sent - last_sent)),
-            received_bytes=min(MAX_TOTAL, self.received_bytes + max(0, received - last_received)),
-            session=session,
-            session_sent=max(sent, last_sent),
-            session_received=max(received, last_received),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +101,7 @@ class Device:
     reason: str = ""
     note: str = ""
     ignores: str = ""
-    traffic: DeviceTraffic = DeviceTraffic()
+    traffic: DeviceTraffic = NO_TRAFFIC
     updates: int = 0
     labels: tuple[tuple[str, str], ...] = ()
     drained: Mark | None = None
@@ -226,7 +169,8 @@ class Fleet:
         connected: whether there is a broker; without one nobody is there.
         forgotten: names that were given up, until somebody takes note of them.
         wall_s: the time of day, as far as it was told.
-        buried: keys that are refused for good, and whose they were.
+        refusals: how often what a device sent was refused, by code; "" for strangers.
+        buried: keys that are refused for good.
         knocks: other keys that ask for the name of a known device.
     """
 
@@ -237,16 +181,14 @@ class Fleet:
     connected: bool = True
     forgotten: list[str] = field(default_factory=list)
     wall_s: float = 0.0
-    buried: dict[bytes, str] = field(default_factory=dict)
+    buried: BuriedKeys = field(default_factory=BuriedKeys)
     knocks: dict[str, Knock] = field(default_factory=dict)
-    _graves: dict[bytes, bytes] = field(default_factory=dict)
     _since_s: float = 0.0
     _index: dict[bytes, str] = field(default_factory=dict)
     _pending: dict[str, None] = field(default_factory=dict)
     _ready: set[str] = field(default_factory=set)
     _names: list[str] | None = None
-    _due: list[tuple[float, str]] = field(default_factory=list)
-    _watched: set[str] = field(default_factory=set)
+    _watch: Watch = field(default_factory=Watch)
     _answered: dict[str, float] = field(default_factory=dict)
 
     # --- the registry --------------------------------------------------------------------------
@@ -255,37 +197,23 @@ class Fleet:
         """Take over what the ledger remembers, and whoever the settings allow."""
         self.devices = {device.id: device for device in devices}
         for name, key in self.allowed.items():
-            if key in self.buried:
+            if key in self.buried.owners:
                 continue
             if name not in self.devices or self.devices[name].public_key != key:
                 self.devices[name] = Device(id=name, public_key=key, status="approved")
         self._index = {key_id(device.public_key): device.id for device in self.devices.values()}
-        self._pending, self._ready, self._due, self._watched = {}, set(), [], set()
+        self._pending, self._ready, self._watch = {}, set(), Watch()
         for device in list(self.devices.values()):
             self._put(device)
 
     def key(self, wanted: bytes) -> bytes | None:
         """Return the public key with this key id, or None. A buried one is known: it is refused by name."""
         owner = self.owner(wanted)
-        return self.devices[owner].public_key if owner else self._graves.get(wanted)
+        return self.devices[owner].public_key if owner else self.buried.get(wanted)
 
     def owner(self, wanted: bytes) -> str | None:
         """Return the device that has the key with this key id."""
         return self._index.get(wanted)
-
-    def require_alive(self, public_key: bytes) -> None:
-        """Refuse a key that was buried.
-
-        Raises:
-            RevokedError: it was.
-        """
-        if public_key in self.buried:
-            raise RevokedError(f"the key of {self.buried[public_key]} is refused for good")
-
-    def bury(self, public_key: bytes, device: str) -> None:
-        """Refuse a key for good."""
-        self.buried[public_key] = device
-        self._graves[key_id(public_key)] = public_key
 
     def require(self, device: str) -> Device:
         """Return a device, or raise NotFoundError."""
@@ -326,7 +254,7 @@ class Fleet:
         known = self.set_status(device, "quarantined", "decommissioned")
         self._forget(device)
         self.forgotten.remove(device)
-        self.bury(known.public_key, device)
+        self.buried.bury(known.public_key, device)
         self.knocks.pop(device, None)
         return known
 
@@ -334,9 +262,8 @@ class Fleet:
         """Let a device have another key from now on; the one before is refused for good."""
         known = self.require(device)
         self._index.pop(key_id(known.public_key), None)
-        self.bury(known.public_key, device)
-        self.buried.pop(public_key, None)
-        self._graves.pop(key_id(public_key), None)
+        self.buried.bury(known.public_key, device)
+        self.buried.dig_up(public_key)
         self._index[key_id(public_key)] = device
         self.knocks.pop(device, None)
         fresh = Device(
@@ -367,7 +294,7 @@ class Fleet:
         Raises:
             SignatureError: the name has another key. UnknownDeviceError: too many devices.
         """
-        self.require_alive(public_key)
+        self.buried.require_alive(public_key)
         known = self.devices.get(device)
         if known is not None:
             if known.public_key != public_key:
@@ -381,10 +308,6 @@ class Fleet:
         )
         self._index[key_id(public_key)] = device
         return made
-
-    def count_refusal(self, device: str, error: LiberataiError) -> None:
-        """Count what was refused, per device (or "" for a stranger) and code."""
-        self.refusals.setdefault(device, Counter())[error.code] += 1
 
     def count_update(self, device: str) -> None:
         """Note that one more update of a device is stored, if it was not decommissioned meanwhile."""
@@ -444,13 +367,13 @@ class Fleet:
         """
         name: str = message.device  # type: ignore[attr-defined]
         session: int = message.session  # type: ignore[attr-defined]
-        self.require_alive(signer)
+        self.buried.require_alive(signer)
         self.wall_s = max(self.wall_s, wall_s or 0.0)
         before = self.devices.get(name)
         known = before or self._introduce(message, signer, now_s)
         if known.public_key != signer:
             if isinstance(message, Capability):
-                self._knock(name, signer, session)
+                knock(self.knocks, name, signer, session, self.wall_s)
             raise SignatureError(
                 f"{name} has another key: if it was set up anew, `liberatai devices rekey {name}` lets it in"
             )
@@ -459,7 +382,7 @@ class Fleet:
         if session < known.session:
             if before is not None and not retained and _is_present(message):
                 note = f"its session number went back from {known.session} to {session}"
-                self._put(self._turned(replace(known, note=note)))
+                self._put(_turned(replace(known, note=note), self.wall_s))
             raise ReplayError(f"{name}: session {session}, the last one was {known.session}")
         device = _heard(known, message, session)
         if not retained and not _is_will(message):
@@ -511,17 +434,16 @@ class Fleet:
         """Return devices that have become silent, some of them if many: quick, however many there are."""
         found: list[Device] = []
         for _ in range(EXPIRED_AT_ONCE):
-            if not (self.connected and self._due and self._due[0][0] <= now_s):
+            name = self._watch.take(now_s) if self.connected else None
+            if name is None:
                 break
-            name = heapq.heappop(self._due)[1]
-            self._watched.discard(name)
             device = self.devices.get(name)
             if device is None or device.silent or device.said not in LIVING:
                 continue
             spent = device.capability is not None and device.capability.quota_spent
             since_s = now_s if spent else max(device.alive_s, self._since_s)
             if since_s + device.silence_s > now_s:
-                self._watch(name, since_s + device.silence_s)
+                self._watch.add(name, since_s + device.silence_s)
                 continue
             note = f"nothing heard for {device.silence_s:.0f} s: does the broker refuse what it says?"
             found.append(self._put(replace(device, silent=True, note=note)))
@@ -560,40 +482,8 @@ class Fleet:
             self._names = None
             (self._ready.add if ready else self._ready.discard)(name)
         if device.said in LIVING and not device.silent:
-            self._watch(name, device.alive_s + device.silence_s)
+            self._watch.add(name, device.alive_s + device.silence_s)
         return device
-
-    def knock(self, device: str, public_key: bytes) -> bool:
-        """Note that somebody who was invited asks for the name of a known device with another key.
-
-        Returns:
-            Whether it is the first time.
-        """
-        self.require_alive(public_key)
-        self._knock(device, public_key, 0)
-        return self.knocks[device].times == 1 if device in self.knocks else False
-
-    def _knock(self, name: str, public_key: bytes, session: int) -> None:
-        before = self.knocks.get(name)
-        if before is None and len(self.knocks) >= MAX_KNOCKS:
-            return
-        same = before is not None and before.public_key == public_key
-        self.knocks[name] = Knock(
-            public_key=public_key,
-            session=session,
-            first_s=before.first_s if before is not None and same else self.wall_s,
-            last_s=self.wall_s,
-            times=before.times + 1 if before is not None and same else 1,
-        )
-
-    def _turned(self, device: Device) -> Device:
-        turns = device.turns + 1 if self.wall_s - device.turned_s <= CLONE_S else 1
-        return replace(device, turns=turns, turned_s=self.wall_s)
-
-    def _watch(self, name: str, due_s: float) -> None:
-        if name not in self._watched:
-            self._watched.add(name)
-            heapq.heappush(self._due, (due_s, name))
 
     def _forget(self, name: str) -> None:
         device = self.devices.pop(name)
@@ -617,6 +507,11 @@ class Fleet:
             self._forget(first)
         status: Status = "approved" if self.enrolment == "open" else "pending"
         return Device(id=message.device, public_key=signer, status=status)
+
+
+def _turned(device: Device, wall_s: float) -> Device:
+    turns = device.turns + 1 if wall_s - device.turned_s <= CLONE_S else 1
+    return replace(device, turns=turns, turned_s=wall_s)
 
 
 def _phase(device: Device) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from liberatai_coordinator.fleet import query
-from liberatai_coordinator.fleet.devices import LIVING, Device, Fleet, Knock
+from liberatai_coordinator.fleet.devices import LIVING, Device, Fleet
+from liberatai_coordinator.fleet.keys import Knock
 from liberatai_coordinator.fleet.query import LABEL, Value
 
 MIB, KIB, MBIT = 1 << 20, 1 << 10, 1e6

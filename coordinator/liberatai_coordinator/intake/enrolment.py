@@ -19,6 +19,7 @@ from liberatai_coordinator.authority.invitations import Invitation, Invitations
 from liberatai_coordinator.config import CoordinatorConfig
 from liberatai_coordinator.fleet.devices import Device, Fleet, Status
 from liberatai_coordinator.fleet.joining import DAY_S, Known, answer, door_of
+from liberatai_coordinator.fleet.keys import knock
 from liberatai_core.certificate_file import WARN_SHARE, read_dates
 from liberatai_core.certificates import certificate_pem, facts, key_pem, new_key, proves, requested_key
 from liberatai_core.contract.frame import fingerprint
@@ -198,7 +199,8 @@ class Enrolment:
     def _knocked(self, request: CertificateRequest, signer: bytes) -> CertificateReply:
         """Tell the operator that a device which was set up anew asks for its old name, and let it wait."""
         name, mark = request.device, fingerprint(signer)
-        if self.fleet.knock(name, signer):
+        self.fleet.buried.require_alive(signer)
+        if knock(self.fleet.knocks, name, signer, 0, self.fleet.wall_s):
             rekey = f"liberatai devices rekey {name} --key {mark}"
             log.warning("another key asks for the name %s: `%s`", name, rekey)
             self.note(name, "knocking", StateError.code, f"key {mark}")

@@ -75,7 +75,7 @@ def require_own(fleet: Fleet, message: Message, key: bytes, place: Place) -> Non
         RevokedError: the key was buried. TopicError: another device's topic. SignatureError: another's name.
     """
     device = getattr(message, "device", None)
-    fleet.require_alive(key)
+    fleet.buried.require_alive(key)
     if device != place.owner:
         raise TopicError(f"a message of {device} on the topic of {place.owner}")
     owner = fleet.owner(key_id(key))

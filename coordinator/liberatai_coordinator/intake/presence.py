@@ -15,7 +15,8 @@ from typing import Protocol
 import msgspec
 
 from liberatai_coordinator import clock
-from liberatai_coordinator.fleet.devices import Device, DeviceTraffic, Fleet, Heard, Mark, Status
+from liberatai_coordinator.fleet.devices import Device, Fleet, Heard, Mark, Status
+from liberatai_coordinator.fleet.traffic import DeviceTraffic
 from liberatai_coordinator.intake import said
 from liberatai_coordinator.store.ledger import Ledger
 from liberatai_coordinator.store.rows import DeviceRow, MarkRow, TombstoneRow, TrafficRow

@@ -7,13 +7,12 @@ from liberatai_coordinator.fleet import devices
 from liberatai_coordinator.fleet.devices import (
     EXPIRED_AT_ONCE,
     MAX_PENDING,
-    MAX_TOTAL,
     PENDING_KEPT_S,
     PENDING_SILENT_S,
     Device,
-    DeviceTraffic,
     Fleet,
 )
+from liberatai_coordinator.fleet.traffic import MAX_TOTAL, DeviceTraffic
 from liberatai_core.contract.frame import key_id
 from liberatai_core.contract.limits import MAX_SESSION
 from liberatai_core.contract.messages import Capability, Event, Report, State, Telemetry

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from liberatai_coordinator.api.metrics import MAX_DEVICES, MAX_JOBS, Seen, text
 from liberatai_coordinator.client.views import JobSummary
 from liberatai_coordinator.config import CoordinatorConfig
-from liberatai_coordinator.fleet.devices import Device, DeviceTraffic
+from liberatai_coordinator.fleet.devices import Device
+from liberatai_coordinator.fleet.traffic import DeviceTraffic
 from liberatai_core.errors import ConfigError
 from liberatai_core.settings import parse
 
