@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from liberatai_agent.status import FILE
 
 from liberatai_agent.config import AgentConfig
 from liberatai_agent.doctor import connected_agent, examine
+from liberatai_agent.store.status import FILE
 from liberatai_core.doctor.finding import failed
 
 pytestmark = pytest.mark.anyio
