@@ -26,6 +26,7 @@ from liberatai_coordinator.repository import tensors
 from liberatai_coordinator.repository.store import Store
 from liberatai_core.errors import LiberataiError
 from liberatai_core.learning.training import log_probabilities
+from liberatai_core.model import load as load_model
 
 HERE = Path(__file__).parent
 HAS = {"north": range(5), "south": range(5, 10)}
@@ -127,6 +128,7 @@ def exchange(north: Path, south: Path, there: str, folder: Path) -> None:
     command("north", north, "push", "digits:merged", f"{there}/institutes/digits:merged")
     command("south", south, "fetch", f"{there}/institutes/digits:merged")
     command("south", south, "log", "digits:merged", "--graph", "-n", "4")
+    command("south", south, "pull", "digits:merged", "--budget", "12KB", "--out", str(folder / "pulled"))
 
 
 def right(store: Path, ref: str, test: Samples) -> np.ndarray:
@@ -187,9 +189,11 @@ def main() -> None:
             "south": right(south, "digits", test),
             "merged": right(south, "digits:merged", test),
         }
+        pulled = load_model(folder / "pulled" / "model.lam").predict(test.x).labels == test.y
     draw(found, test, given.picture)
     shares = ", ".join(f"{name} {hits.mean():.1%}" for name, hits in found.items())
     print(f"\n{len(test)} digits of all ten kinds that no device had: {shares} right ({given.picture})")
+    print(f"pulled for a device with 12 KB to spare: {pulled.mean():.1%} right")
     if found["merged"].mean() <= max(found["north"].mean(), found["south"].mean()):
         sys.exit("the merge is no better than what it was made of")
 

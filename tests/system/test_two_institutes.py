@@ -37,6 +37,9 @@ def test_the_merge_knows_what_each_of_two_institutes_knew(tmp_path: Path) -> Non
     north, south, merged = map(float, found.groups())
     assert max(north, south) < 60  # neither has seen the other's digits
     assert merged > max(north, south) + 30
+    pulled = re.search(r"12 KB to spare: ([\d.]+)% right", done.stdout)
+    assert pulled, done.stdout
+    assert float(pulled[1]) > merged - 10
     pushed = re.search(r"digits:merged ([0-9a-f]{12}): \d+ commits, \d+ files", done.stdout)
     fetched = re.search(r"^digits:merged ([0-9a-f]{12}): 6 commits are new", done.stdout, re.MULTILINE)
     assert pushed, done.stdout
