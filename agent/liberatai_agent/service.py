@@ -48,7 +48,7 @@ from liberatai_agent.updates import keeper
 from liberatai_agent.updates.upgrading import Upgrading
 from liberatai_agent.work.answering import Answering
 from liberatai_agent.work.training import Training
-from liberatai_core.contract.frame import seal
+from liberatai_core.contract.frame import fingerprint, seal
 from liberatai_core.contract.messages import Have, Request, Telemetry, Update, Want
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, DamagedError, LiberataiError, SignatureError
@@ -251,7 +251,14 @@ class Service:
         for what in filter(None, (damaged, *self._identity.damaged)):
             self.happened(on.StateDamaged(what=what))
         config = self._config
-        log.info("agent %s of fleet %s: session %d", config.device, config.fleet, self._identity.session)
+        key = fingerprint(self._identity.signer.public_key)
+        log.info(
+            "agent %s of fleet %s: session %d, key %s",
+            config.device,
+            config.fleet,
+            self._identity.session,
+            key,
+        )
         try:
             await self._connection.link.open()
             self._shadow.recall()

@@ -11,7 +11,7 @@ from tests.integration.test_agent_service import DEVICE, a_config, an_agent, no_
 from liberatai_agent.config import GateSettings
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.service import Service
-from liberatai_core.contract.frame import Signer, seal
+from liberatai_core.contract.frame import Signer, fingerprint, seal
 from liberatai_core.contract.messages import Request, Want, Wishes
 from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import ConfigError, LinkError, StateError
@@ -125,7 +125,8 @@ async def test_a_device_answers_while_it_is_there(
             assert pinged.session == agent._identity.session
             assert (await ask.devices.probe(DEVICE)).samples == 60
             lines = (await ask.devices.logs(DEVICE, 50)).lines
-            assert any("session" in line for line in lines)
+            key = fingerprint(agent._identity.signer.public_key)
+            assert any(f"session 1, key {key}" in line for line in lines)
             assert status_file(tmp_path)["deployed"] == {}
         await until(lambda: not service.fleet.devices[DEVICE].online)
         with pytest.raises(StateError, match="cannot answer"):

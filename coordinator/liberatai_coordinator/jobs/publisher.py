@@ -195,7 +195,7 @@ class Publisher:
             except BrokerRefusedError as error:
                 log.debug("%s", error)  # the service says it in words, once
             except LinkError as error:
-                log.info("stands when the broker is back: %s (%s)", topic, error)
+                log.info("%s; it stands when the broker is back", error)
 
     @contextlib.asynccontextmanager
     async def _turn(self, topic: str) -> AsyncIterator[None]:
