@@ -35,6 +35,7 @@ from liberatai_agent.machine.probe import promised_bits_s
 from liberatai_agent.membership.belonging import Belonging
 from liberatai_agent.membership.identity import Identity
 from liberatai_agent.membership.renewal import Renewal
+from liberatai_agent.membership.silence import Silence
 from liberatai_agent.session.state import Training as TrainingNow
 from liberatai_agent.shadow.models import Models
 from liberatai_agent.shadow.shadow import Shadow
@@ -44,7 +45,7 @@ from liberatai_agent.store.database import Database
 from liberatai_agent.store.faults import Faults
 from liberatai_agent.store.outbox import Outbox, open_database
 from liberatai_agent.store.state_folder import StateLock
-from liberatai_agent.updates import keeper
+from liberatai_agent.updates.trials import Trials
 from liberatai_agent.updates.upgrading import Upgrading
 from liberatai_agent.work.answering import Answering
 from liberatai_agent.work.training import Training
@@ -57,8 +58,6 @@ from liberatai_core.sd_notify import notify
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 20.0
-"""After which a connection without a coordinator's presence is odd: it stands at the broker."""
 GOODBYE_S = 1.0
 """For the last messages, and again for closing the link: whoever stops a machine does not wait long."""
 TRIM_S = 1.0
@@ -100,7 +99,7 @@ class Service:
         self._events: deque[on.Happened] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
-        self._silence: asyncio.TimerHandle | None = None
+        self._silence = Silence(lambda: self._session.measured, self._nobody_spoke)
         self._supervisor = Supervisor(self._signs)
         self._started_at = time.time()
         self._logbook = Logbook()
@@ -234,6 +233,19 @@ class Service:
             self._supervisor.crashed,
         )
         self._connection.lost = self._renewal.lost
+
+        def at_rest() -> bool:
+            return self._session.task is None and not self._session.pending
+
+        def well() -> bool:
+            there = self._connection.connected is not None and self._session.measured
+            return there and not stands_still(self._signs(), time.monotonic())
+
+        def anew() -> None:
+            self.again = True
+            self._supervisor.stop()
+
+        self._trials = Trials(config, self._machine.looked, at_rest, well, anew)
         self._status = StatusFile(folder, self.status)
         self._answering = Answering(config)
 
@@ -264,8 +276,8 @@ class Service:
             self._shadow.recall()
             parts = (
                 self._shadow.run,
-                self._prove_well,
-                self._watch_releases,
+                self._trials.prove,
+                self._trials.watch,
                 self._connection.listen,
                 self._saying.run,
                 self._watch_machine,
@@ -283,8 +295,9 @@ class Service:
         self._supervisor.require_no_crash()
 
     async def _goodbye(self) -> None:
-        for timer in filter(None, (self._timer, self._silence)):
-            timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._silence.cancel()
         parts = (self._supervisor, self._downloads, self._uploads, self._training)
         await asyncio.gather(*(part.close() for part in parts), self._leave(), return_exceptions=True)
         self._connection.connected = None
@@ -324,7 +337,7 @@ class Service:
                     self._saying.connected(isinstance(one, on.LinkUp))
                 if isinstance(one, on.LinkUp):
                     self._shadow.say()
-                    self._listen_for_coordinators(up=isinstance(one, on.LinkUp))
+                    self._silence.begin()
                 if isinstance(one, on.CoordinatorChanged):
                     self._belonging.believed()
                     self._faults.heal(SignatureError.code)
@@ -455,20 +468,9 @@ class Service:
             self._note_belonging()
         self._connection.link.ack(message.token)
 
-    def _listen_for_coordinators(self, *, up: bool) -> None:
-        """Give this fleet's coordinator a while to be heard: its presence stands at the broker."""
-        if self._silence is not None:
-            self._silence.cancel()
-            self._silence = None
-        if up:
-            self._silence = asyncio.get_running_loop().call_later(SILENCE_S, self._nobody_spoke)
-
     def _nobody_spoke(self) -> None:
-        if self._session.measured:  # before that, nothing was listened to
-            self._belonging.silence()
-            self._note_belonging()
-        else:
-            self._listen_for_coordinators(up=True)
+        self._belonging.silence()
+        self._note_belonging()
 
     def _note_belonging(self) -> None:
         if self._belonging.fault is not None:
@@ -486,27 +488,6 @@ class Service:
         await self._connection.subscribe()
         give_memory_back()
         await self._machine.run()
-
-    async def _watch_releases(self) -> None:
-        """End, to be started anew, when a release waits for its trial and no work is in hand."""
-        folder = self._config.state_path
-        while self._config.update.key_bytes is not None:
-            await self._machine.looked()
-            if keeper.may_try(folder) and self._session.task is None and not self._session.pending:
-                log.info("a release waits for its trial: starting anew")
-                self.again = True
-                self._supervisor.stop()
-
-    async def _prove_well(self) -> None:
-        """Say that a release on trial works, once it was connected and all parts were alive for a while."""
-        beats = 0
-        while keeper.on_trial():
-            await asyncio.sleep(1.0)
-            well = self._connection.connected is not None and self._session.measured
-            well = well and not stands_still(self._signs(), time.monotonic())
-            beats = beats + 1 if well else 0
-            if beats >= self._config.update.beats:
-                keeper.tell_healthy(self._config.state_path)
 
     async def _renumber(self, known: int) -> None:
         try:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from liberatai_agent import service
 from liberatai_agent.config import AgentConfig
+from liberatai_agent.membership import silence
 from liberatai_agent.membership.belonging import Belonging, foreign_key, unknown_fleet
 from liberatai_agent.service import Service
 from liberatai_core.contract.frame import Signer, key_id, seal
@@ -50,7 +50,7 @@ def test_a_coordinator_with_our_key_ends_every_doubt() -> None:
 def test_the_running_agent_says_it_in_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoken: bool, code: str
 ) -> None:
-    monkeypatch.setattr(service, "SILENCE_S", 0.1)
+    monkeypatch.setattr(silence, "SILENCE_S", 0.1)
     config = AgentConfig(
         fleet="home", device="dev-a", coordinator_key=OURS.public_key.hex(), state_dir=str(tmp_path)
     )
