@@ -137,6 +137,7 @@ def test_an_agent_starts_without_a_broker_finds_it_and_stops_cleanly(home: Home)
         until(lambda: status(folder).get("last_error", "").startswith("E_LINK"), "the missing broker is told")
         with mosquitto(folder, port):
             until(lambda: status(folder).get("connected"), "the agent is connected")
+            until(lambda: status(folder).get("tier"), "the agent has measured its machine")
             found = status(folder)
             assert (found["protocol"], found["tier"], found["samples"]) == ("MQTT 5", "full", 8)
             assert retained_state(folder, port).state == "online"
