@@ -27,8 +27,9 @@ from tests.integration.kit import (
 )
 
 from liberatai_coordinator.api.operations import Operations
+from liberatai_coordinator.fleet import link_tries
 from liberatai_coordinator.jobs import queue as queue_module
-from liberatai_coordinator.jobs import roster as roster_module
+from liberatai_coordinator.jobs.roster import tightest
 from liberatai_coordinator.jobs.tasks import _decode_path
 from liberatai_coordinator.models import versions as versions_module
 from liberatai_coordinator.models.versions import Versions
@@ -810,7 +811,7 @@ def test_a_link_that_was_measured_to_be_hopeless_is_tried_again_and_until_then_t
                 reason = (await Operations.of(service).jobs.show("tiny")).reason
                 assert reason.startswith("waits: no device can take part (a: link of 1 bit/s measured: ")
                 assert not fleet[0].tasks
-                monkeypatch.setattr(roster_module, "LINK_S", 0.0)
+                monkeypatch.setattr(link_tries, "LINK_S", 0.0)
                 service.runners["tiny"].opening.fleet_changed.set()
                 await until(lambda: finished(service))
                 assert (await Operations.of(service).jobs.show("tiny")).reason == ""
@@ -833,7 +834,7 @@ def test_what_a_device_has_room_for_now_counts_and_how_often_it_takes_part(tmp_p
             shrunk = msgspec.structs.replace(known.capability, storage_bytes=1000)
             service.fleet.devices["a"] = dataclasses.replace(known, capability=shrunk)
             assert job.room("a") == 1000
-            assert job.tightest() == {"mlp-hidden8": 100_000}, "others need no new keyframe"
+            assert tightest(job.assigned.values()) == {"mlp-hidden8": 100_000}, "others need no new keyframe"
             opened = [row.opened_s for row in service.ledger.rounds.all("tiny")]
             long = msgspec.structs.replace(
                 job.job, rounds=msgspec.structs.replace(job.job.rounds, count=10**6)

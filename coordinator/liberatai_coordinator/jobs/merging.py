@@ -12,7 +12,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet.devices import Fleet
 from liberatai_coordinator.jobs import judging
 from liberatai_coordinator.jobs.records import Stats, kept, parts_of
-from liberatai_coordinator.jobs.roster import Roster
+from liberatai_coordinator.jobs.roster import Roster, tightest
 from liberatai_coordinator.jobs.work import Work
 from liberatai_coordinator.models import aggregation
 from liberatai_coordinator.models.aggregation import Late
@@ -126,7 +126,7 @@ class Merging:
             advanced,
             number,
             [update.update_id for update in updates],
-            self.roster.tightest(),
+            tightest(self.roster.assigned.values()),
             self.roster.keyframe_bytes,
             self.public,
         )

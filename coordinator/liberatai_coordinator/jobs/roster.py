@@ -15,6 +15,7 @@ from liberatai_coordinator.config import JobSpec
 from liberatai_coordinator.fleet import plan
 from liberatai_coordinator.fleet.devices import Device, Fleet
 from liberatai_coordinator.fleet.failures import Failures
+from liberatai_coordinator.fleet.link_tries import LinkTries, only_link
 from liberatai_coordinator.jobs.records import with_round
 from liberatai_coordinator.models.members import derive_seed
 from liberatai_coordinator.rounds import round as deciding
@@ -25,10 +26,6 @@ from liberatai_core.contract.messages import Capability
 from liberatai_core.errors import DataError, NotFoundError
 
 log = logging.getLogger(__name__)
-
-LINK_ROUNDS, LINK_S = 20, 3600.0
-"""A device whose measured link is too slow is invited all the same after so many rounds or seconds: only
-transfers show whether the link has recovered."""
 
 GAPS = 20
 """Participations behind the mean time between them."""
@@ -49,7 +46,7 @@ class Roster:
         history: of participations, for selection.
         failures: of its devices, which are not asked again for a while.
         too_heavy: what devices ran out of memory with: they get something lighter.
-        trying: invited to the open round although their links were too slow when last measured.
+        link_tries: of devices whose links were too slow when last measured.
     """
 
     job: JobSpec
@@ -61,14 +58,13 @@ class Roster:
     keyframe_bytes: dict[str, int] = field(default_factory=dict)
     history: selection.History = field(default_factory=selection.History)
     too_heavy: dict[str, frozenset[plan.Try]] = field(default_factory=dict)
-    trying: set[str] = field(default_factory=set)
+    link_tries: LinkTries = field(default_factory=LinkTries)
     failures: Failures = field(default_factory=Failures)
     _invited: list[deciding.Invitation] = field(default_factory=list)
     _unsaved: bool = False
     _offered: dict[str, tuple[Capability, plan.Assignment]] = field(default_factory=dict)
     _shares: dict[str, tuple[Capability, plan.Assignment, float]] = field(default_factory=dict)
     _invited_s: dict[str, "deque[float]"] = field(default_factory=dict)
-    _tried: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     # --- the plan ------------------------------------------------------------------------------
 
@@ -182,15 +178,6 @@ class Roster:
         now = known.capability.storage_bytes if known and known.capability else 0
         return min((size for size in (self.assigned[device].budget_bytes, now) if size), default=0)
 
-    def tightest(self) -> dict[str, int]:
-        """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
-        limits: dict[str, int] = {}
-        for assigned in self.assigned.values():
-            if assigned.structure and assigned.budget_bytes:
-                least = limits.get(assigned.structure, assigned.budget_bytes)
-                limits[assigned.structure] = min(least, assigned.budget_bytes)
-        return limits
-
     def spacing_s(self, device: str) -> float:
         """Return the time between two participations of a device, for its quota: measured if it took part."""
         times = self._invited_s.get(device)
@@ -248,21 +235,17 @@ class Roster:
 
     def _takes_part(self, device: Device, number: int, now_s: float) -> bool:
         name, assigned = device.id, self.assigned.get(device.id)
-        if assigned is None or not assigned.structure or self._unable(device):
+        if assigned is None or not assigned.structure or _unable(self.job, device):
             return False
         if not self.failures.may_try(name, device.capability, now_s):
             return False
         if self._share(device, assigned) > 0:
-            self._tried.pop(name, None)
+            self.link_tries.clear(name)
             return True
-        return self._is_due(name, number)
-
-    def _unable(self, device: Device) -> str:
-        """Return why a device with a structure cannot train now, by its own word; "" if it can."""
-        report = device.report
-        if report is not None and report.phase == "failed" and not report.job:
-            return f"it says: {report.reason}"
-        return plan.unfit(self.job, device.capability) if device.capability else "it did not introduce itself"
+        candidate = self.candidates.get(assigned.structure)
+        return only_link(self.job, candidate, device.capability) and self.link_tries.is_due(
+            name, number, now_s
+        )
 
     def _share(self, device: Device, assigned: plan.Assignment) -> float:
         """Return what `_density` does for a round that misses nothing; found out anew only after a change."""
@@ -277,18 +260,6 @@ class Roster:
         if not capability.day_quota_bytes:  # what a quota allows varies with the time
             self._shares[device.id] = (capability, assigned, share)
         return share
-
-    def _is_due(self, device: str, number: int) -> bool:
-        """Whether it is time to try a link again that was measured to be too slow."""
-        known = self.fleet.devices[device].capability
-        candidate = self.candidates.get(self.assigned[device].structure)
-        if known is None or candidate is None or not plan.may_recover(known):
-            return False
-        unmetered = msgspec.structs.replace(known, day_quota_bytes=0)
-        if plan.density(self.job, candidate, unmetered)[0] > 0:
-            return False  # the quota is too small, not the link
-        since, since_s = self._tried.setdefault(device, (number, clock.monotonic()))
-        return number - since >= LINK_ROUNDS or clock.monotonic() - since_s >= LINK_S
 
     def remember(self, number: int) -> None:
         """Add the rounds before this one to the history, from what the ledger has of them."""
@@ -317,8 +288,7 @@ class Roster:
             sample_cap=self.job.aggregate.sample_cap,
             preferred_s=self.job.rounds.deadline_s * plan.PREFERRED_SHARE,
         )
-        self.trying = {name for name in names if name in self._tried}
-        self._tried |= dict.fromkeys(self.trying, (number, clock.monotonic()))
+        self.link_tries.note_invited(names, number, clock.monotonic())
         return [self.fleet.devices[name] for name in names]
 
     def _forgive(self) -> None:
@@ -381,7 +351,7 @@ class Roster:
             return "" if offered is None or offered[1].structure else offered[1].why
         if not given.structure:
             return given.why
-        if unable := self._unable(device):
+        if unable := _unable(self.job, device):
             return unable
         if not self.failures.may_try(device.id, device.capability, now_s):
             return self.failures.words(device.id, now_s)
@@ -389,3 +359,21 @@ class Roster:
             return ""
         candidates, round_s = list(self.candidates.values()), self.spacing_s(device.id)
         return plan.by_link(self.job, candidates, given, device.capability, round_s=round_s).link
+
+
+def tightest(given: Iterable[plan.Assignment]) -> dict[str, int]:
+    """Return per structure the tightest storage among its devices; absent where nobody has a limit."""
+    limits: dict[str, int] = {}
+    for assigned in given:
+        if assigned.structure and assigned.budget_bytes:
+            least = limits.get(assigned.structure, assigned.budget_bytes)
+            limits[assigned.structure] = min(least, assigned.budget_bytes)
+    return limits
+
+
+def _unable(job: JobSpec, device: Device) -> str:
+    """Return why a device with a structure cannot train now, by its own word; "" if it can."""
+    report = device.report
+    if report is not None and report.phase == "failed" and not report.job:
+        return f"it says: {report.reason}"
+    return plan.unfit(job, device.capability) if device.capability else "it did not introduce itself"

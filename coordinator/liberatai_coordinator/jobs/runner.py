@@ -314,7 +314,7 @@ class Runner:
             invitations={invitation.device: invitation for invitation in invitations},
             target=self.opening.target(len(invitations)),
             # A link that is only tried again may fail: the round does not depend on it.
-            quorum=self.opening.quorum(len(invitations) - len(self.roster.trying)),
+            quorum=self.opening.quorum(len(invitations) - len(self.roster.link_tries.open)),
             closes_s=closes_s,
             buffered=self.opening.buffered,
         )
