@@ -25,8 +25,10 @@ from liberatai_agent.session.fits import Limits, trainer_of
 from liberatai_agent.work.training import rounds_away, update_of, work_of
 from liberatai_coordinator.fleet.plan import training_s
 from liberatai_coordinator.sim.line import Line
-from liberatai_coordinator.sim.virtual.disk import Disk, Stored
+from liberatai_coordinator.sim.virtual.blobs import Blobs
+from liberatai_coordinator.sim.virtual.disk import Disk
 from liberatai_coordinator.sim.virtual.learning import Learn
+from liberatai_coordinator.sim.virtual.seen import Seen
 from liberatai_core import __version__
 from liberatai_core.contract.chunks import count
 from liberatai_core.contract.frame import Signer, expect, seal
@@ -72,24 +74,11 @@ class World(Protocol):
     broker: MemoryBroker
     topics: Topics
     coordinator_key: bytes
-
-    def spec(self, blob: str) -> TaskSpec:
-        """Return the spec that a blob holds."""
-
-    def keep(self, ref: BlobRef, content: bytes) -> bool:
-        """Take a blob's content; False: it is not what its name says."""
-
-    def work_path(self, blob: str) -> Any:
-        """Return the file of a blob."""
+    blobs: Blobs
+    seen: Seen
 
     def macs(self, spec: TaskSpec) -> int:
         """Return the multiply-adds of a structure per sample."""
-
-    def note(self, device: "Device", what: str, text: str = "") -> None:
-        """Note what a device does now."""
-
-    def receipted(self, device: "Device", update_id: bytes, stored: Stored) -> None:
-        """Note that the coordinator has an update."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +198,7 @@ class Device:
             self._connection = None
             self._world.broker.kill(self.id)
         self.session = s.Session(device=self.id)
-        self._world.note(self, "crashed")
+        self._world.seen.note(self.id, "crashed")
 
     def leave(self) -> None:
         """Say goodbye and end, as a device does that is switched off in order."""
@@ -225,7 +214,7 @@ class Device:
         self.running = False
         self._let_go()
         self.session = s.Session(device=self.id)
-        self._world.note(self, "left")
+        self._world.seen.note(self.id, "left")
 
     def jump(self, by_s: float) -> None:
         """Let the clock jump."""
@@ -294,7 +283,7 @@ class Device:
             self.line.send(self._world.loop.time(), SUBSCRIBE_BYTES + len(topic_filter))
             broker.subscribe(connection, topic_filter)
         self._happened(on.LinkUp(session_present=known, packet_bytes=broker.max_packet_bytes))
-        self._world.note(self, self.phase)
+        self._world.seen.note(self.id, self.phase)
 
     def _lost(self, connection: Connection, reason: str) -> None:
         if connection is not self._connection:
@@ -304,7 +293,7 @@ class Device:
         for blob in list(self._fetching):
             self._fetch_failed(blob, "E_LINK", reason)
         self._happened(on.LinkDown())
-        self._world.note(self, "away")
+        self._world.seen.note(self.id, "away")
         self._retry(
             Loss(reason, code=0x8E if "taken over" in reason else 0),
             self._world.loop.time() - self.connected_s,
@@ -332,10 +321,11 @@ class Device:
             try:
                 event = self._ear.hear(packet.topic, packet.payload)
             except LiberataiError as error:
-                self._world.note(self, "refused", f"{error.code}: {error}")
+                self._world.seen.note(self.id, "refused", f"{error.code}: {error}")
             else:
                 if isinstance(event, Want | Request):
-                    self._world.note(self, "unanswered", type(event).__name__)  # no operator speaks to it
+                    # No operator speaks to it.
+                    self._world.seen.note(self.id, "unanswered", type(event).__name__)
                 elif event is not None:
                     self._happened(event)
         if token and connection is self._connection:
@@ -372,7 +362,7 @@ class Device:
         phase = s.report_of(self.session).phase
         if phase != self.phase:
             self.phase = phase
-            self._world.note(self, phase)
+            self._world.seen.note(self.id, phase)
         self._wait_for_due()
 
     def _wait_for_due(self) -> None:
@@ -396,7 +386,7 @@ class Device:
             try:
                 self._perform(action)
             except LiberataiError as error:
-                self._world.note(self, "fault", f"{error.code}: {error}")
+                self._world.seen.note(self.id, "fault", f"{error.code}: {error}")
 
     def _perform(self, action: do.Action) -> None:
         match action:
@@ -409,7 +399,7 @@ class Device:
             case do.PublishReport():
                 self._publish("rep", self._seal(self._report(action)), retain=True)
             case do.Emit():
-                self._world.note(self, "event", f"{action.name} {action.code} {action.text}".strip())
+                self._world.seen.note(self.id, "event", f"{action.name} {action.code} {action.text}".strip())
                 self._publish("ev", self._seal(self._event(action)))
             case do.FetchBlobs(refs=refs):
                 for ref in refs:
@@ -419,7 +409,7 @@ class Device:
                     self._end_fetch(blob)
                 self.disk.blobs &= keep
             case do.ReadSpec(blob=blob):
-                self._happened(on.SpecRead(blob=blob, spec=self._world.spec(blob)))
+                self._happened(on.SpecRead(blob=blob, spec=self._world.blobs.spec(blob)))
             case do.KeepPath(path=path):
                 self.disk.path = path
             case do.WarmTrainer():
@@ -443,7 +433,7 @@ class Device:
                 stored = self.disk.updates.pop(uid, None)
                 if stored is not None:
                     self.rounds += 1
-                    self._world.receipted(self, uid, stored)
+                    self._world.seen.receipted(self.id, uid, stored)
             case do.RestoreResidual(update_id=uid):
                 self.disk.give_back(uid)
             case do.RememberEpoch(epoch=epoch, word=word):
@@ -493,7 +483,7 @@ class Device:
             try:
                 manifest = expect(packet.payload, BlobManifest, world.topics.fleet, self._ear.key)
             except LiberataiError as error:
-                world.note(self, "refused", f"{error.code}: {error}")
+                world.seen.note(self.id, "refused", f"{error.code}: {error}")
                 return
             fetch.parts = dict.fromkeys(range(count(ref.size_bytes, manifest.chunk_bytes)), b"")
             for number in fetch.parts:
@@ -505,7 +495,7 @@ class Device:
         if not all(fetch.parts.values()):
             return
         content = packet.payload if len(fetch.parts) == 1 else b"".join(fetch.parts.values())
-        if not world.keep(ref, content):
+        if not world.blobs.keep(ref, content):
             self._fetch_failed(ref.blob, "E_DIGEST", "not what its name says")
         elif self.disk.full:
             self._fetch_failed(ref.blob, "E_DISK", "no space left on device")
@@ -553,7 +543,7 @@ class Device:
         task, disk = action.task, self.disk
         residual, left_in, returned = disk.leftover(task.job, action.spec.structure.id)
         work = replace(
-            work_of(action, self.body.data_path, self._world.work_path),
+            work_of(action, self.body.data_path, self._world.blobs.path),
             residual=residual,
             returned=returned,
             rounds_away=rounds_away(task, left_in) if residual is not None else 0,
@@ -675,7 +665,7 @@ class Device:
             try:
                 self._world.broker.publish(connection, packet, retain=retain)
             except LiberataiError as error:
-                self._world.note(self, "refused", f"{error.code}: {error}")
+                self._world.seen.note(self.id, "refused", f"{error.code}: {error}")
 
 
 @dataclass(slots=True)

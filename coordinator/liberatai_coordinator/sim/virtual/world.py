@@ -32,24 +32,23 @@ from liberatai_coordinator.sim.fleet_file import FleetFile
 from liberatai_coordinator.sim.line import Line
 from liberatai_coordinator.sim.record import (
     DeviceRecord,
-    FaultRecord,
-    Moment,
     Point,
     Record,
     RoundRecord,
     with_ends,
 )
 from liberatai_coordinator.sim.scenario import Happening, Scenario
+from liberatai_coordinator.sim.virtual.blobs import Blobs
 from liberatai_coordinator.sim.virtual.device import Body, Device
-from liberatai_coordinator.sim.virtual.disk import Stored
 from liberatai_coordinator.sim.virtual.hostile import Hostile
 from liberatai_coordinator.sim.virtual.learning import Drawn, Trained
 from liberatai_coordinator.sim.virtual.loop import VirtualLoop
+from liberatai_coordinator.sim.virtual.seen import Seen
 from liberatai_coordinator.store.rows import DeviceRow
 from liberatai_core import __version__
-from liberatai_core.contract.frame import Signer, decode_spec
-from liberatai_core.contract.messages import RUN_BYTES, SPARSE_METHODS, BlobRef, Capability, TaskSpec
-from liberatai_core.contract.topics import Topics, blob_id
+from liberatai_core.contract.frame import Signer
+from liberatai_core.contract.messages import RUN_BYTES, SPARSE_METHODS, Capability, TaskSpec
+from liberatai_core.contract.topics import Topics
 from liberatai_core.errors import TrainingError
 from liberatai_core.link.link import Link, Will
 from liberatai_core.link.memory import MemoryBroker, MemoryLink
@@ -66,8 +65,6 @@ QUEUED: Final = 1_000_000
 """Messages that the broker keeps for one client."""
 SHOWN: Final = 60
 """Devices whose moments are kept."""
-HOLDERS: Final = 3
-"""Devices that are named as those who held a round."""
 YOUNG_OBJECTS: Final = 100_000
 SETTLED_S: Final = 5.0
 """After the start of the last device: they are there before the job is created."""
@@ -142,7 +139,7 @@ class VirtualFleet:
     """Everything that runs on the loop.
 
     Attributes:
-        loop, broker, topics, coordinator_key: what devices share.
+        loop, broker, topics, coordinator_key, blobs, seen: what devices share.
         devices: by name; those that are only known are not here.
     """
 
@@ -153,63 +150,24 @@ class VirtualFleet:
         self._key = _seeded(given.fleet.seed, "coordinator")
         self.coordinator_key = Signer.from_seed(self._key, given.fleet.fleet).public_key
         self._learn = Drawn(given.fleet.seed) if given.fleet.training == "drawn" else Trained()
-        self._specs: dict[str, TaskSpec] = {}
-        self._kept: dict[str, int] = {}
-        self._blob_bytes = 0
+        self.blobs = Blobs(folder / "blobs")
+        self.seen = Seen(loop.time)
         self._macs: dict[str, int] = {}
         self._names = given.fleet.names()
         self.devices: dict[str, Device] = {}
         self._clones: dict[str, Device] = {}
-        self._moments: dict[str, list[Moment]] = {}
-        self._receipts: dict[bytes, int] = {}
-        self._last: dict[int, list[str]] = {}
-        self._faults: list[FaultRecord] = []
-        self._open_faults: dict[tuple[str, str], int] = {}
         self._points: list[Point] = []
         self._service: Service | None = None
         self._running: asyncio.Task[None] | None = None
         self._stack = ExitStack()
         self._committing = False
-        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        self.blobs.folder.mkdir(parents=True, exist_ok=True)
 
     # --- what devices share --------------------------------------------------------------------
-
-    def spec(self, blob: str) -> TaskSpec:
-        """Return the spec that a blob holds."""
-        if blob not in self._specs:
-            self._specs[blob] = decode_spec(self.work_path(blob).read_bytes())
-        return self._specs[blob]
-
-    def keep(self, ref: BlobRef, content: bytes) -> bool:
-        """Take a blob's content; False: it is not what its name says."""
-        self._blob_bytes += len(content)
-        if ref.blob in self._kept:
-            return self._kept[ref.blob] == hash(content)
-        if len(content) != ref.size_bytes or blob_id(content) != ref.blob:
-            return False
-        self._kept[ref.blob] = hash(content)
-        self.work_path(ref.blob).write_bytes(content)
-        return True
-
-    def work_path(self, blob: str) -> Path:
-        """Return the file of a blob."""
-        return self._folder / "blobs" / blob
 
     def macs(self, spec: TaskSpec) -> int:
         """Return the multiply-adds of a structure per sample."""
         return self._macs.get(spec.structure.id, 0)
-
-    def note(self, device: Device, what: str, text: str = "") -> None:
-        """Note what a device does now."""
-        moments = self._moments.get(device.id)
-        if moments is not None:
-            moments.append(Moment(at_s=round(self.loop.time(), 3), what=f"{what}: {text}" if text else what))
-
-    def receipted(self, device: Device, update_id: bytes, stored: Stored) -> None:
-        """Note that the coordinator has an update."""
-        self._receipts[update_id] = len(stored.frame)
-        self._last[stored.round] = [device.id, *self._last.get(stored.round, [])][:HOLDERS]
-        self.note(device, "receipt")
 
     # --- running -------------------------------------------------------------------------------
 
@@ -433,7 +391,7 @@ class VirtualFleet:
             line = Line.of(net, Random(f"{fleet.seed}|{name}|line"))  # noqa: S311 - a simulation
             self.devices[name] = Device(self, body, line, key, fleet.seed)
         for name in _spread(there, SHOWN):
-            self._moments[name] = []
+            self.seen.moments[name] = []
 
     def _capability(self, name: str, profile: Profile, public_key: bytes) -> Capability:
         """Return what a device of a profile says of itself, as `liberatai_agent.machine.probe` would."""
@@ -498,7 +456,7 @@ class VirtualFleet:
 
     async def do(self, one: Happening) -> None:
         """Make one happening happen."""
-        self._note_fault(one)
+        self.seen.happened(one)
         device = self.devices.get(one.device)
         match one.what:
             case "cut":
@@ -524,17 +482,6 @@ class VirtualFleet:
             case _ if device is not None:
                 _DO[one.what](device, one.value)
 
-    def _note_fault(self, one: Happening) -> None:
-        """Note what begins, and what that which ends has led to."""
-        key = next((begin for begin, end in scenarios.ENDS.items() if end == one.what), None)
-        if key is None:
-            self._open_faults[one.what, one.device] = len(self._faults)
-            self._faults.append(FaultRecord(at_s=round(one.at_s, 3), what=one.what, device=one.device))
-            return
-        number = self._open_faults.pop((key, one.device), None)
-        if number is not None:
-            self._faults[number] = replace(self._faults[number], ended_s=round(one.at_s, 3))
-
     # --- the end -------------------------------------------------------------------------------
 
     async def _record(self, began_s: float) -> Record:
@@ -555,7 +502,7 @@ class VirtualFleet:
                     updates=one.updates,
                     seconds=round(one.seconds, 3),
                     at_s=round(at_s, 3),
-                    held_by=tuple(self._last.get(one.round, ())),
+                    held_by=tuple(self.seen.last.get(one.round, ())),
                     reason=one.reason,
                 )
             )
@@ -567,7 +514,7 @@ class VirtualFleet:
                 busy_s=round(device.busy_s, 3),
                 up_bytes=device.line.up.moved_bytes,
                 down_bytes=device.line.down.moved_bytes,
-                moments=tuple(self._moments.get(name, ())),
+                moments=tuple(self.seen.moments.get(name, ())),
             )
             for name, device in self.devices.items()
         ]
@@ -585,18 +532,18 @@ class VirtualFleet:
             job_s=round(self.loop.time() - began_s, 3),
             wall_s=0.0,
             known=len(self._names),
-            updates=len(self._receipts),
-            update_bytes=sum(self._receipts.values()),
+            updates=len(self.seen.receipts),
+            update_bytes=sum(self.seen.receipts.values()),
             last_body_bytes=sum(device.body_bytes for device in self.devices.values()),
-            blob_bytes=self._blob_bytes,
+            blob_bytes=self.blobs.fetched_bytes,
             up_bytes=sum(one.up_bytes for one in devices),
             down_bytes=sum(one.down_bytes for one in devices),
-            lost=len(self._receipts.keys() - stored),
+            lost=len(self.seen.receipts.keys() - stored),
             digests=dict(newest.digests),
             file_bytes=dict(newest.bytes),
             rounds=tuple(rounds),
             devices=tuple(devices),
-            faults=tuple(self._faults),
+            faults=tuple(self.seen.faults),
             points=tuple(self._points),
         )
         return with_ends(record)
