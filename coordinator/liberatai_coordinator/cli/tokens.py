@@ -1,7 +1,11 @@
 """`liberatai tokens`: who may use the API from another machine."""
 
+import os
 import re
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import msgspec
 import typer
@@ -31,15 +35,40 @@ def tokens_create(
     ttl: Annotated[
         str, typer.Option("--ttl", help="How long it is worth something: 12h, 90d; 0: for ever.")
     ] = "90d",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="New file for it, which its owner alone can read.")
+    ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Make a token; it is shown this once."""
+    """Make a token; it is shown this once, or written into a file."""
     found = re.fullmatch(r"(\d+)([hd])|0", ttl)
     if role not in ("viewer", "operator", "admin") or found is None:
         raise ConfigError("tokens", ["--role is viewer, operator or admin; --ttl like 12h, 90d or 0"])
     ttl_s = 0.0 if ttl == "0" else float(found[1]) * {"h": 3600.0, "d": 86_400.0}[found[2]]
     with client_of(context) as client:
-        show_one(client.tokens.create(name, msgspec.convert(role, Role), ttl_s), output)
+        if out is None:
+            show_one(client.tokens.create(name, msgspec.convert(role, Role), ttl_s), output)
+            return
+        with _new_file(out) as file:  # first: a token that cannot be kept is not made
+            made = client.tokens.create(name, msgspec.convert(role, Role), ttl_s)
+            file.write(made.token + "\n")
+    until = f", until {when_text(made.expires_at)}" if made.expires_at else ""
+    print(f"{out}: token {name}, {role}{until}")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """Give a file that its owner alone can read; it is removed if what fills it fails."""
+    try:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError("--out", [f"{path}: {error.strerror}"]) from None
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @app.command("list", epilog="Example: liberatai tokens list")

@@ -167,3 +167,30 @@ def test_the_command_line_asks_a_coordinator_elsewhere(
 )
 def test_what_a_role_may_do(role: str, method: str, path: str, allowed: bool) -> None:
     assert may(role, method, path) is allowed
+
+
+def test_a_token_goes_into_a_file_of_its_owners_alone(
+    remote: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, out = tmp_path / "boss.token", tmp_path / "carl.token"
+    key.write_text(remote.make("boss", "admin").token)
+    key.chmod(0o600)
+    url = f"https://localhost:{remote.address.rpartition(':')[2]}"
+    server = ["--server", url, "--token-file", str(key), "--ca-file", str(remote.ca_file)]
+
+    def create(name: str, file: Path) -> int:
+        return main([*server, "tokens", "create", name, "--role", "operator", "--out", str(file)])
+
+    assert create("carl", out) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{out}: token carl, operator, until ")
+    assert out.stat().st_mode & 0o777 == 0o600
+    token = out.read_text().strip()
+    assert token not in said
+    assert remote.client(token).health()["ok"]
+    assert create("dora", out) == 2, "a file that is there stays as it is"
+    assert out.read_text().strip() == token
+    assert create("dora", tmp_path / "none" / "x") == 2
+    assert create("carl", tmp_path / "again") == 1, "the name is taken"
+    assert not (tmp_path / "again").exists()
+    assert create("dora", tmp_path / "dora") == 0, "no refused try has made it"
