@@ -16,7 +16,7 @@ Selector = Annotated[
     str, typer.Option("--selector", "-l", help="Devices with these labels or fields: site=hall,tier!=full.")
 ]
 Group = Annotated[str, typer.Option("--group", "-g", help="Devices of this group.")]
-Why = Annotated[str, typer.Option("--reason", help="Why; shown in lists and noted.")]
+Why = Annotated[str, typer.Option("--reason", help="Why; shown by `devices show` and in events.")]
 KeyOption = Annotated[
     str, typer.Option("--key", help="Beginning of the key's fingerprint, as the device shows it.")
 ]

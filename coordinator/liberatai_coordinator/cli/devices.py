@@ -90,7 +90,7 @@ def devices_quarantine(
     names: Names = None,
     selector: Selector = "",
     group: Group = "",
-    reason: Annotated[str, typer.Option(help="Why; shown in lists and to the device.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; shown by `devices show` and in events.")] = "",
 ) -> None:
     """Shut devices out: what they send is refused until they are released."""
     with client_of(context) as client:
