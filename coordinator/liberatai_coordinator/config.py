@@ -393,6 +393,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
             answer without a password; None: nowhere.
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
+        max_devices: how many devices are taken in; each known one takes about 2 kB of memory.
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
         ca_dir: the fleet's authority (`liberatai ca init`): devices join by token, certificates are renewed;
             None: neither.
@@ -414,6 +415,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
     socket_group: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     metrics: Annotated[str, Meta(pattern=LOOPBACK)] | None = None
     enrolment: Literal["approve", "allowlist", "open"] = "approve"
+    max_devices: Annotated[int, Meta(ge=1, le=10_000_000)] = 100_000
     devices: dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]] = {}
     ca_dir: str | None = None
     broker_dir: str | None = None

@@ -106,6 +106,7 @@ def build(
             signer=signer,
             fleet=Fleet(
                 enrolment=config.enrolment,
+                max_devices=config.max_devices,
                 allowed={name: bytes.fromhex(key) for name, key in config.devices.items()},
             ),
             publisher=Publisher(link=link, signer=signer, topics=topics),

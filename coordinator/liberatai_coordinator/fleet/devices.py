@@ -35,7 +35,7 @@ MAX_PENDING = 1000
 """Devices that wait for approval: a stranger cannot fill the memory with names."""
 
 MAX_DEVICES = 100_000
-"""Devices in all where enrolment is open: the same for whoever gets past the broker."""
+"""Devices in all, if the settings say nothing else: the same for whoever gets past the broker."""
 
 PENDING_SILENT_S = 3600.0
 """After so long a silence one that waits for approval gives its place to a newcomer, if there is no other."""
@@ -166,6 +166,7 @@ class Fleet:
     Attributes:
         enrolment: what happens to a key that nobody has seen.
         allowed: device name -> public key, known beforehand.
+        max_devices: how many are taken in at most; those that the ledger remembers stay, however many.
         connected: whether there is a broker; without one nobody is there.
         forgotten: names that were given up, until somebody takes note of them.
         wall_s: the time of day, as far as it was told.
@@ -178,6 +179,7 @@ class Fleet:
     allowed: dict[str, bytes] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
     refusals: dict[str, Counter[str]] = field(default_factory=dict)
+    max_devices: int = MAX_DEVICES
     connected: bool = True
     forgotten: list[str] = field(default_factory=list)
     wall_s: float = 0.0
@@ -301,8 +303,9 @@ class Fleet:
                 raise SignatureError(f"{device} has another key")
             is_let_in = known.status == "pending" and status == "approved"
             return self._put(replace(known, status=status)) if is_let_in else known
-        if len(self.devices) >= MAX_DEVICES or (status == "pending" and len(self._pending) >= MAX_PENDING):
-            raise UnknownDeviceError(f"{len(self.devices)} devices are known already")
+        self._require_room()
+        if status == "pending" and len(self._pending) >= MAX_PENDING:
+            raise UnknownDeviceError(f"{len(self._pending)} devices wait for approval already")
         made = self._put(
             Device(id=device, public_key=public_key, status=status, alive_s=now_s, last_seen_s=wall_s)
         )
@@ -493,13 +496,17 @@ class Fleet:
         self.refusals.pop(name, None)
         self.forgotten.append(name)
 
+    def _require_room(self) -> None:
+        known = len(self.devices)
+        if known >= self.max_devices:
+            raise UnknownDeviceError(f"{known} devices are known already: raise max_devices in the settings")
+
     def _introduce(self, message: Message, signer: bytes, now_s: float) -> Device:
         if not isinstance(message, Capability):
             raise UnknownDeviceError("said something before it introduced itself")
         if self.enrolment == "allowlist":
             raise UnknownDeviceError(f"{message.device} is not in the coordinator's list of devices")
-        if len(self.devices) >= MAX_DEVICES:
-            raise UnknownDeviceError(f"{len(self.devices)} devices are known already")
+        self._require_room()
         if self.enrolment == "approve" and len(self._pending) >= MAX_PENDING:
             first = next(iter(self._pending))
             if now_s - self.devices[first].alive_s < PENDING_SILENT_S:

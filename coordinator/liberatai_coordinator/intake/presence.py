@@ -44,6 +44,9 @@ TRAFFIC_S = 60.0
 """Between two writes of what devices' sockets carried. Their counters are totals: a crash loses nothing
 but the last words of an agent that started anew in the meantime."""
 
+UNHEARD = DeviceTraffic()
+"""Of all devices whose sockets carried nothing that they told of: one value, not one for each."""
+
 LEAF: dict[type[Message], str] = {
     State: "state",
     Capability: "caps",
@@ -88,7 +91,7 @@ class Presence:
     _changed: dict[str, Device] = field(default_factory=dict)
     _telling: asyncio.TimerHandle | None = None
     _told_s: float = -TOLD_AGAIN_S
-    _saved_traffic: dict[str, DeviceTraffic] = field(default_factory=dict)
+    _moved: set[str] = field(default_factory=set)
     _said: said.Devices = field(default_factory=said.Devices)
 
     def restore(self) -> None:
@@ -98,18 +101,13 @@ class Presence:
         drained = {mark.device: mark for mark in self.ledger.devices.marks() if mark.mark == "drained"}
         self.fleet.wall_s = clock.wall()
         known = [_device(row, traffic.get(row.id), updates.get(row.id, 0)) for row in rows]
-        self.fleet.restore(
-            [
-                replace(
-                    one,
-                    labels=tuple(sorted(labels.get(one.id, {}).items())),
-                    drained=_mark(drained.get(one.id)),
-                )
-                for one in known
-            ]
-        )
+        del rows  # of a million devices they are half a gigabyte
+        for place, one in enumerate(known):
+            if one.id in labels or one.id in drained:
+                told = tuple(sorted(labels.get(one.id, {}).items()))
+                known[place] = replace(one, labels=told, drained=_mark(drained.get(one.id)))
+        self.fleet.restore(known)
         self.fleet.refusals = {name: Counter(codes) for name, codes in self.ledger.refusals.all().items()}
-        self._saved_traffic = {device.id: device.traffic for device in self.fleet.devices.values()}
 
     async def run(self) -> None:
         """Notice silence, and save what devices' sockets carried now and then, until cancelled."""
@@ -161,6 +159,8 @@ class Presence:
             log.warning("new device %s waits: `liberatai devices approve %s`", device.id, device.id)
         if heard.changed:
             self._note_changed(device)
+        if isinstance(message, Telemetry):
+            self._moved.add(device.id)
         if isinstance(message, Report):
             self.jobs.reported(device, message, now_s)
         if isinstance(message, Event) and message.code == BaseMissingError.code:
@@ -223,7 +223,7 @@ class Presence:
         self._note_changed(self.fleet.set_status(device, "quarantined", reason))
         self._tell()
         self.fleet.decommission(device)
-        self._saved_traffic.pop(device, None)
+        self._moved.discard(device)
 
     def rekey(self, device: str, public_key: bytes, session: int, grave: TombstoneRow) -> Device:
         """Let a device have another key; on disk when this returns.
@@ -243,11 +243,11 @@ class Presence:
 
     def save_traffic(self) -> None:
         """Let it be written what devices' sockets carried since the last time."""
-        known = {d.id: d.traffic for d in self.fleet.devices.values() if d.status != "pending"}
-        changed = {name: told for name, told in known.items() if told != self._saved_traffic.get(name)}
-        if changed:
-            self.ledger.devices.set_traffic([_traffic_row(name, told) for name, told in changed.items()])
-            self._saved_traffic |= changed
+        known = [self.fleet.devices[name] for name in sorted(self._moved) if name in self.fleet.devices]
+        let_in = [one for one in known if one.status != "pending"]
+        if let_in:
+            self.ledger.devices.set_traffic([_traffic_row(one.id, one.traffic) for one in let_in])
+        self._moved = {one.id for one in known if one.status == "pending"}
 
     def _note_knock(self, message: Message) -> None:
         name: str = message.device  # type: ignore[attr-defined]
@@ -327,7 +327,7 @@ def _device(row: DeviceRow, traffic: TrafficRow | None, updates: int) -> Device:
         last_seen_s=row.last_seen_s,
         alive_s=clock.monotonic(),
         reason=row.reason,
-        traffic=_traffic(traffic) if traffic is not None else DeviceTraffic(),
+        traffic=_traffic(traffic) if traffic is not None else UNHEARD,
         updates=updates,
     )
 

@@ -314,8 +314,9 @@ class Roster:
         newest = self.ledger.rounds.newest(self.job.name)
         if newest is None:
             return []
-        approved = {name for name, one in self.fleet.devices.items() if one.status == "approved"}
         invited = msgspec.msgpack.decode(newest.invited, type=list[deciding.Invitation])
+        asked = [self.fleet.devices.get(one.device) for one in invited]  # not all that are known
+        approved = {one.id for one in asked if one is not None and one.status == "approved"}
         return deciding.standing(
             [one for one in invited if one.device in approved],
             set(self.ledger.updates.ids(self.job.name, newest.round)),

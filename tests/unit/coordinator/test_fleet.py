@@ -3,7 +3,6 @@
 import msgspec
 import pytest
 
-from liberatai_coordinator.fleet import devices
 from liberatai_coordinator.fleet.devices import (
     EXPIRED_AT_ONCE,
     MAX_PENDING,
@@ -366,8 +365,13 @@ def test_who_waits_for_approval_is_forgotten_after_a_week_of_silence() -> None:
     assert (fleet.forgotten, set(fleet.devices)) == (["c"], {"a", "b"})
 
 
-def test_open_enrolment_ends_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "MAX_DEVICES", 2)
-    fleet = fleet_of("d0", "d1")
-    with pytest.raises(UnknownDeviceError, match="known already"):
+def test_enrolment_ends_where_the_settings_say_and_tells_what_to_do() -> None:
+    fleet = Fleet(enrolment="open", max_devices=2)
+    for name in ("d0", "d1"):
+        fleet.hear(capability(name, key_of(name)), key_of(name), 0.0)
+    with pytest.raises(UnknownDeviceError, match="2 devices are known already: raise max_devices"):
         fleet.hear(capability("d2"), KEY, 1.0)
+    with pytest.raises(UnknownDeviceError, match="raise max_devices"):
+        fleet.enrol("d2", KEY, "approved", 1.0, 1.0)
+    fleet.max_devices = 3
+    assert fleet.hear(capability("d2"), KEY, 2.0).new

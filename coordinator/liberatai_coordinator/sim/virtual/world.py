@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from liberatai_coordinator import clock, link_settings, wiring
 from liberatai_coordinator.api.operations import Operations
 from liberatai_coordinator.config import CoordinatorConfig, JobSpec
+from liberatai_coordinator.fleet.devices import MAX_DEVICES
 from liberatai_coordinator.fleet.plan import Assignment
 from liberatai_coordinator.jobs import materials
 from liberatai_coordinator.jobs.queue import LIVE
@@ -283,7 +284,12 @@ class VirtualFleet:
         fleet = self.given.fleet.fleet
         state = str(self._folder / "coordinator")
         config = CoordinatorConfig(
-            fleet=fleet, coordinator=COORDINATOR, state_dir=state, enrolment="open", broker="mqtt://virtual"
+            fleet=fleet,
+            coordinator=COORDINATOR,
+            state_dir=state,
+            enrolment="open",
+            max_devices=max(len(self._names), MAX_DEVICES),
+            broker="mqtt://virtual",
         )
         service = self._stack.enter_context(wiring.build(config, self._link, threaded=False))
         self._service = service

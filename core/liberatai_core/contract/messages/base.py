@@ -1,7 +1,8 @@
 """What all messages have in common: closed, frozen, typed, bounded; and the types of their fields."""
 
 import math
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
@@ -46,12 +47,36 @@ class Message(
         Values equal to their default become the default itself: the encoder leaves out what *is* the
         default, not what equals it, and a message must have one encoding only.
         """
-        names = self.__struct_fields__
-        for name, default in zip(reversed(names), reversed(self.__struct_defaults__), strict=False):
+        defaults, floats = _looks(type(self))
+        for name, default in defaults:
             value = getattr(self, name)
             if value is not default and type(value) is type(default) and value == default:
                 msgspec.structs.force_setattr(self, name, default)
-        for name in names:
+        for name in floats:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise NonFiniteError(f"{name}: must be finite")
+
+
+@cache
+def _looks(kind: type[Message]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+    """Return the fields of a message that its `__post_init__` must look at: found once, not for each message.
+
+    Returns:
+        Fields with a default that another object may equal (there is one None, one True, one empty text and
+        one 0 only), with this default; and fields that hold floats.
+    """
+    fields = msgspec.structs.fields(kind)
+    alone = (None, "", b"", ())
+    defaults = [
+        (one.name, one.default)
+        for one in fields
+        if one.default is not msgspec.NODEFAULT
+        and not any(one.default is single for single in alone)
+        and not (isinstance(one.default, int) and -5 <= one.default <= 256)
+    ]
+    return tuple(defaults), tuple(one.name for one in fields if _holds_float(one.type))
+
+
+def _holds_float(kind: Any) -> bool:
+    return kind is float or any(_holds_float(part) for part in get_args(kind))
