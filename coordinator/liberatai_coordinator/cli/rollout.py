@@ -1,10 +1,12 @@
 """`liberatai rollout`: something new for a growing share of the devices, and back if it is not good."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Final
 
 import typer
+from msgspec.structs import replace
 
 from liberatai_coordinator.cli.kit import client_of, group
 from liberatai_coordinator.cli.tables import (
@@ -33,12 +35,14 @@ _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
 @app.command(
     "create",
-    epilog="Example: liberatai rollout create r12 --model digits:12 --group strong --stages 1%,10%,50%,100% "
+    epilog="Example: liberatai rollout create --model digits:12 --group strong --stages 1%,10%,50%,100% "
     "--soak 10m --abort-on failed=5%,min=10,accuracy=2%",
 )
 def rollout_create(
     context: typer.Context,
-    name: Name,
+    name: Annotated[
+        str, typer.Argument(help="Name of the rollout [default: after what it brings].", show_default=False)
+    ] = "",
     model: Annotated[
         str, typer.Option("--model", "-m", help="Version of a model: NAME, NAME:12 or NAME:tag.")
     ] = "",
@@ -66,7 +70,7 @@ def rollout_create(
 ) -> None:
     """Begin a rollout. Without --group and --selector it is for all approved devices."""
     wanted = RolloutRequest(
-        name=name,
+        name=name or "rollout",
         model=model,
         agent=agent,
         bundle=bundle,
@@ -76,7 +80,20 @@ def rollout_create(
         plan=plan_of(stages, soak, abort_on, pause_after, deadline),
     )
     with client_of(context) as client:
+        if not name:
+            taken = {one.name for one in client.rollouts.list()}
+            wanted = replace(wanted, name=free_name(model or agent or "settings", taken))
         show_one(client.rollouts.create(wanted), output)
+
+
+def free_name(brings: str, taken: Collection[str]) -> str:
+    """Return a name for a rollout after what it brings: `digits-12`, or `digits-12-2` if that is taken."""
+    stem = re.sub(r"[^a-z0-9_-]+", "-", brings.lower()).strip("-")[:24] or "rollout"
+    return next(
+        found
+        for number in itertools.count(1)
+        if (found := stem if number == 1 else f"{stem}-{number}") not in taken
+    )
 
 
 @app.command("list", epilog="Example: liberatai rollout list")

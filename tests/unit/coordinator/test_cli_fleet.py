@@ -85,3 +85,12 @@ def test_a_plan_is_what_an_operator_writes() -> None:
     for faulty in (("x", "1s", "", "", "1h"), ("1%", "1", "", "", "1h"), ("1%", "1s", "lost=1", "", "1h")):
         with pytest.raises(ConfigError):
             plan_of(*faulty)
+
+
+def test_a_rollout_without_a_name_is_named_after_what_it_brings():
+    from liberatai_coordinator.cli.rollout import free_name
+
+    assert free_name("digits:12", set()) == "digits-12"
+    assert free_name("digits:12", {"digits-12"}) == "digits-12-2"
+    assert free_name("digits:12", {"digits-12", "digits-12-2"}) == "digits-12-3"
+    assert free_name("::", set()) == "rollout"
