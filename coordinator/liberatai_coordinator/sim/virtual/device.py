@@ -9,95 +9,39 @@ import asyncio
 import hashlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Final, Protocol
+from typing import Final
 
 from msgspec.structs import replace
 
 from liberatai_agent import actions as do
 from liberatai_agent import events as on
 from liberatai_agent import session as s
-from liberatai_agent.children.messages import Failed
 from liberatai_agent.exchange.hearing import Ear
-from liberatai_agent.privacy import outward
-from liberatai_agent.session.fits import Limits, trainer_of
-from liberatai_agent.work.training import rounds_away, update_of, work_of
-from liberatai_coordinator.fleet.plan import training_s
+from liberatai_agent.work.training import update_of
 from liberatai_coordinator.sim.line import Line
-from liberatai_coordinator.sim.virtual.blobs import Blobs
+from liberatai_coordinator.sim.virtual import said
 from liberatai_coordinator.sim.virtual.disk import Disk
-from liberatai_coordinator.sim.virtual.learning import Learn
-from liberatai_coordinator.sim.virtual.seen import Seen
-from liberatai_core import __version__
-from liberatai_core.contract.chunks import count
-from liberatai_core.contract.frame import Signer, expect, seal
-from liberatai_core.contract.limits import MAX_SINGLE_BYTES
+from liberatai_coordinator.sim.virtual.fetching import Fetching
+from liberatai_coordinator.sim.virtual.surroundings import Surroundings
+from liberatai_coordinator.sim.virtual.trainer import Body, Trainer
+from liberatai_coordinator.sim.virtual.wire import Wire
+from liberatai_core.contract.frame import Signer, seal
 from liberatai_core.contract.messages import (
-    BlobManifest,
-    BlobRef,
-    Capability,
     EpochSeen,
-    Event,
     Message,
     Offer,
-    Report,
     Request,
-    State,
-    TaskSpec,
     Telemetry,
     Want,
 )
-from liberatai_core.contract.topics import Topics, blob_id
+from liberatai_core.contract.topics import blob_id
 from liberatai_core.errors import LiberataiError
-from liberatai_core.link.link import Will
-from liberatai_core.link.memory import Connection, MemoryBroker, Packet
-from liberatai_core.link.mqtt.reconnect import Loss, Reconnect
-from liberatai_core.link.packet import publish_bytes
+from liberatai_core.link.memory import Packet
 
-BLOB_TIMEOUT_S: Final = 60.0
-HANDSHAKE_BYTES: Final = 3000
-"""TCP, TLS 1.3 with certificates of both sides, CONNECT: what a connection takes before its first message."""
 START_S: Final = 2.0
 """From the start of the program to its first connection."""
-SUBSCRIBE_BYTES: Final = 8
 LITTLE_S: Final = 0.001
-
-
-class World(Protocol):
-    """What devices share."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the loop that everything runs on."""
-
-    broker: MemoryBroker
-    topics: Topics
-    coordinator_key: bytes
-    blobs: Blobs
-    seen: Seen
-
-    def macs(self, spec: TaskSpec) -> int:
-        """Return the multiply-adds of a structure per sample."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Body:
-    """What a simulated device is made of.
-
-    Attributes:
-        capability: what it says of itself; the session number is set at every start.
-        data_path: its private file, "" where training is replaced.
-        write_mb_s: of its disk.
-        learn: its training.
-        fails: why every training fails, "" if none does.
-    """
-
-    capability: Capability
-    data_path: str
-    write_mb_s: float
-    learn: Learn
-    fails: str = ""
 
 
 class Device:
@@ -107,63 +51,56 @@ class Device:
         disk: what survives a crash.
         skew_s: how far its clock is ahead.
         running: it has been started and not crashed.
-        busy_s: virtual seconds that it trained.
         rounds: updates that were receipted.
         body_bytes: of the newest sparse stream.
     """
 
     __slots__ = (
-        "_connection",
         "_ear",
         "_events",
         "_fetching",
         "_handling",
-        "_reconnect",
         "_timer",
-        "_training",
+        "_wire",
         "_world",
         "body",
         "body_bytes",
-        "busy_s",
-        "connected_s",
         "disk",
         "id",
         "key",
         "line",
         "phase",
-        "random",
         "rounds",
         "running",
         "session",
         "signer",
         "skew_s",
         "telemetry_s",
+        "trainer",
     )
 
-    def __init__(self, world: World, body: Body, line: Line, key: bytes, seed: int) -> None:
+    def __init__(
+        self, world: Surroundings, body: Body, line: Line, key: bytes, seed: int, disk: Disk | None = None
+    ) -> None:
         self._world, self.body, self.line = world, body, line
         self.id = body.capability.device
         self.key = key
         self.signer = Signer.from_seed(key, world.topics.fleet)
-        self.random = Random(f"{seed}|{self.id}|device")  # noqa: S311 - a simulation
-        self.disk = Disk()
+        self.disk = disk or Disk()
         self.skew_s = 0.0
         self.running = False
-        self.busy_s, self.rounds, self.body_bytes = 0.0, 0, 0
+        self.rounds, self.body_bytes = 0, 0
         self.phase = ""
-        self.connected_s = 0.0
         self.telemetry_s = body.capability.telemetry_s
         self.session = s.Session(device=self.id)
         self._ear = Ear(world.topics.fleet, self.id, world.coordinator_key)
         self._events: deque[on.Happened] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
-        self._connection: Connection | None = None
-        self._training: asyncio.TimerHandle | None = None
-        self._fetching: dict[str, _Fetch] = {}
-        self._reconnect = Reconnect(
-            client_id=self.id, secure=False, cap_s=120.0, urgent_cap_s=10.0, spread_s=5.0
-        )
+        random = Random(f"{seed}|{self.id}|device")  # noqa: S311 - a simulation
+        self._wire = Wire(world, self, line, random)
+        self._fetching = Fetching(world, self._wire, self.disk, self._ear, self._happened, self.note)
+        self.trainer = Trainer(world, body, self.disk, random, self._happened)
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -186,7 +123,7 @@ class Device:
             )
         )
         self._measured()
-        self._later(after_s, self._connect)
+        self.later(after_s, self._wire.connect)
 
     def crash(self) -> None:
         """End as SIGKILL ends a process: the broker notices, nothing but the disk stays."""
@@ -194,19 +131,19 @@ class Device:
             return
         self.running = False
         self._let_go()
-        if self._connection is not None:
-            self._connection = None
+        if self._wire.connection is not None:
+            self._wire.connection = None
             self._world.broker.kill(self.id)
         self.session = s.Session(device=self.id)
-        self._world.seen.note(self.id, "crashed")
+        self.note("crashed")
 
     def leave(self) -> None:
         """Say goodbye and end, as a device does that is switched off in order."""
         if not self.running:
             return
-        if self._connection is not None:
-            self._publish("state", self._state("offline"), retain=True)
-            connection, self._connection = self._connection, None
+        if self._wire.connection is not None:
+            self._publish("state", said.state(self.id, self.disk.session, "offline"), retain=True)
+            connection, self._wire.connection = self._wire.connection, None
             # What was said is on its way before the connection closes.
             self._world.loop.call_at(
                 self.line.up.last_s + LITTLE_S, self._world.broker.end, connection, "closed"
@@ -214,7 +151,7 @@ class Device:
         self.running = False
         self._let_go()
         self.session = s.Session(device=self.id)
-        self._world.seen.note(self.id, "left")
+        self.note("left")
 
     def jump(self, by_s: float) -> None:
         """Let the clock jump."""
@@ -222,16 +159,12 @@ class Device:
         if self.running:
             self._due()
 
-    def fill(self, full: bool) -> None:
-        """Fill the disk, or free it."""
-        self.disk.full = full
-
     def _let_go(self) -> None:
-        for handle in (self._timer, self._training, *(one.timer for one in self._fetching.values())):
-            if handle is not None:
-                handle.cancel()
-        self._timer = self._training = None
-        self._fetching.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        self.trainer.stop()
+        self._fetching.forget()
         self._events.clear()
         self.line.cut()
 
@@ -243,100 +176,53 @@ class Device:
             )
         )
 
-    @property
-    def connected(self) -> bool:
-        """Whether a connection to the broker stands."""
-        return self._connection is not None
-
     # --- connection ----------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        if not self.running or self._connection is not None:
-            return
-        away = self._world.broker.away(self.id)
-        if away is not None:
-            self._retry(Loss(away), 0.0)
-            return
-        self.line.send(self._world.loop.time(), HANDSHAKE_BYTES // 2)
-        arrived_s = self.line.receive(self._world.loop.time(), HANDSHAKE_BYTES // 2)
-        self._world.loop.call_at(arrived_s + 2 * self.line.rtt_s, self._connected)
+    @property
+    def urgent(self) -> bool:
+        """Whether a task or an update is at stake."""
+        return bool(self.session.pending) or self.session.task is not None
 
-    def _connected(self) -> None:
-        if not self.running or self._connection is not None or self._world.broker.away(self.id) is not None:
-            if self.running and self._connection is None:
-                self._retry(Loss("no answer"), 0.0)
-            return
-        broker, topics = self._world.broker, self._world.topics
-        will = Will(topic=topics.up(self.id, "state"), payload=self._state("lost"))
+    def will(self) -> bytes:
+        """Return what the broker says if the connection breaks."""
+        return seal(said.state(self.id, self.disk.session, "lost"), self.signer)
 
-        def receive(packet: Packet, token: int) -> None:
-            self._receive(connection, packet, token)
+    def linked(self, *, known: bool) -> None:
+        """Go on with a connection."""
+        packet_bytes = self._world.broker.max_packet_bytes
+        self._happened(on.LinkUp(session_present=known, packet_bytes=packet_bytes))
+        self.note(self.phase)
 
-        connection = Connection(self.id, will, receive)
-        known = broker.connect(connection)
-        self._connection = connection
-        self.connected_s = self._world.loop.time()
-        self._reconnect.welcomed()
-        connection.lost.add_done_callback(lambda lost: self._lost(connection, lost.result()))
-        broker.resume(connection)
-        for topic_filter in topics.to_device(self.id):
-            self.line.send(self._world.loop.time(), SUBSCRIBE_BYTES + len(topic_filter))
-            broker.subscribe(connection, topic_filter)
-        self._happened(on.LinkUp(session_present=known, packet_bytes=broker.max_packet_bytes))
-        self._world.seen.note(self.id, self.phase)
-
-    def _lost(self, connection: Connection, reason: str) -> None:
-        if connection is not self._connection:
-            return
-        self._connection = None
-        self.line.cut()
-        for blob in list(self._fetching):
-            self._fetch_failed(blob, "E_LINK", reason)
+    def unlinked(self, reason: str) -> None:
+        """Go on without a connection."""
+        self._fetching.fail("E_LINK", reason)
         self._happened(on.LinkDown())
-        self._world.seen.note(self.id, "away")
-        self._retry(
-            Loss(reason, code=0x8E if "taken over" in reason else 0),
-            self._world.loop.time() - self.connected_s,
-        )
+        self.note("away")
 
-    def _retry(self, loss: Loss, lasted_s: float) -> None:
-        self._reconnect.urgent = bool(self.session.pending) or self.session.task is not None
-        pause = self._reconnect.lost(loss, lasted_s, self.random.uniform)
-        self._later(pause.seconds, self._connect)
+    def arrived(self, packet: Packet) -> None:
+        """Take a packet."""
+        if self._fetching.take(packet) or "/pub/" in packet.topic:
+            return
+        try:
+            event = self._ear.hear(packet.topic, packet.payload)
+        except LiberataiError as error:
+            self.note("refused", f"{error.code}: {error}")
+            return
+        if isinstance(event, Want | Request):
+            self.note("unanswered", type(event).__name__)  # no operator speaks to it
+        elif event is not None:
+            self._happened(event)
 
-    # --- what comes ----------------------------------------------------------------------------
-
-    def _receive(self, connection: Connection, packet: Packet, token: int) -> None:
-        size = publish_bytes(packet.topic, len(packet.payload), qos=packet.qos)
-        arrives_s = self.line.receive(self._world.loop.time(), size)
-        self._world.loop.call_at(arrives_s, self._arrived, connection, packet, token)
-
-    def _arrived(self, connection: Connection, packet: Packet, token: int) -> None:
-        if connection is not self._connection:
-            return  # it comes again with the next connection
-        blob = self._fetching.get(packet.topic.split("/")[5]) if "/pub/b/" in packet.topic else None
-        if blob is not None:
-            self._part(blob, packet)
-        elif "/pub/" not in packet.topic:
-            try:
-                event = self._ear.hear(packet.topic, packet.payload)
-            except LiberataiError as error:
-                self._world.seen.note(self.id, "refused", f"{error.code}: {error}")
-            else:
-                if isinstance(event, Want | Request):
-                    # No operator speaks to it.
-                    self._world.seen.note(self.id, "unanswered", type(event).__name__)
-                elif event is not None:
-                    self._happened(event)
-        if token and connection is self._connection:
-            self._world.broker.acknowledge(connection, token)
+    def note(self, what: str, text: str = "") -> None:
+        """Note what it does now."""
+        self._world.seen.note(self.id, what, text)
 
     # --- the session ---------------------------------------------------------------------------
 
     def _now_s(self) -> float:
         return self._world.loop.time() + self.skew_s
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call back, unless the device has crashed and started anew in the meantime."""
         number = self.disk.session
         self._world.loop.call_later(
@@ -362,7 +248,7 @@ class Device:
         phase = s.report_of(self.session).phase
         if phase != self.phase:
             self.phase = phase
-            self._world.seen.note(self.id, phase)
+            self.note(phase)
         self._wait_for_due()
 
     def _wait_for_due(self) -> None:
@@ -386,27 +272,26 @@ class Device:
             try:
                 self._perform(action)
             except LiberataiError as error:
-                self._world.seen.note(self.id, "fault", f"{error.code}: {error}")
+                self.note("fault", f"{error.code}: {error}")
 
     def _perform(self, action: do.Action) -> None:
         match action:
             case do.PublishState(capability=capability):
                 if capability is not None:
-                    self._publish("caps", self._seal(capability), retain=True)
-                self._publish("state", self._state("online"), retain=True)
+                    self._publish("caps", capability, retain=True)
+                self._publish("state", said.state(self.id, self.disk.session, "online"), retain=True)
             case do.PublishCapability(capability=capability):
-                self._publish("caps", self._seal(capability), retain=True)
+                self._publish("caps", capability, retain=True)
             case do.PublishReport():
-                self._publish("rep", self._seal(self._report(action)), retain=True)
+                self._publish("rep", said.report(self.id, self.disk.session, action), retain=True)
             case do.Emit():
-                self._world.seen.note(self.id, "event", f"{action.name} {action.code} {action.text}".strip())
-                self._publish("ev", self._seal(self._event(action)))
+                self.note("event", f"{action.name} {action.code} {action.text}".strip())
+                self._publish("ev", said.event(self.id, self.disk.session, action))
             case do.FetchBlobs(refs=refs):
                 for ref in refs:
-                    self._fetch(ref)
+                    self._fetching.fetch(ref)
             case do.DropBlobs(keep=keep):
-                for blob in [blob for blob in self._fetching if blob not in keep]:
-                    self._end_fetch(blob)
+                self._fetching.keep(keep)
                 self.disk.blobs &= keep
             case do.ReadSpec(blob=blob):
                 self._happened(on.SpecRead(blob=blob, spec=self._world.blobs.spec(blob)))
@@ -415,16 +300,16 @@ class Device:
             case do.WarmTrainer():
                 pass
             case do.StartTraining():
-                self._train(action)
+                self.trainer.start(action)
             case do.StopTraining():
-                self._stop_training()
+                self.trainer.stop()
             case do.StoreUpdate():
                 pause_s = len(action.result.body) / (self.body.write_mb_s * 1e6)
-                self._later(pause_s, lambda: self._store(action))
+                self.later(pause_s, lambda: self._store(action))
             case do.SendUpdate(update_id=uid):
                 one = self.disk.updates.get(uid)
                 if one is not None:
-                    self._send(self._world.topics.upload(self.id, one.transfer), one.frame)
+                    self._wire.send(self._world.topics.upload(self.id, one.transfer), one.frame)
             case do.SendOffer():
                 self._offer(action)
             case do.SendChunks():
@@ -441,123 +326,13 @@ class Device:
             case do.ShowEpoch():
                 if self.disk.word:
                     seen = EpochSeen(device=self.id, session=self.disk.session, word=self.disk.word)
-                    self._publish("ev", self._seal(seen))
+                    self._publish("ev", seen)
             case do.RaiseSession(known=known):
                 self.disk.session = max(self.disk.session, known) + 1
                 self._happened(on.Renumbered(number=self.disk.session))
                 self._measured()
-                if self._connection is not None:
-                    self._world.broker.end(self._connection, "a higher session number")
-
-    # --- files ---------------------------------------------------------------------------------
-
-    def _fetch(self, ref: BlobRef) -> None:
-        if ref.blob in self._fetching:
-            return
-        if ref.blob in self.disk.blobs:
-            self._happened(on.BlobStored(blob=ref.blob))
-            return
-        timer = self._world.loop.call_later(
-            BLOB_TIMEOUT_S, self._fetch_failed, ref.blob, "E_NOT_FOUND", "nothing came"
-        )
-        fetch = self._fetching[ref.blob] = _Fetch(ref, timer)
-        self._ask(fetch, None if ref.size_bytes > MAX_SINGLE_BYTES else 0)
-
-    def _ask(self, fetch: "_Fetch", part: int | None) -> None:
-        topic = self._world.topics.blob(fetch.ref.blob, part)
-        fetch.asked.append(topic)
-        arrives_s = self.line.send(self._world.loop.time(), SUBSCRIBE_BYTES + len(topic))
-        self._world.loop.call_at(arrives_s, self._subscribe, self._connection, fetch, topic)
-
-    def _subscribe(self, connection: Connection | None, fetch: "_Fetch", topic: str) -> None:
-        if (
-            connection is not None
-            and connection is self._connection
-            and self._fetching.get(fetch.ref.blob) is fetch
-        ):
-            self._world.broker.subscribe(connection, topic)
-
-    def _part(self, fetch: "_Fetch", packet: Packet) -> None:
-        place, ref, world = packet.topic.rpartition("/")[2], fetch.ref, self._world
-        if place == "m":
-            try:
-                manifest = expect(packet.payload, BlobManifest, world.topics.fleet, self._ear.key)
-            except LiberataiError as error:
-                world.seen.note(self.id, "refused", f"{error.code}: {error}")
-                return
-            fetch.parts = dict.fromkeys(range(count(ref.size_bytes, manifest.chunk_bytes)), b"")
-            for number in fetch.parts:
-                self._ask(fetch, number)
-            return
-        if ref.size_bytes > MAX_SINGLE_BYTES and not fetch.parts:
-            return
-        fetch.parts[int(place)] = packet.payload
-        if not all(fetch.parts.values()):
-            return
-        content = packet.payload if len(fetch.parts) == 1 else b"".join(fetch.parts.values())
-        if not world.blobs.keep(ref, content):
-            self._fetch_failed(ref.blob, "E_DIGEST", "not what its name says")
-        elif self.disk.full:
-            self._fetch_failed(ref.blob, "E_DISK", "no space left on device")
-        else:
-            self._end_fetch(ref.blob)
-            self.disk.blobs.add(ref.blob)
-            self._happened(on.BlobStored(blob=ref.blob))
-
-    def _fetch_failed(self, blob: str, code: str, text: str) -> None:
-        self._end_fetch(blob)
-        self._happened(on.BlobFailed(blob=blob, code=code, text=text))
-
-    def _end_fetch(self, blob: str) -> None:
-        fetch = self._fetching.pop(blob, None)
-        if fetch is None:
-            return
-        fetch.timer.cancel()
-        if self._connection is not None:
-            for topic in fetch.asked:
-                self._world.broker.unsubscribe(self._connection, topic)
-
-    # --- training ------------------------------------------------------------------------------
-
-    def _train(self, action: do.StartTraining) -> None:
-        seconds = training_s(action.spec.training, self._world.macs(action.spec), self.body.capability)
-        seconds = max(LITTLE_S, seconds * self.random.uniform(0.9, 1.1))
-        self._training = self._world.loop.call_later(seconds, self._trained, action, seconds)
-
-    def _limits(self) -> Limits:
-        told = self.body.capability
-        return Limits(memory_bytes=told.memory_bytes, runtimes=told.runtimes, samples=told.samples)
-
-    def _stop_training(self) -> None:
-        if self._training is not None:
-            self._training.cancel()
-            self._training = None
-
-    def _trained(self, action: do.StartTraining, seconds: float) -> None:
-        self._training = None
-        self.busy_s += seconds
-        if self.body.fails:
-            code, _, text = self.body.fails.partition(": ")
-            self._happened(on.TrainingFailed(update_id=action.update_id, code=code, text=text))
-            return
-        task, disk = action.task, self.disk
-        residual, left_in, returned = disk.leftover(task.job, action.spec.structure.id)
-        work = replace(
-            work_of(action, self.body.data_path, self._world.blobs.path),
-            residual=residual,
-            returned=returned,
-            rounds_away=rounds_away(task, left_in) if residual is not None else 0,
-            runtime=trainer_of(action.spec, self._limits()),
-        )
-        answer = self.body.learn(work, self.body.capability.samples)
-        if isinstance(answer, Failed):
-            failed = on.TrainingFailed(update_id=action.update_id, code=answer.code, text=answer.text)
-            self._happened(failed)
-            return
-        result = replace(answer.result, train_seconds=seconds)
-        if result.dropped is not None:
-            self._happened(on.LeftoverDropped(code=result.dropped[0], text=result.dropped[1]))
-        self._happened(on.Trained(update_id=action.update_id, result=result))
+                if self._wire.connection is not None:
+                    self._world.broker.end(self._wire.connection, "a higher session number")
 
     def _store(self, action: do.StoreUpdate) -> None:
         uid = action.update_id
@@ -566,7 +341,7 @@ class Device:
             moved = replace(
                 update, sent_bytes=self.line.up.moved_bytes, received_bytes=self.line.down.moved_bytes
             )
-            frame = self._seal(moved)
+            frame = seal(moved, self.signer)
             self.disk.commit(
                 update, frame, action.task.task_id, action.result.residual, action.result.returned
             )
@@ -600,7 +375,7 @@ class Device:
             job=one.job,
             round=one.round,
         )
-        self._send(self._world.topics.upload(self.id, one.transfer), self._seal(offer))
+        self._wire.send(self._world.topics.upload(self.id, one.transfer), seal(offer, self.signer))
 
     def _send_chunks(self, action: do.SendChunks) -> None:
         one = self.disk.updates.get(action.update_id)
@@ -608,13 +383,13 @@ class Device:
             return
         for number in action.numbers:
             chunk = one.frame[number * action.chunk_bytes : (number + 1) * action.chunk_bytes]
-            self._send(self._world.topics.upload(self.id, one.transfer, number), chunk)
+            self._wire.send(self._world.topics.upload(self.id, one.transfer, number), chunk)
         pause_s = max(0.0, self.line.up.last_s - self._world.loop.time())
-        self._later(pause_s, lambda: self._happened(on.ChunksSent(update_id=action.update_id)))
+        self.later(pause_s, lambda: self._happened(on.ChunksSent(update_id=action.update_id)))
 
     def telemetry(self) -> None:
         """Give a sign of life."""
-        if self._connection is None:
+        if self._wire.connection is None:
             return
         told = Telemetry(
             device=self.id,
@@ -622,57 +397,8 @@ class Device:
             sent_bytes=self.line.up.moved_bytes,
             received_bytes=self.line.down.moved_bytes,
         )
-        self._publish("tele", self._seal(told), qos=0)
+        self._publish("tele", told, qos=0)
 
-    def _report(self, action: do.PublishReport) -> Report:
-        return Report(
-            device=self.id,
-            session=self.disk.session,
-            phase=action.phase,
-            job=action.job,
-            round=action.round,
-            reason=outward(action.reason.partition(":")[0], action.reason),
-        )
-
-    def _event(self, action: do.Emit) -> Event:
-        return Event(
-            device=self.id,
-            session=self.disk.session,
-            number=action.number,
-            name=action.name,
-            code=action.code,
-            text=outward(action.code, action.text),
-        )
-
-    def _state(self, state: Any) -> bytes:
-        return self._seal(State(device=self.id, state=state, session=self.disk.session, version=__version__))
-
-    def _seal(self, message: Message) -> bytes:
-        return seal(message, self.signer)
-
-    def _publish(self, leaf: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
-        self._send(self._world.topics.up(self.id, leaf), payload, retain=retain, qos=qos)
-
-    def _send(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
-        connection = self._connection
-        if connection is None:
-            return  # the next connection says it again
-        arrives_s = self.line.send(self._world.loop.time(), publish_bytes(topic, len(payload), qos=qos))
-        self._world.loop.call_at(arrives_s, self._delivered, connection, Packet(topic, payload, qos), retain)
-
-    def _delivered(self, connection: Connection, packet: Packet, retain: bool) -> None:
-        if not connection.lost.done():
-            try:
-                self._world.broker.publish(connection, packet, retain=retain)
-            except LiberataiError as error:
-                self._world.seen.note(self.id, "refused", f"{error.code}: {error}")
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """A blob on its way."""
-
-    ref: BlobRef
-    timer: asyncio.TimerHandle
-    asked: list[str] = field(default_factory=list)
-    parts: dict[int, bytes] = field(default_factory=dict)
+    def _publish(self, leaf: str, message: Message, *, retain: bool = False, qos: int = 1) -> None:
+        topic = self._world.topics.up(self.id, leaf)
+        self._wire.send(topic, seal(message, self.signer), retain=retain, qos=qos)

@@ -51,6 +51,10 @@ class Disk:
     residuals: dict[tuple[str, str], tuple[bytes, int]] = field(default_factory=dict)
     finished: list[bytes] = field(default_factory=list)
 
+    def fill(self, full: bool) -> None:
+        """Fill it, or free it."""
+        self.full = full
+
     def copy(self) -> "Disk":
         """Return what a copy of this disk holds."""
         return Disk(

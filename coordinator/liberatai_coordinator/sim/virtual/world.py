@@ -40,11 +40,12 @@ from liberatai_coordinator.sim.record import (
 )
 from liberatai_coordinator.sim.scenario import Happening, Scenario
 from liberatai_coordinator.sim.virtual.blobs import Blobs
-from liberatai_coordinator.sim.virtual.device import Body, Device
+from liberatai_coordinator.sim.virtual.device import Device
 from liberatai_coordinator.sim.virtual.hostile import Hostile
 from liberatai_coordinator.sim.virtual.learning import Drawn, Trained
 from liberatai_coordinator.sim.virtual.loop import VirtualLoop
 from liberatai_coordinator.sim.virtual.seen import Seen
+from liberatai_coordinator.sim.virtual.trainer import Body
 from liberatai_coordinator.store.rows import DeviceRow
 from liberatai_core import __version__
 from liberatai_core.contract.frame import Signer
@@ -479,8 +480,8 @@ class VirtualFleet:
                 self.broker.unblock(COORDINATOR)
                 await self._start_coordinator()
             case "clone appears" if device is not None:
-                clone = Device(self, device.body, device.line, device.key, self.given.fleet.seed + 1)
-                clone.disk = device.disk.copy()
+                seed, disk = self.given.fleet.seed + 1, device.disk.copy()
+                clone = Device(self, device.body, device.line, device.key, seed, disk)
                 self._clones[one.device] = clone
                 clone.start()
             case "clone goes":
@@ -517,7 +518,7 @@ class VirtualFleet:
                 id=name,
                 profile=self._names[name],
                 rounds=device.rounds,
-                busy_s=round(device.busy_s, 3),
+                busy_s=round(device.trainer.busy_s, 3),
                 up_bytes=device.line.up.moved_bytes,
                 down_bytes=device.line.down.moved_bytes,
                 moments=tuple(self.seen.moments.get(name, ())),
@@ -559,8 +560,8 @@ _DO: Final[dict[str, Callable[[Device, float], None]]] = {
     "crash": lambda device, _: device.crash(),
     "start": lambda device, _: device.start(),
     "clock jumps": lambda device, by_s: device.jump(by_s),
-    "disk full": lambda device, _: device.fill(True),
-    "disk free": lambda device, _: device.fill(False),
+    "disk full": lambda device, _: device.disk.fill(True),
+    "disk free": lambda device, _: device.disk.fill(False),
     "asleep": lambda device, _: device.leave(),
     "awake": lambda device, _: device.start(),
 }
