@@ -393,7 +393,7 @@ class CoordinatorConfig(Settings, frozen=True, kw_only=True):
             answer without a password; None: nowhere.
         enrolment: "approve": an operator lets each new device in; "allowlist": only the devices
             below; "open": the first key seen for a name is taken (trusted networks only).
-        max_devices: how many devices are taken in; each known one takes about 2 kB of memory.
+        max_devices: how many devices are taken in; each known one takes about 3 kB of memory.
         devices: device name -> hex Ed25519 public key, for "allowlist" (known at once in every mode).
         ca_dir: the fleet's authority (`liberatai ca init`): devices join by token, certificates are renewed;
             None: neither.
