@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("liberatai_coordinator")  # devices do not have it
+
 from liberatai_coordinator.fleet.query import (
     FIELDS,
     LABEL,
