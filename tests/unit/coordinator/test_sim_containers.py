@@ -70,6 +70,9 @@ def test_an_image_knows_its_program_and_this_machines_files_do_not(tmp_path: Pat
     assert ends["some/image:1"][-4:] == ["some/image:1", "run", "--config", "a"]
     assert ends[HOST][-9:] == ["--rootfs", "/:O", *agent.command]
     assert all("sim-7-pi4-0001" in words for words in ends.values())
+    assert "--tmpfs" in ends["some/image:1"]
+    assert "--tmpfs" not in ends[HOST]  # it would hide a program that lies below /tmp
+    assert f"TMPDIR={tmp_path}" in ends[HOST]
 
 
 def test_a_device_gets_what_its_profile_lets_training_use() -> None:

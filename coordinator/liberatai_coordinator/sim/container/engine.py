@@ -83,7 +83,8 @@ class Engine:
         Args:
             name: of the container.
             limits: what it gets.
-            mounts: folders and files by their path here, which is their path there; "ro" or "rw".
+            mounts: folders and files by their path here, which is their path there; "ro" or "rw". The first
+                one is the device's own.
             command: what runs in it; in an image its program is known.
             user: number of the user that runs it; its group is root's.
         """
@@ -92,7 +93,11 @@ class Engine:
         words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
         words += ["--cpus", f"{limits.cpus:g}", "--pids-limit", str(limits.pids)]
         words += ["--user", f"{user}:0", "--no-healthcheck"]
-        words += ["--tmpfs", f"/tmp:rw,size=16m{',notmpcopyup' if self.is_podman else ''}"]  # noqa: S108 - theirs
+        if self.image == HOST:  # what runs may itself lie below /tmp: nothing is put over it
+            words += ["--env", f"TMPDIR={next(iter(mounts))}"]
+        else:
+            copied = ",notmpcopyup" if self.is_podman else ""
+            words += ["--tmpfs", f"/tmp:rw,size=16m{copied}"]  # noqa: S108 - theirs
         for key in ("OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE", "ORT_DISABLE_TELEMETRY=1"):
             words += ["--env", key]
         for path, how in mounts.items():
