@@ -387,6 +387,8 @@ def test_the_process_answers_like_the_function_survives_faults_and_is_confined(
             assert os.getpgid(pid) == pid
             assert process.nice() == 19
             assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+            group = Path(f"/proc/{pid}/autogroup")
+            assert not group.exists() or group.read_text().split()[-1] == "19"
             assert process.rlimit(psutil.RLIMIT_CORE)[0] == 0
             assert process.rlimit(psutil.RLIMIT_NOFILE)[0] == 256
             assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "600"
