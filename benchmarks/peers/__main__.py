@@ -19,6 +19,7 @@ training; `bytes_up` and `bytes_down` are per round and device. `ratios` are Lib
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -291,6 +292,7 @@ def picture(systems: dict[str, dict[str, Any]], path: Path, devices: int) -> Non
 def main() -> int:
     """Run the systems and tell."""
     options = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends with us
     systems = {}
     for name in options.systems:
         try:
