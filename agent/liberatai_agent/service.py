@@ -204,7 +204,7 @@ class Service:
             self._ear.key,
             self._models,
             lambda new, paused: self._machine.configure(new, paused=paused),
-            self._tell_have,
+            lambda have: _tell_have(self._saying, self._status, have),
             Upgrading(config, folder, fetcher, self._machine.look_soon),
         )
         self._replying = Replying(
@@ -434,10 +434,6 @@ class Service:
             case do.RaiseSession(known=known):
                 self._supervisor.run_part(self._renumber(known))
 
-    def _tell_have(self, have: Have) -> None:
-        self._saying.have(have)
-        self._status.changed()
-
     def _failed(self, code: str, text: str) -> None:
         self._faults.note(code, text)
         if code == DamagedError.code:
@@ -556,3 +552,9 @@ class Service:
 def _line(report: do.PublishReport) -> str:
     parts = [report.phase, report.job, f"round {report.round}" if report.round else "", report.reason]
     return " · ".join(part for part in parts if part)
+
+
+def _tell_have(saying: Saying, status: StatusFile, have: Have) -> None:
+    """Tell the coordinator, and whoever reads the status, what this device is like now."""
+    saying.have(have)
+    status.changed()

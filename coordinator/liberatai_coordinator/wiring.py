@@ -299,6 +299,6 @@ async def _beat(service: Service) -> None:
 def _status(service: Service) -> str:
     broker = "connected" if service.connected else "no broker"
     return (
-        f"epoch {service.ledger.epoch} · {broker} · devices ready: {service.fleet.ready_count}"
+        f"epoch {service.ledger.epoch} · {broker} · devices ready: {len(service.fleet.ready_names)}"
         f" · jobs: {len(service.runners)}"
     )

@@ -74,7 +74,7 @@ async def seen(operations: Operations) -> Seen:
         connected=bool(service.connected),
         faults=operations.faults(),
         started_s=service.started_s,
-        ready=service.fleet.ready_count,
+        ready=len(service.fleet.ready_names),
         devices=tuple(service.fleet.devices.values()),
         refusals=dict(refusals),
         jobs=jobs,

@@ -73,7 +73,7 @@ class Operations:
             "broker": service.config.broker,
             "protocol": service.connected,
             "broker_refuses": list(service.broker_refuses.lines.values()),
-            "devices_online": service.fleet.ready_count,
+            "devices_online": len(service.fleet.ready_names),
             "uptime_s": clock.wall() - service.started_s,
         }
 

@@ -331,11 +331,6 @@ class Fleet:
         """Names of the devices that `ready` would return."""
         return frozenset(self._ready) if self.connected else frozenset()
 
-    @property
-    def ready_count(self) -> int:
-        """How many devices `ready` would return, without looking at any."""
-        return len(self._ready) if self.connected else 0
-
     def shown(self, device: Device) -> tuple[str, str]:
         """Return a device's state for people, and what is odd about it in words."""
         if not self.connected and device.said in LIVING:

@@ -337,7 +337,7 @@ class Roster:
             if len(told) == MAX_TOLD:
                 break
         least = self.job.rounds.min_devices
-        there = self.fleet.ready_count
+        there = len(self.fleet.ready_names)
         words = f"waits: {able} of {least} devices can take part (rounds.min_devices)"
         if there < least:
             words = f"waits: {there} of {least} devices are online (rounds.min_devices)"

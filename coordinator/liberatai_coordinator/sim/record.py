@@ -103,7 +103,8 @@ class Record(Value, frozen=True, kw_only=True):
         file_bytes: of the newest version's files by structure.
         blob_bytes: of files that devices fetched, each as often as it was fetched (virtual).
         up_bytes, down_bytes: through all links.
-        lost: updates that were receipted and are in no version and no abandoned round.
+        lost: virtual: updates whose receipt a device has, and that the ledger does not; in real programs:
+            updates that the coordinator counts for a device, and that are in no round that ended.
         digests: of the newest weights by structure.
     """
 

@@ -88,7 +88,7 @@ def test_ready_devices_are_approved_online_and_introduced() -> None:
     for name in ("b", "a"):
         fleet.hear(State(device=name, state="online", session=1), name.encode() * 32, 1.0)
     assert [device.id for device in fleet.ready()] == ["a", "b"]
-    assert fleet.ready_count == 2
+    assert len(fleet.ready_names) == 2
 
 
 def test_what_changes_nothing_lasting_is_not_written_down() -> None:
@@ -224,7 +224,7 @@ def test_a_device_without_signs_of_life_is_unknown_and_gets_no_work() -> None:
 def test_of_many_silent_devices_some_are_found_at_a_time_and_none_is_forgotten() -> None:
     fleet = fleet_of(*(f"d{n}" for n in range(2 * EXPIRED_AT_ONCE + 5)))
     assert [len(fleet.expire(500.0)) for _ in range(4)] == [EXPIRED_AT_ONCE, EXPIRED_AT_ONCE, 5, 0]
-    assert fleet.ready_count == 0
+    assert len(fleet.ready_names) == 0
 
 
 def test_any_word_of_a_silent_device_brings_it_back() -> None:
@@ -283,7 +283,7 @@ def test_a_device_whose_quota_is_spent_may_be_silent() -> None:
 def test_without_a_broker_nobody_is_known_to_be_there() -> None:
     fleet = fleet_of("d0")
     fleet.set_connected(False, 100.0)
-    assert (fleet.ready(), fleet.ready_count) == ([], 0)
+    assert (fleet.ready(), len(fleet.ready_names)) == ([], 0)
     assert fleet.shown(fleet.require("d0")) == ("unknown", "the coordinator has no broker")
     assert fleet.expire(5000.0) == []
     fleet.set_connected(True, 5000.0)

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -424,6 +424,7 @@ class ProcessFleet:
             wall_s=0.0,
             known=len(told),
             updates=sum(one.rounds for one in devices),
+            lost=unaccounted(devices, view),
             up_bytes=sum(one.up_bytes for one in devices),
             down_bytes=sum(one.down_bytes for one in devices),
             digests=dict(newest.digests) if newest else {},
@@ -433,6 +434,11 @@ class ProcessFleet:
             faults=tuple(self._faults),
             points=tuple(self._points),
         )
+
+
+def unaccounted(devices: Sequence[DeviceRecord], view: JobView) -> int:
+    """Return how many stored updates, by the devices' counts, are in no round that ended."""
+    return sum(one.rounds for one in devices) - sum(one.updates for one in view.rounds if one.state != "open")
 
 
 def _forget(folder: Path) -> None:
